@@ -1,0 +1,94 @@
+"""The convolutional network. Imported only where torch is used: training, export and the ``torch`` runtime.
+
+A whitening stem, then stages of 3x3 convolutions with BatchNorm, ReLU and one residual connection each, a global
+maximum and a linear layer: the shape of cifar10-airbench (Jordan, 2024, arXiv:2404.00498), with ReLU instead of GELU
+because integer kernels fuse it, and with as many stages as the input size allows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import CHANNELS, ModelConfig
+
+WHITENING_KERNEL = 2
+LOGIT_SCALE = 1 / 9
+"""Keeps the first logits small: the global maximum over many channels is large at initialisation."""
+
+
+class Normalize(nn.Module):
+    """Raw pixels (N, H, W, 3), uint8 or float in 0..255, to standardised floats (N, 3, H, W).
+
+    The permutation is a view, and leaves the tensor in the channels_last layout that convolutions like best.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, CHANNELS, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, CHANNELS, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
+
+
+class ConvNorm(nn.Sequential):
+    """3x3 convolution, optional 2x2 maximum, BatchNorm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, pool: bool = False) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
+        if pool:
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Stage(nn.Module):
+    """One halving of the resolution: a pooled convolution, then ``depth - 1`` more with a residual connection."""
+
+    def __init__(self, inputs: int, outputs: int, depth: int) -> None:
+        super().__init__()
+        self.reduce = ConvNorm(inputs, outputs, pool=True)
+        self.refine = nn.Sequential(*(ConvNorm(outputs, outputs) for _ in range(depth - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x)
+        return x + self.refine(x)
+
+
+class ConvNet(nn.Module):
+    """(N, H, W, 3) raw pixels to (N, len(classes)) uncalibrated logits, float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        # Every filter and its negative, so that ReLU loses nothing of what whitening found.
+        whitened = 2 * CHANNELS * WHITENING_KERNEL**2
+        self.normalize = Normalize(config.mean, config.std)
+        self.whiten = nn.Conv2d(CHANNELS, whitened, WHITENING_KERNEL)
+        channels = (whitened, *config.widths)
+        self.stages = nn.Sequential(
+            *(Stage(i, o, config.depth) for i, o in zip(channels, config.widths, strict=False))
+        )
+        self.head = nn.Linear(config.widths[-1], len(config.classes), bias=False)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.whiten(self.normalize(images)))
+        x = self.stages(x).amax(dim=(2, 3))
+        return self.head(x).float() * LOGIT_SCALE
+
+    @torch.no_grad()
+    def init_whitening(self, images: Tensor, eps: float = 5e-4) -> None:
+        """Set the stem to the whitening transform of 2x2 patches of ``images`` (N, H, W, 3) and freeze its weight."""
+        k = WHITENING_KERNEL
+        patches = F.unfold(self.normalize(images), k).transpose(1, 2).reshape(-1, CHANNELS * k * k)
+        covariance = patches.T @ patches / len(patches)
+        values, vectors = torch.linalg.eigh(covariance)
+        filters = (vectors / (values + eps).sqrt()).T.reshape(-1, CHANNELS, k, k)
+        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+        assert self.whiten.bias is not None
+        self.whiten.bias.zero_()
+        self.whiten.weight.requires_grad_(False)

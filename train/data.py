@@ -1,0 +1,231 @@
+"""Labelled images in memory, from CIFAR-10 or from any folder or archive of images.
+
+    python -m train.data SOURCE        # what is in it: classes, counts, sizes, files skipped
+
+SOURCE is ``cifar10`` (downloaded and verified by torchvision), a folder, or a tar archive. A folder or archive holds
+``train/<class>/*`` and ``test/<class>/*``, or just ``<class>/*``, of which a tenth then becomes the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model.preprocess import ImageError, Pixels, preprocess, read_header
+
+CIFAR10 = "cifar10"
+DOWNLOADS = Path("data")
+VALIDATION_SHARE = 0.05
+TEST_SHARE = 0.1
+"""Share of a flat folder that becomes its test split."""
+SPLIT_SEED = 0
+"""Fixed apart from the training seed, so that runs with different seeds are judged on the same images."""
+MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
+
+
+class DataError(ValueError):
+    """A source that holds no usable labelled images."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images`` (N, H, W, 3) uint8 RGB and their ``labels`` (N,) int64."""
+
+    images: Pixels
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a source. ``test`` is for ``train.evaluate`` alone."""
+
+    source: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    skipped: tuple[str, ...] = field(default=())
+    """Files that could not be read, each with the reason."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.train.images.shape[1], self.train.images.shape[2]
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each RGB channel of the training pixels, in units of 0..255."""
+        count = self.train.images[..., 0].size
+        values = np.arange(256)
+        histograms = [np.bincount(self.train.images[..., c].reshape(-1), minlength=256) / count for c in range(3)]
+        means = [float(h @ values) for h in histograms]
+        stds = [float((h @ (values - m) ** 2) ** 0.5) for h, m in zip(histograms, means, strict=True)]
+        return tuple(round(m, 3) for m in means), tuple(round(s, 3) for s in stds)
+
+    def sha256(self) -> str:
+        """Hash of every pixel and label of every split: the same data gives the same hash from any container."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for split in (self.train, self.val, self.test):
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(split.labels.tobytes())
+        return digest.hexdigest()
+
+
+File = tuple[str, bytes]
+"""A path relative to the source's root, and the file's content."""
+
+
+def load(source: str, size: tuple[int, int] | None = None) -> Data:
+    """Read ``source`` whole into memory, at ``size`` (height, width) or at a size chosen from the training images.
+
+    Raises ``DataError`` when the source is missing, offline, or has fewer than two classes or an empty split.
+    """
+    if source == CIFAR10:
+        return _load_cifar10()
+    files = sorted(_read_files(Path(source)))
+    splits = _arrange(source, [name for name, _ in files])
+    classes = tuple(sorted({PurePosixPath(name).parts[-2] for names in splits.values() for name in names}))
+    if len(classes) < 2:
+        raise DataError(f"{source}: found classes {list(classes)}; expected at least two folders of images")
+    content = dict(files)
+    size = size or _choose_size(content[name] for name in splits["train"])
+    skipped: list[str] = []
+    train, val, test = (
+        _decode_split(name, splits[name], content, classes, size, skipped) for name in ("train", "val", "test")
+    )
+    return Data(source, classes, train, val, test, tuple(skipped))
+
+
+def _load_cifar10() -> Data:
+    from torchvision.datasets import CIFAR10 as TorchvisionCifar10
+
+    try:
+        train, test = (TorchvisionCifar10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cifar10: cannot be downloaded ({error}); expected a network connection, the extracted archive in "
+            f"{DOWNLOADS}/, or a folder of images as the source"
+        ) from error
+    labels = np.asarray(train.targets, np.int64)
+    held_out = _stratified(labels.tolist(), VALIDATION_SHARE)
+    return Data(
+        CIFAR10,
+        tuple(train.classes),
+        Split(train.data[~held_out], labels[~held_out]),
+        Split(train.data[held_out], labels[held_out]),
+        Split(test.data, np.asarray(test.targets, np.int64)),
+    )
+
+
+def _read_files(root: Path) -> Iterator[File]:
+    if root.is_dir():
+        for path in root.rglob("*"):
+            if path.is_file():
+                yield path.relative_to(root).as_posix(), path.read_bytes()
+        return
+    try:
+        with tarfile.open(root) as archive:
+            for member in archive:
+                if content := archive.extractfile(member):
+                    yield PurePosixPath(member.name).as_posix(), content.read()
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
+
+
+def _arrange(source: str, names: list[str]) -> dict[str, list[str]]:
+    """File names by split; the class of a file is the folder it lies in."""
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if len(parts) >= 2 and not any(part.startswith(".") for part in parts):
+            by_folder.setdefault(parts[-3] if len(parts) >= 3 else "", []).append(name)
+    if "train" in by_folder:
+        if "test" not in by_folder:
+            raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
+        train, test = by_folder["train"], by_folder["test"]
+    else:
+        flat = [name for group in by_folder.values() for name in group]
+        train, test = _hold_out(sorted(flat), TEST_SHARE)
+    train, val = _hold_out(train, VALIDATION_SHARE)
+    return {"train": train, "val": val, "test": test}
+
+
+def _hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
+    held_out = _stratified([PurePosixPath(name).parts[-2] for name in names], share)
+    pairs = list(zip(names, held_out.tolist(), strict=True))
+    return [name for name, held in pairs if not held], [name for name, held in pairs if held]
+
+
+def _stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]:
+    """A mask over ``labels`` that holds out ``share`` of each class, at least one of it, at random but seeded."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    values = np.asarray(labels)
+    mask = np.zeros(len(values), bool)
+    for value in np.unique(values):
+        members = np.flatnonzero(values == value)
+        mask[rng.choice(members, max(1, round(share * len(members))), replace=False)] = True
+    return mask
+
+
+def _choose_size(contents: Iterable[bytes]) -> tuple[int, int]:
+    """A square of the median shorter side of the training images, in steps of 8 between 16 and 224 pixels."""
+    sides = []
+    for content in contents:
+        try:
+            header = read_header(content)
+        except ImageError:
+            continue
+        sides.append(min(header.width, header.height))
+    if not sides:
+        raise DataError("no training image could be read")
+    side = round(statistics.median(sides) / SIDE_STEP) * SIDE_STEP
+    return (min(max(side, MIN_SIDE), MAX_SIDE),) * 2
+
+
+def _decode_split(
+    split: str,
+    names: list[str],
+    content: dict[str, bytes],
+    classes: tuple[str, ...],
+    size: tuple[int, int],
+    skipped: list[str],
+) -> Split:
+    images: list[Pixels] = []
+    labels: list[int] = []
+    for name in tqdm(names, desc=f"decode {split}", unit="img", leave=False, disable=None):
+        try:
+            images.append(preprocess(content[name], size))
+        except ImageError as error:
+            skipped.append(f"{name}: {error}")
+            continue
+        labels.append(classes.index(PurePosixPath(name).parts[-2]))
+    if not images:
+        raise DataError(f"split {split!r} has no readable image among {len(names)} files")
+    return Split(np.stack(images), np.asarray(labels, np.int64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    data = load(parser.parse_args().source)
+    print(f"{data.source}: {len(data.classes)} classes, input {data.input_size}, sha256 {data.sha256()[:16]}")
+    for name in ("train", "val", "test"):
+        split: Split = getattr(data, name)
+        counts = Counter(split.labels.tolist())
+        print(f"  {name:5} {len(split):6}  " + " ".join(f"{c}={counts[i]}" for i, c in enumerate(data.classes)))
+    print(f"  skipped {len(data.skipped)}", *data.skipped, sep="\n    ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Train the network on a source of labelled images.
+
+    python -m train.fit SOURCE --name cifar10_cnn --out runs/cifar10_cnn [--resume]
+
+Writes to ``--out``: ``config.json``, ``checkpoint.safetensors`` after every epoch (weights, momentum and position, no
+pickle) and ``run.json`` (the command, data, figures of each epoch, wall time). Ctrl-C or a kill loses the unfinished
+epoch at most: ``--resume`` goes on from the last finished one, and an epoch's random numbers depend on the seed and on
+its index alone, so the resumed run is the same run.
+
+The recipe is SGD with Nesterov momentum on a triangular schedule, label smoothing, alternating flip, translation and
+cutout, in the manner of David Page's "How to Train Your ResNet" (2018) and of cifar10-airbench (arXiv:2404.00498).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model.config import ModelConfig
+from model.network import ConvNet
+from train.data import Data, DataError, Split, load
+
+CONFIG, CHECKPOINT, RUN = "config.json", "checkpoint.safetensors", "run.json"
+SMALLEST_MAP = 3
+"""Stages halve the input until it is about this small."""
+WHITENING_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters; each is a flag of the same name."""
+
+    epochs: int = 28
+    batch_size: int = 256
+    lr: float = 0.25
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.2
+    """Share of the steps in which the learning rate rises, before it falls to zero; both linearly."""
+    label_smoothing: float = 0.1
+    translate: float = 0.125
+    """Largest shift, as a share of the image's side; the border is reflected."""
+    cutout: float = 0.3125
+    """Side of the square that is blanked, as a share of the image's side."""
+    width: int = 64
+    """Channels of the first stage; later ones have four times as many."""
+    depth: int = 3
+    seed: int = 0
+
+
+def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
+    """What follows from the data: classes, size and normalisation; and as many stages as the size allows."""
+    mean, std = data.channel_statistics()
+    stages, side = 0, min(data.input_size)
+    while side // 2 >= SMALLEST_MAP:
+        stages, side = stages + 1, side // 2
+    return ModelConfig.model_validate(
+        {
+            "name": name,
+            "classes": data.classes,
+            "input_size": data.input_size,
+            "mean": mean,
+            "std": std,
+            "widths": (recipe.width, *(4 * recipe.width,) * (stages - 1)),
+            "depth": recipe.depth,
+        }
+    )
+
+
+class Augmented:
+    """Shuffled, augmented batches of a training split, on a device.
+
+    Flip and translation are one gather of row and column indexes, so that they cost no interpolation. The flip
+    alternates: an image flipped in one epoch is not in the next (Jordan, 2024).
+    """
+
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device) -> None:
+        self.images = torch.from_numpy(split.images).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.recipe, self.device = recipe, device
+        self.flip_parity = torch.randint(0, 2, (len(split),), generator=self._generator(-1))
+
+    def __len__(self) -> int:
+        return max(1, len(self.labels) // self.recipe.batch_size)
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch + 1)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images (B, H, W, 3) uint8 and labels (B,)."""
+        generator = self._generator(epoch)
+        for index in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
+            flip = (self.flip_parity[index] + epoch) % 2 == 1
+            images = self._shift(index.to(self.device), flip, generator)
+            yield self._cutout(images, generator), self.labels[index.to(self.device)]
+
+    def _shift(self, index: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
+        height, width = self.images.shape[1:3]
+        rows = self._shifted(len(index), height, generator)
+        columns = self._shifted(len(index), width, generator)
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+        rows, columns = rows.to(self.device), columns.to(self.device)
+        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _shifted(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        reach = int(self.recipe.translate * side)
+        shift = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
+        index = (torch.arange(side) + shift).abs()
+        return torch.where(index >= side, 2 * (side - 1) - index, index)
+
+    def _cutout(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        count, height, width = images.shape[:3]
+
+        def band(side: int) -> Tensor:
+            size = int(self.recipe.cutout * side)
+            start = torch.randint(-size // 2, side - size // 2 + 1, (count, 1), generator=generator)
+            position = torch.arange(side) - start
+            return ((position >= 0) & (position < size)).to(self.device)
+
+        hole = band(height)[:, :, None] & band(width)[:, None, :]
+        mean = images.float().mean(dim=(1, 2), keepdim=True).to(torch.uint8)
+        return torch.where(hole[..., None], mean, images)
+
+
+@torch.no_grad()
+def accuracy(network: ConvNet, split: Split, device: torch.device, batch_size: int = 500) -> float:
+    """Share of ``split`` that ``network`` gets right, evaluated as it was trained (mixed precision)."""
+    network.eval()
+    hits = 0
+    for start in range(0, len(split), batch_size):
+        images = torch.from_numpy(split.images[start : start + batch_size]).to(device)
+        labels = torch.from_numpy(split.labels[start : start + batch_size]).to(device)
+        with autocast(device):
+            hits += int((network(images).argmax(1) == labels).sum())
+    network.train()
+    return hits / len(split)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """FP16 on CUDA, bfloat16 elsewhere."""
+    return torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16)
+
+
+class Fit:
+    """One training run: a network, its optimiser, and where in the schedule it stands."""
+
+    def __init__(self, config: ModelConfig, data: Data, recipe: Recipe, out: Path, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.data, self.out, self.device = recipe, data, out, device
+        self.network = ConvNet(config).to(device)
+        self.network.init_whitening(torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device))
+        self.batches = Augmented(data.train, recipe, device)
+        self.parameters = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        decayed = [p for p in self.parameters.values() if p.ndim > 1]
+        rest = [p for p in self.parameters.values() if p.ndim == 1]
+        self.optimizer = torch.optim.SGD(
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest}],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._triangle)
+        self.epochs_done = 0
+        self.history: list[dict[str, float]] = []
+
+    def _triangle(self, step: int) -> float:
+        total = self.recipe.epochs * len(self.batches)
+        rise = max(1, int(self.recipe.warmup * total))
+        return min((step + 1) / rise, max(0, total - step) / (total - rise + 1))
+
+    def run(self, progress: tqdm[None]) -> None:
+        """Train to the last epoch, a checkpoint after each."""
+        while self.epochs_done < self.recipe.epochs:
+            started = time.perf_counter()
+            loss, hits = self._epoch(progress)
+            seconds = time.perf_counter() - started
+            self.epochs_done += 1
+            self.history.append(
+                {
+                    "epoch": self.epochs_done,
+                    "loss": round(loss, 4),
+                    "train_accuracy": round(hits, 4),
+                    "val_accuracy": round(accuracy(self.network, self.data.val, self.device), 4),
+                    "images_per_s": round(len(self.data.train) / seconds, 1),
+                    "seconds": round(seconds, 1),
+                }
+            )
+            self.save()
+            progress.write("  ".join(f"{key} {value:g}" for key, value in self.history[-1].items()))
+
+    def _epoch(self, progress: tqdm[None]) -> tuple[float, float]:
+        self.network.train()
+        losses, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        done = 0
+        for images, labels in self.batches.epoch(self.epochs_done):
+            with autocast(self.device):
+                logits = self.network(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.schedule.step()
+            losses += loss.detach() * len(labels)
+            hits += (logits.detach().argmax(1) == labels).sum()
+            done += len(labels)
+            progress.update(len(labels))
+            progress.set_postfix(epoch=self.epochs_done + 1, loss=f"{losses / done:.3f}", acc=f"{hits / done:.3f}", refresh=False)
+        return float(losses / done), float(hits / done)
+
+    def save(self) -> None:
+        """Write the checkpoint and ``run.json``; a kill in mid-write leaves the previous checkpoint whole."""
+        tensors = {f"network.{n}": t.contiguous() for n, t in self.network.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            if "momentum_buffer" in (state := self.optimizer.state[parameter]):
+                tensors[f"momentum.{name}"] = state["momentum_buffer"].contiguous()
+        position = {
+            "recipe": asdict(self.recipe),
+            "epochs_done": self.epochs_done,
+            "scale": self.scaler.get_scale(),
+            "history": self.history,
+        }
+        partial = self.out / (CHECKPOINT + ".partial")
+        save_file(tensors, partial, metadata={"position": json.dumps(position)})
+        partial.replace(self.out / CHECKPOINT)
+
+    def resume(self) -> None:
+        """Take up the checkpoint in ``out``; raises ``DataError`` when its recipe is another."""
+        with safe_open(self.out / CHECKPOINT, "pt", device=str(self.device)) as checkpoint:
+            position = json.loads(checkpoint.metadata()["position"])
+            if position["recipe"] != asdict(self.recipe):
+                raise DataError(f"{self.out / CHECKPOINT}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}")
+            tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}
+        self.network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+        for name, parameter in self.parameters.items():
+            if f"momentum.{name}" in tensors:
+                self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
+        self.epochs_done, self.history = position["epochs_done"], position["history"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": position["scale"]})
+        self.schedule.last_epoch = self.epochs_done * len(self.batches) - 1
+        self.schedule.step()
+
+
+def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
+    """What ``run.json`` and later the model card tell of a run. Seconds of earlier, resumed parts are in the history."""
+    return {
+        "command": command,
+        "source": Path(fit.data.source).name,
+        "data_sha256": fit.data.sha256(),
+        "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
+        "skipped": list(fit.data.skipped),
+        "recipe": asdict(fit.recipe),
+        "parameters": sum(p.numel() for p in fit.network.parameters()),
+        "device": torch.cuda.get_device_name() if fit.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "wall_seconds": round(time.time() - started, 1),
+        "training_seconds": round(sum(epoch["seconds"] for epoch in fit.history), 1),
+        "history": fit.history,
+    }
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--name", required=True, help="name of the model in the store")
+    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
+    for name, default in asdict(Recipe()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    options = parser.parse_args(arguments)
+    return options, Recipe(**{name: getattr(options, name) for name in asdict(Recipe())})
+
+
+def main() -> None:
+    options, recipe = parse_arguments()
+    started = time.time()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = load(options.source, (options.size,) * 2 if options.size else None)
+    for line in data.skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    config = build_config(options.name, data, recipe)
+    fit = Fit(config, data, recipe, options.out, device)
+    if options.resume:
+        fit.resume()
+    else:
+        fit.save()
+    config.save(options.out / CONFIG)
+    total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
+    print(f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, on {device}")
+    try:
+        # Without a terminal (a log file) a bar once a minute is plenty.
+        interval = 0.5 if sys.stderr.isatty() else 60
+        with tqdm(total=total, initial=done, unit="img", mininterval=interval, maxinterval=interval) as progress:
+            fit.run(progress)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; {options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs: go on with --resume")
+    command = shlex.join(["python", "-m", "train.fit", *sys.argv[1:]])
+    (options.out / RUN).write_text(json.dumps(describe_run(fit, command, started), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}")
