@@ -76,8 +76,11 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.whiten(self.normalize(images)))
-        x = self.stages(x).amax(dim=(2, 3))
+        return self.classify(self.whiten(self.normalize(images).to(self.whiten.weight.dtype)))
+
+    def classify(self, whitened: Tensor) -> Tensor:
+        """Everything behind the stem: its output to logits."""
+        x = self.stages(F.relu(whitened)).amax(dim=(2, 3))
         return self.head(x).float() * LOGIT_SCALE
 
     @torch.no_grad()
@@ -92,3 +95,12 @@ class ConvNet(nn.Module):
         assert self.whiten.bias is not None
         self.whiten.bias.zero_()
         self.whiten.weight.requires_grad_(False)
+
+
+def halve(network: ConvNet) -> ConvNet:
+    """``network`` with FP16 convolutions and head; BatchNorm and normalisation stay FP32, where FP16 loses digits."""
+    network.half()
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, Normalize)):
+            module.float()
+    return network

@@ -1,0 +1,104 @@
+"""A trained classifier on disk: the one place that knows the names of its files, and that proves they are intact.
+
+    config.json          classes, input size, normalisation, temperature
+    model.safetensors    weights; convolutions and the head rounded to FP16, everything else FP32
+    model.onnx           the same weights for ONNX Runtime, uint8 NHWC in, FP32 logits out
+    model.int8.onnx      the same, statically quantised
+    reference.npz        a few images and the logits that each format must reproduce on any machine
+    card.json            metrics, provenance, and the SHA-256 of every file above
+
+No file holds a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.config import ModelConfig
+from model.preprocess import Pixels
+
+Logits = NDArray[np.float32]
+
+CONFIG, WEIGHTS, ONNX, ONNX_INT8 = "config.json", "model.safetensors", "model.onnx", "model.int8.onnx"
+REFERENCE, CARD = "reference.npz", "card.json"
+HASHED = (CONFIG, WEIGHTS, ONNX, ONNX_INT8, REFERENCE)
+VERSION_LENGTH = 12
+
+
+class ArtifactError(ValueError):
+    """An artifact with a missing, altered or unreadable file."""
+
+
+class Reference(NamedTuple):
+    """``images`` (N, H, W, 3) uint8; ``logits`` (N, K) in FP32 and ``logits_int8`` (N, K) of the quantised format."""
+
+    images: Pixels
+    logits: Logits
+    logits_int8: Logits
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact directory."""
+
+    path: Path
+    config: ModelConfig
+    card: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Read ``path`` and verify the hash of every file; raises ``ArtifactError`` naming the file that is wrong."""
+        try:
+            card = json.loads((path / CARD).read_bytes())
+            expected = {name: card["files"][name]["sha256"] for name in HASHED}
+            actual = {name: _sha256(path / name) for name in HASHED}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole artifact: {error!r}") from error
+        for name in HASHED:
+            if actual[name] != expected[name]:
+                raise ArtifactError(f"{path / name}: sha256 {actual[name]}; expected {expected[name]} of {CARD}")
+        return cls(path, ModelConfig.load(path / CONFIG), card)
+
+    @property
+    def version(self) -> str:
+        """Twelve hex digits that follow from the content, so that the same files are the same version everywhere."""
+        return _sha256(self.path / CARD)[:VERSION_LENGTH]
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def onnx(self) -> Path:
+        return self.path / ONNX
+
+    @property
+    def onnx_int8(self) -> Path:
+        return self.path / ONNX_INT8
+
+    def reference(self) -> Reference:
+        with np.load(self.path / REFERENCE, allow_pickle=False) as arrays:
+            return Reference(**{name: arrays[name] for name in Reference._fields})
+
+
+def save_reference(path: Path, reference: Reference) -> None:
+    np.savez_compressed(path / REFERENCE, **reference._asdict())
+
+
+def seal(path: Path, card: dict[str, Any]) -> Artifact:
+    """Write ``card.json`` with the hash and size of every file, and return the artifact as any loader will see it."""
+    files = {name: {"sha256": _sha256(path / name), "bytes": (path / name).stat().st_size} for name in HASHED}
+    (path / CARD).write_text(json.dumps({**card, "files": files}, indent=2) + "\n")
+    return Artifact.load(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,137 @@
+"""The queue in front of an engine: adaptive batches, and admission by images.
+
+Work-conserving: an engine that is free takes what waits at once, so that batches grow only while it is busy. Nothing is
+held back in the hope of a fuller batch (compare the timeout of Crankshaw et al., "Clipper", NSDI 2017).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.artifact import Logits
+from model.preprocess import Pixels
+
+Engine = Callable[[Pixels], Awaitable[Logits]]
+"""(N, H, W, 3) uint8 to (N, K) float32 logits, without blocking the event loop."""
+
+RATE_MEMORY = 0.9
+"""Weight of the past in the moving average of the drain rate."""
+
+
+class QueueFullError(RuntimeError):
+    """More images wait than the limit; ``retry_after`` is in whole seconds."""
+
+    def __init__(self, waiting: int, limit: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} images are waiting; expected at most {limit}: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+@dataclass
+class _Job:
+    images: Pixels
+    result: asyncio.Future[Logits]
+
+
+class Batcher:
+    """Groups the images of concurrent callers into batches of at most ``max_batch`` for ``engine``.
+
+    ``concurrency`` batches may be under way at once: one for an engine in this process, more to keep a remote one busy.
+    ``observe`` is told the size of each batch. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_batch: int,
+        max_queue: int,
+        concurrency: int = 1,
+        observe: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._engine, self._max_batch, self._max_queue = engine, max_batch, max_queue
+        self._concurrency, self._observe = concurrency, observe
+        self._jobs: deque[_Job] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+        self._images_per_second = 0.0
+        self.waiting = 0
+        """Images that no engine has taken yet."""
+
+    async def __call__(self, images: Pixels) -> Logits:
+        """Logits (N, K) of ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
+
+        A caller that is cancelled, because it hung up or ran out of time, is never computed unless its batch is
+        already under way. Raises ``QueueFullError`` when the images do not fit into the queue, and whatever the engine
+        raised for their batch.
+        """
+        if self.waiting + len(images) > self._max_queue:
+            raise QueueFullError(self.waiting, self._max_queue, self._retry_after())
+        loop = asyncio.get_running_loop()
+        parts = [images[i : i + self._max_batch] for i in range(0, len(images), self._max_batch)]
+        jobs = [_Job(part, loop.create_future()) for part in parts]
+        self._jobs.extend(jobs)
+        self.waiting += len(images)
+        self._start()
+        results = await asyncio.gather(*(job.result for job in jobs))
+        return results[0] if len(results) == 1 else np.concatenate(results)
+
+    def _retry_after(self) -> int:
+        """Seconds until the queue as it stands has drained, at the rate seen lately."""
+        return max(1, math.ceil(self.waiting / self._images_per_second)) if self._images_per_second else 1
+
+    def _start(self) -> None:
+        if self._jobs and len(self._running) < self._concurrency:
+            task = asyncio.get_running_loop().create_task(self._drain())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _drain(self) -> None:
+        while batch := self._take():
+            started = time.monotonic()
+            size = sum(len(job.images) for job in batch)
+            self._observe(size)
+            try:
+                logits = await self._engine(
+                    batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+                )
+            except Exception as error:
+                for job in batch:
+                    _settle(job, error)
+                continue
+            self._remember(size / max(time.monotonic() - started, 1e-6))
+            start = 0
+            for job in batch:
+                _settle(job, logits[start : start + len(job.images)])
+                start += len(job.images)
+
+    def _take(self) -> list[_Job]:
+        """The next batch: jobs in order of arrival while they fit, without those whose caller has gone."""
+        batch: list[_Job] = []
+        room = self._max_batch
+        while self._jobs and len(self._jobs[0].images) <= room:
+            job = self._jobs.popleft()
+            self.waiting -= len(job.images)
+            if not job.result.done():
+                batch.append(job)
+                room -= len(job.images)
+        return batch
+
+    def _remember(self, rate: float) -> None:
+        past = self._images_per_second or rate
+        self._images_per_second = RATE_MEMORY * past + (1 - RATE_MEMORY) * rate
+
+
+def _settle(job: _Job, outcome: Logits | Exception) -> None:
+    """Answer a job, unless its caller has gone."""
+    if job.result.done():
+        return
+    if isinstance(outcome, Exception):
+        job.result.set_exception(outcome)
+    else:
+        job.result.set_result(outcome)

@@ -1,0 +1,98 @@
+"""The engines that turn pixels into logits, behind one protocol.
+
+``torch`` and ``onnxruntime`` are imported by the engine that needs them, so that serving on a CPU never loads torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from model.artifact import Artifact, Logits
+from model.preprocess import Pixels
+
+TORCH, ONNX, ONNX_INT8 = "torch", "onnx", "onnx-int8"
+RUNTIMES = (TORCH, ONNX, ONNX_INT8)
+
+
+class RuntimeUnavailableError(RuntimeError):
+    """A runtime whose name, library or hardware is missing here."""
+
+
+class Runtime(Protocol):
+    """An engine with a model loaded. Called from one thread at a time."""
+
+    name: str
+
+    def __call__(self, images: Pixels) -> Logits:
+        """(N, H, W, 3) uint8 RGB to (N, K) float32 uncalibrated logits."""
+        ...
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU, in FP32 or INT8."""
+
+    def __init__(self, path: Path, name: str, threads: int = 1) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Workers share the cores: a thread that spins while it waits takes them from the others.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.name = name
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: Pixels) -> Logits:
+        (logits,) = self._session.run(None, {"images": images})
+        return np.asarray(logits, np.float32)
+
+
+class TorchRuntime:
+    """PyTorch: FP16 with FP32 BatchNorm on CUDA, FP32 on the CPU."""
+
+    name = TORCH
+
+    def __init__(self, artifact: Artifact, threads: int = 1, device_index: int = 0) -> None:
+        try:
+            import torch
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise RuntimeUnavailableError(f"runtime 'torch' needs the packages of requirements.txt: {error}") from error
+        from model.network import ConvNet, halve
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._device = torch.device(f"cuda:{device_index}" if torch.cuda.is_available() else "cpu")
+        network = ConvNet(artifact.config)
+        network.load_state_dict(load_file(artifact.weights))
+        self._network = (halve(network) if self._device.type == "cuda" else network).to(self._device).eval()
+
+    def __call__(self, images: Pixels) -> Logits:
+        with self._torch.inference_mode():
+            logits = self._network(self._torch.from_numpy(images).to(self._device))
+        return np.asarray(logits.cpu(), np.float32)
+
+
+def cuda_devices() -> int:
+    """How many NVIDIA GPUs this machine has; asks the driver, so that torch need not be loaded to find none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
+
+
+def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:
+    """Load ``artifact`` into the runtime called ``name``, with ``threads`` on a CPU or on GPU ``device_index``.
+
+    Raises ``RuntimeUnavailableError`` for an unknown name or a library that is not installed.
+    """
+    if name == TORCH:
+        return TorchRuntime(artifact, threads, device_index)
+    if name in (ONNX, ONNX_INT8):
+        return OnnxRuntime(artifact.onnx_int8 if name == ONNX_INT8 else artifact.onnx, name, threads)
+    raise RuntimeUnavailableError(f"runtime {name!r}; expected one of {', '.join(RUNTIMES)}")

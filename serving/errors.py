@@ -1,0 +1,57 @@
+"""The one form of every error: ``{"error": {"code", "message", "request_id"}}``, whatever layer it comes from."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import orjson
+from starlette.responses import Response
+
+from model.batching import QueueFullError
+from model.preprocess import ImageError, TooManyPixelsError, UnsupportedFormatError
+from serving.context import request_id
+
+ERROR_HEADER = "x-error-code"
+"""On every error reply of ours; an error reply without it comes from another layer and is rewritten."""
+
+
+class ApiError(Exception):
+    """Something to tell the caller: a stable ``code``, a message that names the value, and an HTTP status."""
+
+    def __init__(self, status: HTTPStatus, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.headers = status, code, message, headers or {}
+
+    def body(self) -> dict[str, object]:
+        return {"error": {"code": self.code, "message": self.message, "request_id": request_id.get()}}
+
+    def response(self) -> Response:
+        headers = {**self.headers, ERROR_HEADER: self.code}
+        return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
+
+
+def from_exception(error: Exception) -> ApiError:
+    """What ``error`` means to the caller; anything unforeseen is a 500 that tells nothing."""
+    match error:
+        case ApiError():
+            return error
+        case TooManyPixelsError():
+            return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_many_pixels", str(error))
+        case UnsupportedFormatError():
+            return ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", str(error))
+        case ImageError():
+            return ApiError(HTTPStatus.BAD_REQUEST, "invalid_image", str(error))
+        case QueueFullError():
+            retry = {"retry-after": str(error.retry_after)}
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", str(error), retry)
+        case TimeoutError():
+            return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "the request was not answered in time")
+        case _:
+            return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the server failed; see its log")
+
+
+def from_status(status: int) -> ApiError:
+    """The error for a reply of another layer, of which only the status is trusted."""
+    known = HTTPStatus(status)
+    code = "not_ready" if known == HTTPStatus.SERVICE_UNAVAILABLE else known.name.lower()
+    return ApiError(known, code, known.description or known.phrase)

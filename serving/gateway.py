@@ -1,0 +1,109 @@
+"""The outermost ASGI layer: request ids, known paths only, one form for every error, one log line a request.
+
+It stands outside BentoML's own middlewares, so that an unknown path makes no new metric series there, and what they
+answer by themselves is rewritten like everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving import metrics
+from serving.context import choose_request_id, request_id
+from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
+
+logger = logging.getLogger("classifier.access")
+
+REQUEST_ID_HEADER = "x-request-id"
+UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
+STATIC = "/static_content/"
+"""Prefix of the files of BentoML's own page at ``/``."""
+
+
+class Gateway:
+    """Wraps ``app``, which answers on ``paths``."""
+
+    def __init__(self, app: ASGIApp, paths: Collection[str], log_requests: bool) -> None:
+        self._app, self._paths, self._log_requests = app, frozenset(paths), log_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._handle(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        chosen = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        token = request_id.set(chosen)
+        reply = _Reply(scope, receive, send, chosen)
+        try:
+            if scope["path"] in self._paths or scope["path"].startswith(STATIC):
+                await self._app(scope, receive, reply)
+            else:
+                await reply.fail(from_status(HTTPStatus.NOT_FOUND))
+        except Exception as error:
+            logger.exception("unhandled error")
+            await reply.fail(from_exception(error))
+        finally:
+            if reply.code:
+                metrics.REJECTED.labels(reply.code).inc()
+            if self._log_requests and scope["path"] not in UNLOGGED:
+                self._log(scope, reply, time.perf_counter() - started)
+            request_id.reset(token)
+
+    def _log(self, scope: Scope, reply: _Reply, seconds: float) -> None:
+        fields: MutableMapping[str, Any] = {
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": reply.status,
+            "ms": round(1000 * seconds, 2),
+        }
+        if reply.code:
+            fields["code"] = reply.code
+        logger.info("request", extra=fields)
+
+
+class _Reply:
+    """Passes a reply on with the request id; an error reply of another layer is replaced by one of ours."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, chosen_id: str) -> None:
+        self._scope, self._receive, self._send, self._id = scope, receive, send, chosen_id
+        self._foreign: ApiError | None = None
+        self.status = 0
+        self.code = ""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif self._foreign is None:
+            await self._send(message)
+        elif not message.get("more_body", False):
+            await self.fail(self._foreign)
+
+    async def _begin(self, message: Message) -> None:
+        headers = MutableHeaders(scope=message)
+        if message["status"] >= HTTPStatus.BAD_REQUEST and ERROR_HEADER not in headers:
+            self._foreign = from_status(message["status"])
+            if "allow" in headers:
+                self._foreign.headers["allow"] = headers["allow"]
+            return
+        headers[REQUEST_ID_HEADER] = self._id
+        self.status, self.code = message["status"], headers.get(ERROR_HEADER, "")
+        await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with ``error``, unless a reply has already begun and can only be cut short."""
+        if self.status:
+            return
+        self._foreign = None
+        await error.response()(self._scope, self._receive, self)

@@ -1,0 +1,87 @@
+"""Logging of a worker process: one JSON line per event, with the request's id, and never an image's content.
+
+Console: everything from ``LOG_LEVEL``. ``LOG_DIRECTORY``: WARNING and above, rotating. ``SMTP_HOST``: CRITICAL by mail,
+sent from a thread of its own so that a slow mail server never holds up a request.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+from collections.abc import Iterator
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler, SMTPHandler
+
+from pythonjsonlogger.orjson import OrjsonFormatter
+
+from serving.context import request_id
+from settings import Settings
+
+ROTATE_BYTES, ROTATE_FILES = 10 * 2**20, 5
+SMTP_TIMEOUT = 10.0
+
+
+class RequestFilter(logging.Filter):
+    """Puts the current request's id and this process on every record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get()
+        return True
+
+
+def configure(settings: Settings, process_name: str) -> None:
+    """Replace every handler of this process by ours; ``process_name`` tells its lines and its file from others'."""
+    formatter = OrjsonFormatter(
+        "{asctime}{levelname}{name}{message}{request_id}",
+        style="{",
+        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        static_fields={"process": process_name, "pid": os.getpid()},
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+    )
+    root = logging.getLogger()
+    root.setLevel(settings.log_level)
+    root.handlers.clear()
+    for handler in _handlers(settings, process_name):
+        handler.setFormatter(formatter)
+        handler.addFilter(RequestFilter())
+        root.addHandler(handler)
+    # The server's own loggers came with handlers and levels of their own; these lines belong in the same stream.
+    for name in ("bentoml", "uvicorn.error", "circus"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def _handlers(settings: Settings, process_name: str) -> Iterator[logging.Handler]:
+    yield logging.StreamHandler()
+    if settings.log_directory:
+        settings.log_directory.mkdir(parents=True, exist_ok=True)
+        # A file a process: two processes that rotate one file lose lines.
+        path = settings.log_directory / f"{process_name}.log"
+        file = RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_FILES, encoding="utf-8")
+        file.setLevel(logging.WARNING)
+        yield file
+    if settings.smtp_host:
+        yield _mail(settings)
+
+
+def _mail(settings: Settings) -> logging.Handler:
+    assert settings.smtp_host and settings.smtp_to
+    password = settings.smtp_password.get_secret_value() if settings.smtp_password else ""
+    mail = SMTPHandler(
+        (settings.smtp_host, settings.smtp_port),
+        settings.smtp_from,
+        settings.smtp_to.split(","),
+        "CRITICAL: classifier",
+        credentials=(settings.smtp_user, password) if settings.smtp_user else None,
+        secure=() if settings.smtp_user else None,
+        timeout=SMTP_TIMEOUT,
+    )
+    waiting: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    listener = QueueListener(waiting, mail)
+    listener.start()
+    atexit.register(listener.stop)
+    handler = QueueHandler(waiting)
+    handler.setLevel(logging.CRITICAL)
+    return handler

@@ -1,0 +1,42 @@
+"""Prometheus metrics of our own; BentoML's ``/metrics`` exposes them and adds them up over worker processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram
+
+STAGE_SECONDS = Histogram(
+    "classifier_stage_seconds",
+    "Time in one stage of a request: read, decode, classify (queue and engine) or reply; infer is one batch.",
+    ["stage"],
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
+)
+BATCH_IMAGES = Histogram(
+    "classifier_batch_images", "Images in one batch of an engine.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
+)
+IMAGES = Counter("classifier_images_total", "Images classified, by verdict.", ["class_name"])
+CONFIDENCE = Histogram(
+    "classifier_confidence",
+    "Calibrated probability of the verdict.",
+    buckets=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1),
+)
+REJECTED = Counter("classifier_rejected_total", "Requests and images answered with an error, by its code.", ["reason"])
+QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
+MODEL_INFO = Gauge(
+    "classifier_model_info",
+    "Constant 1; the labels say what is served.",
+    ["model", "version", "runtime", "topology"],
+    multiprocess_mode="livemax",
+)
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        STAGE_SECONDS.labels(stage).observe(time.perf_counter() - started)

@@ -1,0 +1,183 @@
+"""Requests to image bytes, in each of the three forms; bounded while reading, and never a temporary file or a fetch.
+
+    multipart/form-data   field ``image``, or ``images`` once for each image of a batch
+    image/*               the body is the image
+    application/json      {"image": "<base64 or data URL>"} or {"images": [...]}
+"""
+
+from __future__ import annotations
+
+import binascii
+from http import HTTPStatus
+
+import orjson
+from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser, parse_options_header
+from starlette.requests import Request
+
+from serving.errors import ApiError
+from settings import Settings
+
+JSON, MULTIPART = "application/json", "multipart/form-data"
+Item = bytes | ApiError
+"""One image of a batch, or what is wrong with it."""
+
+
+def bad_request(message: str) -> ApiError:
+    return ApiError(HTTPStatus.BAD_REQUEST, "invalid_request", message)
+
+
+def too_large(message: str) -> ApiError:
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
+
+
+async def read_image(request: Request, settings: Settings) -> bytes:
+    """The one image of a ``/classify`` request; raises ``ApiError``."""
+    media_type, options = _content_type(request)
+    if media_type.startswith("image/"):
+        return await _read_body(request, settings.max_image_bytes)
+    body = await _read_body(request, settings.max_body_bytes)
+    if media_type == MULTIPART:
+        images = _multipart(body, options, "image", limit=1)
+        if not images:
+            raise bad_request("the form has no file field 'image'")
+        return _bounded(images[0], settings.max_image_bytes)
+    return _bounded(_base64(_json_field(body, "image")), settings.max_image_bytes)
+
+
+async def read_images(request: Request, settings: Settings) -> list[Item]:
+    """The images of a ``/classify/batch`` request, in order; one that is wrong by itself does not spoil the others."""
+    media_type, options = _content_type(request)
+    if media_type.startswith("image/"):
+        raise _unsupported(media_type, JSON, MULTIPART)
+    body = await _read_body(request, settings.max_body_bytes)
+    limit = settings.max_request_images
+    if media_type == MULTIPART:
+        images: list[Item] = [*_multipart(body, options, "images", limit)]
+    else:
+        values = _json_field(body, "images")
+        if not isinstance(values, list):
+            raise bad_request(f"'images' is {_kind(values)}; expected a list of base64 strings or data URLs")
+        _check_count(len(values), limit)
+        images = [_attempt(value) for value in values]
+    if not images:
+        raise bad_request("the request has no images; expected at least one in 'images'")
+    return [_limit(image, settings.max_image_bytes) for image in images]
+
+
+def _content_type(request: Request) -> tuple[str, dict[str, str]]:
+    if encoding := request.headers.get("content-encoding"):
+        raise ApiError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            f"content-encoding {encoding[:40]!r}; expected a body without one",
+        )
+    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    media_type = media_type.lower()
+    if media_type not in (JSON, MULTIPART) and not media_type.startswith("image/"):
+        raise _unsupported(media_type, JSON, MULTIPART, "image/*")
+    return media_type, options
+
+
+def _unsupported(media_type: str, *expected: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        "unsupported_media_type",
+        f"content-type {media_type[:80]!r}; expected one of {', '.join(expected)}",
+    )
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body, given up as soon as it is known to exceed ``limit`` bytes."""
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large(f"the body has {announced} bytes; expected at most {limit}")
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large(f"the body has more than {limit} bytes")
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _multipart(body: bytes, options: dict[str, str], field: str, limit: int) -> list[bytes]:
+    """The contents of every part called ``field``, in order."""
+    boundary = options.get("boundary")
+    if not boundary:
+        raise bad_request("the content-type has no boundary")
+    parts: list[bytes] = []
+    collecting = False
+    try:
+        with PushMultipartParser(boundary, max_segment_count=limit + 16, max_header_size=8192) as parser:
+            for event in parser.parse(body):
+                if isinstance(event, MultipartSegment):
+                    collecting = event.name == field
+                    if collecting:
+                        _check_count(len(parts) + 1, limit)
+                        chunks: list[bytes] = []
+                elif event is None:
+                    if collecting:
+                        parts.append(b"".join(chunks))
+                elif collecting:
+                    chunks.append(bytes(event))
+    except ParserLimitReached as error:
+        raise too_large(f"the form is too large: {error}") from error
+    except (MultipartError, ValueError) as error:
+        raise bad_request(f"the form is malformed: {error}") from error
+    return parts
+
+
+def _check_count(count: int, limit: int) -> None:
+    if count > limit:
+        raise too_large(f"the request has more than {limit} images; expected at most {limit}")
+
+
+def _json_field(body: bytes, field: str) -> object:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise bad_request(f"the body is not JSON: {error}") from error
+    if not isinstance(document, dict) or field not in document:
+        raise bad_request(f"the JSON body has no field {field!r}")
+    return document[field]
+
+
+def _base64(value: object) -> bytes:
+    """Base64 (RFC 4648), line breaks allowed, or a data URL (RFC 2397). Any other URL is refused, never fetched."""
+    if not isinstance(value, str):
+        raise bad_request(f"an image is {_kind(value)}; expected base64 or a data URL")
+    if value[:5].lower() == "data:":
+        head, comma, value = value.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise bad_request("the data URL is not of the form data:<type>;base64,<data>")
+    try:
+        return binascii.a2b_base64("".join(value.split()), strict_mode=True)
+    except ValueError as error:
+        raise bad_request(f"the image is not base64: {error}") from error
+
+
+def _kind(value: object) -> str:
+    return {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}.get(
+        type(value), "an object"
+    )
+
+
+def _bounded(image: bytes, limit: int) -> bytes:
+    if len(image) > limit:
+        raise too_large(f"the image has {len(image)} bytes; expected at most {limit}")
+    return image
+
+
+def _attempt(value: object) -> Item:
+    try:
+        return _base64(value)
+    except ApiError as error:
+        return error
+
+
+def _limit(item: Item, limit: int) -> Item:
+    try:
+        return item if isinstance(item, ApiError) else _bounded(item, limit)
+    except ApiError as error:
+        return error

@@ -1,0 +1,63 @@
+"""What ``/docs.json`` and BentoML's clients are told of requests and replies.
+
+The inputs hand the request itself to the endpoint instead of parsing it: parsing is ``serving.requests``', where every
+mistake gets its own 4xx, and no default of BentoML's fetches URLs or writes temporary files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from _bentoml_sdk.io_models import IODescriptor
+from pydantic import BaseModel, Field
+
+
+class _Unparsed(IODescriptor):
+    @classmethod
+    async def from_http_request(cls, request: Any, serde: Any) -> Any:
+        return _Handle(request)
+
+
+class _Handle:
+    """Has the one field that the endpoint's only argument is taken from."""
+
+    model_fields: ClassVar[tuple[str, ...]] = ("request",)
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+
+
+class ClassifyInput(_Unparsed):
+    image: Path = Field(description="The image file: JPEG, PNG, WebP, BMP, GIF or TIFF.")
+
+
+class BatchInput(_Unparsed):
+    images: list[Path] = Field(description="The image files, each a part of its own.")
+
+
+class Classification(BaseModel):
+    predicted_class: int = Field(description="Index of the most probable class.")
+    class_name: str
+    confidence: float = Field(ge=0, le=1, description="Calibrated probability of that class.")
+    all_probabilities: dict[str, float] = Field(description="Calibrated probability of each class index; they sum to 1.")
+    model: str = Field(description="name:version of the model.")
+    request_id: str
+
+
+class Problem(BaseModel):
+    code: str
+    message: str
+    request_id: str
+
+
+class Failure(BaseModel):
+    error: Problem
+
+
+class ClassifyOutput(Classification, IODescriptor):
+    pass
+
+
+class BatchOutput(IODescriptor):
+    results: list[Classification | Failure]

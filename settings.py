@@ -1,0 +1,95 @@
+"""Every setting of the service: read from the environment once, validated, immutable.
+
+A setting is an environment variable of the field's name in capitals: ``RUNTIME=onnx WORKERS=4 bentoml serve``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model import runtimes
+from model.preprocess import MAX_PIXELS
+
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+class SettingsError(SystemExit):
+    """A setting that cannot be used: the process stops with one line on standard error."""
+
+
+class Settings(BaseSettings):
+    """The environment, typed. Sizes are in bytes, times in seconds, queue lengths in images."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
+
+    model: str = "cifar10_cnn"
+    """``name`` or ``name:version`` in the model store; without a version the newest."""
+    runtime: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
+    """Engine: ``torch`` where there is an NVIDIA GPU, else ``onnx-int8``."""
+    topology: Literal["auto", "embedded", "runner"] = "auto"
+    """``embedded``: each API worker owns an engine. ``runner``: a process per GPU owns it. A GPU decides ``auto``."""
+    workers: int | Literal["cpu_count"] = "cpu_count"
+    """API worker processes."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one engine."""
+    max_batch: int = Field(default=32, ge=1)
+    """Images in one batch of an engine."""
+    max_queue: int = Field(default=512, ge=1)
+    """Images that may wait in one API worker; beyond it requests are answered 429."""
+    max_request_images: int = Field(default=256, ge=1)
+    """Images in one ``/classify/batch`` request."""
+    request_timeout: float = Field(default=10.0, gt=0)
+    """Deadline of a request; one that waits longer is answered 504 and never computed."""
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    """Width times height of one image, from its header."""
+    log_level: Level = "INFO"
+    log_requests: bool = True
+    """One line for each request."""
+    log_directory: Path | None = None
+    """Folder of rotating files of WARNING and above, one file a process; none by default."""
+    smtp_host: str | None = None
+    """Mail server for CRITICAL lines; none by default. ``SMTP_TO`` goes with it."""
+    smtp_port: int = Field(default=25, ge=1, le=65535)
+    smtp_from: str = "classifier@localhost"
+    smtp_to: str | None = None
+    smtp_user: str | None = None
+    smtp_password: SecretStr | None = None
+
+    def resolved_runtime(self) -> str:
+        if self.runtime != "auto":
+            return self.runtime
+        return runtimes.TORCH if runtimes.cuda_devices() else runtimes.ONNX_INT8
+
+    def resolved_topology(self) -> str:
+        if self.topology != "auto":
+            return self.topology
+        return "runner" if self.resolved_runtime() == runtimes.TORCH and runtimes.cuda_devices() else "embedded"
+
+
+def load(**overrides: Any) -> Settings:
+    """The settings; ``overrides`` take precedence over the environment. Raises ``SettingsError`` naming the value."""
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError("error: " + "; ".join(_explain(e) for e in error.errors())) from None
+    if (settings.smtp_host is None) != (settings.smtp_to is None):
+        raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")
+    if settings.max_queue < settings.max_request_images:
+        raise SettingsError(
+            f"error: MAX_QUEUE={settings.max_queue}; expected at least MAX_REQUEST_IMAGES={settings.max_request_images}"
+        )
+    return settings
+
+
+def _explain(error: Any) -> str:
+    """``RUNTIME='tpu'; expected …`` from one of pydantic's errors."""
+    name = str(error["loc"][0]).upper()
+    context = error.get("ctx", {})
+    expected = context.get("expected") or error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}={error['input']!r}; expected {expected.replace(' or ', ', ').replace(chr(39), '')}"

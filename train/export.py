@@ -1,0 +1,272 @@
+"""Turn a finished run into an artifact that serves, and refuse one whose INT8 form lost accuracy.
+
+    python -m train.export runs/cifar10_cnn SOURCE --out model/pretrained
+
+SOURCE is the data of the run: its training images calibrate INT8, its validation images fit the temperature and decide
+the parity gate. The test images are not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from model import artifact as files
+from model.artifact import Artifact, Logits, Reference, save_reference, seal
+from model.classifier import calibrated, verify
+from model.config import ModelConfig
+from model.network import ConvNet, ConvNorm, Normalize
+from model.preprocess import Pixels
+from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
+from train import fit
+from train.data import Data, DataError, Split, load
+
+MAX_INT8_LOSS = 0.003
+"""Largest share of validation images that INT8 may get wrong beyond what FP32 does."""
+CALIBRATION_IMAGES = 1024
+REFERENCE_IMAGES = 16
+BATCH = 250
+OPSET = 18
+
+
+class ParityError(RuntimeError):
+    """An export whose formats do not agree."""
+
+
+def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
+    """The configuration and the trained network of a run folder, with every matrix rounded to FP16.
+
+    Rounding first makes every format an image of the same weights, and lets the larger ones be stored in FP16.
+    """
+    config = ModelConfig.load(run / fit.CONFIG)
+    network = ConvNet(config).eval()
+    with safe_open(run / fit.CHECKPOINT, "pt") as checkpoint:
+        state = {
+            name.removeprefix("network."): checkpoint.get_tensor(name)
+            for name in checkpoint.keys()
+            if name.startswith("network.")
+        }
+    network.load_state_dict({name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()})
+    return config, network
+
+
+def _round(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """FP16 for convolutions and the head; normalisation (of pixels and batches) keeps its digits."""
+    is_matrix = name.endswith("weight") and tensor.ndim > 1
+    return tensor.half() if is_matrix else tensor
+
+
+class Folded(nn.Module):
+    """The network as inference engines like it: normalisation and BatchNorm folded into the convolutions.
+
+    A maximum commutes with a per-channel affine map of positive slope, so that a BatchNorm after pooling folds as well.
+    """
+
+    def __init__(self, network: ConvNet) -> None:
+        super().__init__()
+        self.whiten = _fold_normalize(network.whiten, network.normalize)
+        self.network = copy.deepcopy(network)
+        for stage in self.network.stages:
+            stage.reduce = _fold_norm(stage.reduce)
+            stage.refine = nn.Sequential(*(_fold_norm(block) for block in stage.refine))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network.classify(self.whiten(images.permute(0, 3, 1, 2).float()))
+
+
+def _fold_normalize(conv: nn.Conv2d, normalize: Normalize) -> nn.Conv2d:
+    """conv((x - mean) / std) as one convolution of raw pixels; exact, for the stem has no padding."""
+    folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size)  # type: ignore[arg-type]
+    with torch.no_grad():
+        weight = conv.weight / normalize.std
+        folded.weight.copy_(weight)
+        folded.bias.copy_(conv.bias - (weight * normalize.mean).sum(dim=(1, 2, 3)))  # type: ignore[union-attr, operator]
+    return folded
+
+
+def _fold_norm(block: ConvNorm) -> nn.Sequential:
+    conv, *pool, norm, relu = block
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    if pool and bool((norm.weight <= 0).any()):
+        return block
+    folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)  # type: ignore[arg-type]
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    folded.weight, folded.bias = weight, bias
+    return nn.Sequential(folded, relu, *pool)
+
+
+def export_onnx(network: ConvNet, config: ModelConfig, path: Path) -> None:
+    """Write the FP32 graph: ``images`` (N, H, W, 3) uint8 to ``logits`` (N, K) float32, any N."""
+    example = torch.zeros((2, *config.input_size, 3), dtype=torch.uint8)
+    program = torch.onnx.export(
+        Folded(network).eval(),
+        (example,),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+
+
+def store_half(path: Path) -> None:
+    """Rewrite the large constants of an ONNX file as FP16 behind a Cast, which engines fold away when they load it."""
+    model = onnx.load(path)
+    casts = []
+    for constant in model.graph.initializer:
+        if constant.data_type != TensorProto.FLOAT or len(constant.dims) < 2:
+            continue
+        name = constant.name
+        constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), name + "_fp16"))
+        casts.append(helper.make_node("Cast", [name + "_fp16"], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
+class Calibration(CalibrationDataReader):
+    """Feeds training images to the quantiser in batches."""
+
+    def __init__(self, images: Pixels) -> None:
+        self._batches: Iterator[Pixels] = iter(np.array_split(images, max(1, len(images) // BATCH)))
+
+    def get_next(self) -> dict[str, Pixels] | None:  # type: ignore[override]
+        batch = next(self._batches, None)
+        return None if batch is None else {"images": batch}
+
+
+def quantize(source: Path, target: Path, images: Pixels) -> None:
+    """Static INT8: 8-bit activations, per-channel 7-bit weights, the first and the last layer left in FP32.
+
+    Seven bits because processors without VNNI add pairs of products in 16 bits and would saturate: with them the
+    artifact gives the same answer on every x86. The stem stays FP32 because whitening subtracts nearly equal pixels.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        stem = next(node.name for node in onnx.load(prepared).graph.node if node.op_type == "Conv")
+        quantize_static(
+            prepared,
+            target,
+            Calibration(images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Add", "MaxPool"],
+            nodes_to_exclude=[stem],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+
+
+def fit_temperature(logits: Logits, labels: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    """The temperature with the least negative log-likelihood, to within one per cent."""
+    candidates = np.geomspace(0.1, 10, 464)
+    rows = np.arange(len(labels))
+    losses = [-np.log(calibrated(logits, t)[rows, labels] + 1e-12).mean() for t in candidates]
+    return round(float(candidates[int(np.argmin(losses))]), 4)
+
+
+def run_batches(runtime: OnnxRuntime, images: Pixels) -> Logits:
+    return np.concatenate([runtime(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def parity(fp32: Logits, int8: Logits, split: Split) -> dict[str, float | int]:
+    """Accuracy of both formats and how often they agree; raises ``ParityError`` beyond ``MAX_INT8_LOSS``."""
+    verdicts = fp32.argmax(1), int8.argmax(1)
+    accuracies = [float((v == split.labels).mean()) for v in verdicts]
+    if accuracies[0] - accuracies[1] > MAX_INT8_LOSS:
+        raise ParityError(
+            f"INT8 accuracy {accuracies[1]:.4f} on {len(split)} validation images, FP32 {accuracies[0]:.4f}; "
+            f"expected a loss of at most {MAX_INT8_LOSS}"
+        )
+    return {
+        "images": len(split),
+        "fp32_accuracy": round(accuracies[0], 4),
+        "int8_accuracy": round(accuracies[1], 4),
+        "agreement": round(float((verdicts[0] == verdicts[1]).mean()), 4),
+    }
+
+
+def git_commit() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def export(run: Path, data: Data, out: Path) -> Artifact:
+    """Write the artifact of ``run`` to ``out``; raises ``ParityError`` when INT8 or a runtime disagrees."""
+    out.mkdir(parents=True, exist_ok=True)
+    config, network = load_run(run)
+    if config.classes != data.classes:
+        raise DataError(f"{data.source}: classes {list(data.classes)}; expected those of the run, {list(config.classes)}")
+    weights = {name: _round(name, tensor).contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, out / files.WEIGHTS)
+    export_onnx(network, config, out / files.ONNX)
+    calibration = data.train.images[:: max(1, len(data.train) // CALIBRATION_IMAGES)]
+    quantize(out / files.ONNX, out / files.ONNX_INT8, calibration)
+    store_half(out / files.ONNX)
+
+    fp32, int8 = (OnnxRuntime(out / name, runtime) for name, runtime in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8)))
+    logits, logits_int8 = (run_batches(runtime, data.val.images) for runtime in (fp32, int8))
+    agreement = parity(logits, logits_int8, data.val)
+    config.model_copy(update={"temperature": fit_temperature(logits, data.val.labels)}).save(out / files.CONFIG)
+    samples = data.val.images[:: max(1, len(data.val) // REFERENCE_IMAGES)][:REFERENCE_IMAGES]
+    save_reference(out, Reference(samples, fp32(samples), int8(samples)))
+    card = {
+        "training": json.loads((run / fit.RUN).read_text()) if (run / fit.RUN).exists() else {},
+        "validation": agreement,
+        "git_commit": git_commit(),
+        "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "bentoml")},
+    }
+    sealed = seal(out, card)
+    for name in RUNTIMES:
+        verify(create(name, sealed), sealed)
+    return sealed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("source")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    size = ModelConfig.load(options.run / fit.CONFIG).input_size
+    sealed = export(options.run, load(options.source, size), options.out)
+    print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
+    for name, entry in sealed.card["files"].items():
+        print(f"  {name:18} {entry['bytes'] / 1e6:6.2f} MB  sha256 {entry['sha256'][:16]}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ParityError) as error:
+        sys.exit(f"error: {error}")
