@@ -1,0 +1,65 @@
+# Two commands do all the set-up on a machine with Python 3.11 and make: `make serve` and `make test`.
+
+PYTHON ?= python3.11
+PORT ?= 3000
+NAME ?= cifar10_cnn
+DATA ?= cifar10
+RUN := runs/$(NAME)
+
+VENV := .venv
+BIN := $(VENV)/bin
+# An own home keeps the models and Bentos of this checkout apart from those of others. No usage statistics are sent.
+export BENTOML_HOME ?= $(CURDIR)/.bentoml
+export BENTOML_DO_NOT_TRACK := True
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check lock train export evaluate store build clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Serving on a CPU needs no torch: a small set, and the start of the full one.
+$(VENV)/.serve: requirements-serve.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	@touch $@
+
+$(VENV)/.dev: requirements.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@ $(VENV)/.serve
+
+serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 3000)
+	$(BIN)/bentoml serve service:Classifier --port $(PORT)
+
+test: check ## set up, lint, type-check and run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## lint and types only
+	$(BIN)/ruff format --check --diff .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
+	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume)
+
+export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
+	$(BIN)/python -m train.export $(RUN) $(DATA) --out $(RUN)/artifact
+
+evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figures into the artifact's card
+	$(BIN)/python -m train.evaluate $(RUN)/artifact $(DATA)
+
+store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NAME make serve then serves it
+	$(BIN)/python -m model.store import $(RUN)/artifact
+
+build: $(VENV)/.dev ## build a Bento from this checkout
+	$(BIN)/bentoml build
+
+lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
+	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q pyproject.toml --extra gpu -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev -o requirements.txt --no-annotate --custom-compile-command "make lock"
+
+clean: ## remove everything that make made, but neither data nor runs
+	rm -rf $(VENV) .bentoml .mypy_cache .ruff_cache .pytest_cache
