@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import bentoml
@@ -20,7 +20,6 @@ import numpy as np
 import orjson
 from _bentoml_sdk.service import Service
 from bentoml.models import BentoModel
-from pydantic import Field
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,7 +28,7 @@ from starlette.types import ASGIApp
 import settings as configuration
 from model import runtimes, store
 from model.artifact import Logits
-from model.batching import Batcher
+from model.batching import Batcher, Engine
 from model.classifier import Prediction, VerificationError, check, predictions, verify
 from model.preprocess import Pixels, preprocess
 from serving import logs, metrics
@@ -53,7 +52,17 @@ RUNNER_HOPS = 4
 """Batches that one worker keeps on their way to the runner."""
 LARGE_IMAGE_BYTES = 16_384
 """From here on decoding takes longer than handing it to a thread."""
-PATHS = ("/", "/classify", "/classify/batch", "/model", "/livez", "/healthz", "/readyz", "/metrics", "/docs.json", "/schema.json")
+PATHS = (
+    "/classify",
+    "/classify/batch",
+    "/model",
+    "/livez",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/docs.json",
+    "/schema.json",
+)
 HOUR = 3600.0
 """BentoML's own time limit stands behind ours and is never reached."""
 
@@ -64,7 +73,7 @@ SHARED: dict[str, Any] = {
 }
 
 
-@bentoml.service(
+@bentoml.service(  # type: ignore[operator]  # a module of that name hides the function from mypy
     name="runner",
     workers=max(1, GPUS),
     resources={"gpu": GPUS} if GPUS else {},
@@ -85,7 +94,7 @@ class Runner:
         verify(self._runtime, artifact)
 
     @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
-    def infer(self, images: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def infer(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 pixels to (N, K) float32 logits."""
         return self._runtime(images)
 
@@ -100,13 +109,15 @@ class ClassifierService(Service[Any]):
         return Gateway(app, PATHS, settings.log_requests)
 
 
-@bentoml.service(name="classifier", workers=settings.workers, service_class=ClassifierService, **SHARED)
+@bentoml.service(  # type: ignore[operator]  # as above
+    name="classifier", workers=settings.workers, service_class=ClassifierService, **SHARED
+)
 class Classifier:
     """Classifies images: POST one to /classify, or several to /classify/batch."""
 
     artifact_model = BentoModel(TAG)
     if TOPOLOGY == "runner":
-        runner = bentoml.depends(Runner)
+        runner = bentoml.depends(Runner)  # type: ignore[call-overload]  # as above
 
     def __init__(self) -> None:
         logs.configure(settings, f"api-{bentoml.server_context.worker_index or 1}")
@@ -124,7 +135,7 @@ class Classifier:
         metrics.MODEL_INFO.labels(self._config.name, self._artifact.version, RUNTIME, TOPOLOGY).set(1)
         logger.info("loaded", extra={"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY})
 
-    def _queue(self, engine: Any, concurrency: int) -> Batcher:
+    def _queue(self, engine: Engine, concurrency: int) -> Batcher:
         return Batcher(
             engine,
             max_batch=settings.max_batch,
@@ -174,22 +185,21 @@ class Classifier:
         return Response(orjson.dumps({**about, **card}), media_type="application/json")
 
     @bentoml.api(route="/classify", input_spec=ClassifyInput, output_spec=ClassifyOutput)
-    async def classify(self, request: Any) -> Any:
+    async def classify(self, request: Request) -> Response:
         """Classify one image: multipart field ``image``, a body of type ``image/*``, or JSON with base64."""
-        return await self._answer(self._classify(request))
+        return await self._answer(self._classify, request)
 
     @bentoml.api(route="/classify/batch", input_spec=BatchInput, output_spec=BatchOutput)
-    async def classify_batch(self, request: Any) -> Any:
+    async def classify_batch(self, request: Request) -> Response:
         """Classify several images, results in order: repeated multipart field ``images``, or JSON with base64."""
-        return await self._answer(self._classify_batch(request))
+        return await self._answer(self._classify_batch, request)
 
-    async def _answer(self, work: Any) -> Response:
+    async def _answer(self, work: Callable[[Request], Awaitable[dict[str, Any]]], request: Request) -> Response:
         try:
             if not self._verified and not await self.__is_ready__():
-                work.close()
                 raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
             async with asyncio.timeout(settings.request_timeout):
-                return Response(orjson.dumps(await work), media_type="application/json")
+                return Response(orjson.dumps(await work(request)), media_type="application/json")
         except Exception as error:
             answer = from_exception(error)
             if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -213,7 +223,11 @@ class Classifier:
             decoded = [await self._attempt(item) for item in items]
         images = [image for image in decoded if not isinstance(image, ApiError)]
         with metrics.timed("classify"):
-            logits = await self._batcher(np.stack(images)) if images else np.empty((0, len(self._config.classes)), np.float32)
+            logits = (
+                await self._batcher(np.stack(images))
+                if images
+                else np.empty((0, len(self._config.classes)), np.float32)
+            )
         with metrics.timed("reply"):
             verdicts = iter(predictions(logits, self._config))
             return {"results": [i.body() if isinstance(i, ApiError) else self._result(next(verdicts)) for i in decoded]}
@@ -238,7 +252,7 @@ class Classifier:
         metrics.IMAGES.labels(prediction.class_name).inc()
         metrics.CONFIDENCE.observe(prediction.confidence)
         return {
-            "predicted_class": prediction.index,
+            "predicted_class": prediction.class_index,
             "class_name": prediction.class_name,
             "confidence": round(prediction.confidence, 6),
             "all_probabilities": {str(i): round(p, 6) for i, p in enumerate(prediction.probabilities.tolist())},

@@ -21,13 +21,13 @@ rounding step a layer between processors. A wrong weight, layout or normalisatio
 class Prediction(NamedTuple):
     """What is said of one image; ``probabilities`` (K,) are calibrated and sum to 1."""
 
-    index: int
+    class_index: int
     class_name: str
     probabilities: Probabilities
 
     @property
     def confidence(self) -> float:
-        return float(self.probabilities[self.index])
+        return float(self.probabilities[self.class_index])
 
 
 class VerificationError(RuntimeError):
@@ -38,7 +38,7 @@ def calibrated(logits: Logits, temperature: float) -> Probabilities:
     """Softmax of (N, K) ``logits`` over ``temperature``, row by row (Guo et al., 2017)."""
     scaled = logits.astype(np.float64) / temperature
     exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
 
 def predictions(logits: Logits, config: ModelConfig) -> list[Prediction]:
@@ -53,7 +53,9 @@ def check(logits: Logits, artifact: Artifact, runtime_name: str) -> None:
     reference = artifact.reference()
     expected = reference.logits_int8 if runtime_name == ONNX_INT8 else reference.logits
     if logits.shape != expected.shape:
-        raise VerificationError(f"runtime {runtime_name!r} gave logits of shape {logits.shape}; expected {expected.shape}")
+        raise VerificationError(
+            f"runtime {runtime_name!r} gave logits of shape {logits.shape}; expected {expected.shape}"
+        )
     difference = float(np.abs(logits - expected).max())
     # Written so that NaN fails too.
     if not difference <= TOLERANCE[runtime_name]:

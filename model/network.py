@@ -56,7 +56,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.reduce(x)
-        return x + self.refine(x)
+        refined: Tensor = self.refine(x)
+        return x + refined
 
 
 class ConvNet(nn.Module):
@@ -69,9 +70,7 @@ class ConvNet(nn.Module):
         self.normalize = Normalize(config.mean, config.std)
         self.whiten = nn.Conv2d(CHANNELS, whitened, WHITENING_KERNEL)
         channels = (whitened, *config.widths)
-        self.stages = nn.Sequential(
-            *(Stage(i, o, config.depth) for i, o in zip(channels, config.widths, strict=False))
-        )
+        self.stages = nn.Sequential(*(Stage(i, o, config.depth) for i, o in zip(channels, config.widths, strict=False)))
         self.head = nn.Linear(config.widths[-1], len(config.classes), bias=False)
         self.to(memory_format=torch.channels_last)
 
@@ -81,7 +80,8 @@ class ConvNet(nn.Module):
     def classify(self, whitened: Tensor) -> Tensor:
         """Everything behind the stem: its output to logits."""
         x = self.stages(F.relu(whitened)).amax(dim=(2, 3))
-        return self.head(x).float() * LOGIT_SCALE
+        logits: Tensor = self.head(x)
+        return logits.float() * LOGIT_SCALE
 
     @torch.no_grad()
     def init_whitening(self, images: Tensor, eps: float = 5e-4) -> None:

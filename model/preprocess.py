@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
@@ -57,7 +57,7 @@ def read_header(data: bytes) -> Header:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return Header(str(image.format), *image.size, has_alpha=image.has_transparency_data)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnsupportedFormatError(f"not an image of a known format; expected one of {', '.join(FORMATS)}") from None
     except Exception as error:  # a parser of hostile bytes: whatever it raises, the bytes are at fault
         raise ImageError(f"the image's header is broken: {error}") from error

@@ -1,7 +1,7 @@
 """Artifacts in and out of the BentoML model store.
 
-    python -m model.store import DIRECTORY     # put an artifact into the store
-    python -m model.store list
+python -m model.store import DIRECTORY     # put an artifact into the store
+python -m model.store list
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import bentoml
 from bentoml.exceptions import BentoMLException, NotFound
@@ -34,7 +35,9 @@ def put(directory: Path) -> str:
     if _find(tag) is None:
         card = artifact.card
         labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
-        metadata = {key: card[key] for key in ("metrics", "data", "training", "git_commit", "versions") if key in card}
+        metadata: dict[str, Any] = {
+            key: card[key] for key in ("metrics", "data", "training", "git_commit", "versions") if key in card
+        }
         try:
             with bentoml.models.create(tag, labels=labels, metadata=metadata) as model:
                 for name in (*HASHED, CARD):

@@ -23,8 +23,6 @@ logger = logging.getLogger("classifier.access")
 
 REQUEST_ID_HEADER = "x-request-id"
 UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
-STATIC = "/static_content/"
-"""Prefix of the files of BentoML's own page at ``/``."""
 
 
 class Gateway:
@@ -47,7 +45,7 @@ class Gateway:
         token = request_id.set(chosen)
         reply = _Reply(scope, receive, send, chosen)
         try:
-            if scope["path"] in self._paths or scope["path"].startswith(STATIC):
+            if scope["path"] in self._paths:
                 await self._app(scope, receive, reply)
             else:
                 await reply.fail(from_status(HTTPStatus.NOT_FOUND))

@@ -51,6 +51,8 @@ def configure(settings: Settings, process_name: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    # The gateway writes a line a request, with the request's id and its error code.
+    logging.getLogger("uvicorn.access").disabled = True
 
 
 def _handlers(settings: Settings, process_name: str) -> Iterator[logging.Handler]:
@@ -67,7 +69,8 @@ def _handlers(settings: Settings, process_name: str) -> Iterator[logging.Handler
 
 
 def _mail(settings: Settings) -> logging.Handler:
-    assert settings.smtp_host and settings.smtp_to
+    assert settings.smtp_host
+    assert settings.smtp_to
     password = settings.smtp_password.get_secret_value() if settings.smtp_password else ""
     mail = SMTPHandler(
         (settings.smtp_host, settings.smtp_port),

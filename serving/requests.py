@@ -1,8 +1,8 @@
 """Requests to image bytes, in each of the three forms; bounded while reading, and never a temporary file or a fetch.
 
-    multipart/form-data   field ``image``, or ``images`` once for each image of a batch
-    image/*               the body is the image
-    application/json      {"image": "<base64 or data URL>"} or {"images": [...]}
+multipart/form-data   field ``image``, or ``images`` once for each image of a batch
+image/*               the body is the image
+application/json      {"image": "<base64 or data URL>"} or {"images": [...]}
 """
 
 from __future__ import annotations
@@ -158,9 +158,14 @@ def _base64(value: object) -> bytes:
 
 
 def _kind(value: object) -> str:
-    return {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}.get(
-        type(value), "an object"
-    )
+    return {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }.get(type(value), "an object")
 
 
 def _bounded(image: bytes, limit: int) -> bytes:

@@ -40,7 +40,9 @@ class Classification(BaseModel):
     predicted_class: int = Field(description="Index of the most probable class.")
     class_name: str
     confidence: float = Field(ge=0, le=1, description="Calibrated probability of that class.")
-    all_probabilities: dict[str, float] = Field(description="Calibrated probability of each class index; they sum to 1.")
+    all_probabilities: dict[str, float] = Field(
+        description="Calibrated probability of each class index; they sum to 1."
+    )
     model: str = Field(description="name:version of the model.")
     request_id: str
 
@@ -55,7 +57,7 @@ class Failure(BaseModel):
     error: Problem
 
 
-class ClassifyOutput(Classification, IODescriptor):
+class ClassifyOutput(Classification, IODescriptor):  # type: ignore[misc]  # BentoML's own mix-in
     pass
 
 

@@ -108,10 +108,10 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
 
 
 def _load_cifar10() -> Data:
-    from torchvision.datasets import CIFAR10 as TorchvisionCifar10
+    from torchvision import datasets
 
     try:
-        train, test = (TorchvisionCifar10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
+        train, test = (datasets.CIFAR10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"cifar10: cannot be downloaded ({error}); expected a network connection, the extracted archive in "

@@ -62,10 +62,12 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
     with safe_open(run / fit.CHECKPOINT, "pt") as checkpoint:
         state = {
             name.removeprefix("network."): checkpoint.get_tensor(name)
-            for name in checkpoint.keys()
+            for name in checkpoint.keys()  # noqa: SIM118 (not a dict)
             if name.startswith("network.")
         }
-    network.load_state_dict({name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()})
+    network.load_state_dict(
+        {name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    )
     return config, network
 
 
@@ -85,9 +87,10 @@ class Folded(nn.Module):
         super().__init__()
         self.whiten = _fold_normalize(network.whiten, network.normalize)
         self.network = copy.deepcopy(network)
-        for stage in self.network.stages:
-            stage.reduce = _fold_norm(stage.reduce)
-            stage.refine = nn.Sequential(*(_fold_norm(block) for block in stage.refine))
+        for stage in self.network.stages.children():
+            for name, block in [*stage.named_modules()]:
+                if isinstance(block, ConvNorm):
+                    stage.set_submodule(name, _fold_norm(block))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network.classify(self.whiten(images.permute(0, 3, 1, 2).float()))
@@ -105,7 +108,10 @@ def _fold_normalize(conv: nn.Conv2d, normalize: Normalize) -> nn.Conv2d:
 
 def _fold_norm(block: ConvNorm) -> nn.Sequential:
     conv, *pool, norm, relu = block
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     if pool and bool((norm.weight <= 0).any()):
         return block
     folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)  # type: ignore[arg-type]
@@ -149,13 +155,13 @@ def store_half(path: Path) -> None:
     onnx.save(model, path)
 
 
-class Calibration(CalibrationDataReader):
+class Calibration(CalibrationDataReader):  # type: ignore[misc]
     """Feeds training images to the quantiser in batches."""
 
     def __init__(self, images: Pixels) -> None:
         self._batches: Iterator[Pixels] = iter(np.array_split(images, max(1, len(images) // BATCH)))
 
-    def get_next(self) -> dict[str, Pixels] | None:  # type: ignore[override]
+    def get_next(self) -> dict[str, Pixels] | None:
         batch = next(self._batches, None)
         return None if batch is None else {"images": batch}
 
@@ -226,7 +232,9 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     out.mkdir(parents=True, exist_ok=True)
     config, network = load_run(run)
     if config.classes != data.classes:
-        raise DataError(f"{data.source}: classes {list(data.classes)}; expected those of the run, {list(config.classes)}")
+        raise DataError(
+            f"{data.source}: classes {list(data.classes)}; expected those of the run, {list(config.classes)}"
+        )
     weights = {name: _round(name, tensor).contiguous() for name, tensor in network.state_dict().items()}
     save_file(weights, out / files.WEIGHTS)
     export_onnx(network, config, out / files.ONNX)
@@ -234,7 +242,9 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     quantize(out / files.ONNX, out / files.ONNX_INT8, calibration)
     store_half(out / files.ONNX)
 
-    fp32, int8 = (OnnxRuntime(out / name, runtime) for name, runtime in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8)))
+    fp32, int8 = (
+        OnnxRuntime(out / name, runtime) for name, runtime in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8))
+    )
     logits, logits_int8 = (run_batches(runtime, data.val.images) for runtime in (fp32, int8))
     agreement = parity(logits, logits_int8, data.val)
     config.model_copy(update={"temperature": fit_temperature(logits, data.val.labels)}).save(out / files.CONFIG)

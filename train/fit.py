@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -161,17 +162,17 @@ class Fit:
         torch.manual_seed(recipe.seed)
         self.recipe, self.data, self.out, self.device = recipe, data, out, device
         self.network = ConvNet(config).to(device)
-        self.network.init_whitening(torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device))
+        self.network.init_whitening(
+            torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device)
+        )
         self.batches = Augmented(data.train, recipe, device)
-        self.parameters = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad
+        }
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
         rest = [p for p in self.parameters.values() if p.ndim == 1]
-        self.optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest}],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=True,
-        )
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest}]
+        self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._triangle)
         self.epochs_done = 0
@@ -182,7 +183,7 @@ class Fit:
         rise = max(1, int(self.recipe.warmup * total))
         return min((step + 1) / rise, max(0, total - step) / (total - rise + 1))
 
-    def run(self, progress: tqdm[None]) -> None:
+    def run(self, progress: tqdm[Any]) -> None:
         """Train to the last epoch, a checkpoint after each."""
         while self.epochs_done < self.recipe.epochs:
             started = time.perf_counter()
@@ -202,7 +203,7 @@ class Fit:
             self.save()
             progress.write("  ".join(f"{key} {value:g}" for key, value in self.history[-1].items()))
 
-    def _epoch(self, progress: tqdm[None]) -> tuple[float, float]:
+    def _epoch(self, progress: tqdm[Any]) -> tuple[float, float]:
         self.network.train()
         losses, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         done = 0
@@ -211,7 +212,7 @@ class Fit:
                 logits = self.network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
@@ -219,7 +220,9 @@ class Fit:
             hits += (logits.detach().argmax(1) == labels).sum()
             done += len(labels)
             progress.update(len(labels))
-            progress.set_postfix(epoch=self.epochs_done + 1, loss=f"{losses / done:.3f}", acc=f"{hits / done:.3f}", refresh=False)
+            progress.set_postfix(
+                epoch=self.epochs_done + 1, loss=f"{losses / done:.3f}", acc=f"{hits / done:.3f}", refresh=False
+            )
         return float(losses / done), float(hits / done)
 
     def save(self) -> None:
@@ -243,9 +246,13 @@ class Fit:
         with safe_open(self.out / CHECKPOINT, "pt", device=str(self.device)) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             if position["recipe"] != asdict(self.recipe):
-                raise DataError(f"{self.out / CHECKPOINT}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}")
-            tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}
-        self.network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+                raise DataError(
+                    f"{self.out / CHECKPOINT}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}"
+                )
+            tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
+        self.network.load_state_dict(
+            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+        )
         for name, parameter in self.parameters.items():
             if f"momentum.{name}" in tensors:
                 self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
@@ -257,7 +264,7 @@ class Fit:
 
 
 def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
-    """What ``run.json`` and later the model card tell of a run. Seconds of earlier, resumed parts are in the history."""
+    """What ``run.json`` and later the card tell of a run; a resumed part counts in ``training_seconds`` alone."""
     return {
         "command": command,
         "source": Path(fit.data.source).name,
@@ -266,7 +273,9 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "skipped": list(fit.data.skipped),
         "recipe": asdict(fit.recipe),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
-        "device": torch.cuda.get_device_name() if fit.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if fit.device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "wall_seconds": round(time.time() - started, 1),
         "training_seconds": round(sum(epoch["seconds"] for epoch in fit.history), 1),
@@ -303,7 +312,9 @@ def main() -> None:
         fit.save()
     config.save(options.out / CONFIG)
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
-    print(f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, on {device}")
+    print(
+        f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, on {device}"
+    )
     try:
         # Without a terminal (a log file) a bar once a minute is plenty.
         interval = 0.5 if sys.stderr.isatty() else 60
