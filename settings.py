@@ -91,5 +91,8 @@ def _explain(error: Any) -> str:
     """``RUNTIME='tpu'; expected …`` from one of pydantic's errors."""
     name = str(error["loc"][0]).upper()
     context = error.get("ctx", {})
-    expected = context.get("expected") or error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}={error['input']!r}; expected {expected.replace(' or ', ', ').replace(chr(39), '')}"
+    if "expected" in context:
+        expected = "one of " + context["expected"].replace(" or ", ", ").replace("'", "")
+    else:
+        expected = error["msg"].removeprefix("Input should be ")
+    return f"{name}={error['input']!r}; expected {expected}"

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.preprocess import ImageError, Pixels, preprocess, read_header
+from train import command
+from train.command import CommandError
 
 CIFAR10 = "cifar10"
 DOWNLOADS = Path("data")
@@ -33,7 +35,7 @@ SPLIT_SEED = 0
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 
 
-class DataError(ValueError):
+class DataError(CommandError):
     """A source that holds no usable labelled images."""
 
 
@@ -228,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.artifact import Artifact, ArtifactError, Logits, seal
+from model.artifact import Artifact, Logits, seal
 from model.classifier import Probabilities, calibrated
 from model.preprocess import Pixels
-from model.runtimes import RUNTIMES, Runtime, RuntimeUnavailableError, create
+from model.runtimes import RUNTIMES, Runtime, create
+from train import command
 from train.data import Data, DataError, Split, load
 
 Labels = NDArray[np.int64]
@@ -124,7 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArtifactError, DataError, RuntimeUnavailableError) as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -37,7 +36,8 @@ from model.config import ModelConfig
 from model.network import ConvNet, ConvNorm, Normalize
 from model.preprocess import Pixels
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
-from train import fit
+from train import command, fit
+from train.command import CommandError
 from train.data import Data, DataError, Split, load
 
 MAX_INT8_LOSS = 0.003
@@ -48,7 +48,7 @@ BATCH = 250
 OPSET = 18
 
 
-class ParityError(RuntimeError):
+class ParityError(CommandError):
     """An export whose formats do not agree."""
 
 
@@ -276,7 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ParityError) as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from model.config import ModelConfig
 from model.network import ConvNet
+from train import command
 from train.data import Data, DataError, Split, load
 
 CONFIG, CHECKPOINT, RUN = "config.json", "checkpoint.safetensors", "run.json"
@@ -322,12 +323,9 @@ def main() -> None:
             fit.run(progress)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; {options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs: go on with --resume")
-    command = shlex.join(["python", "-m", "train.fit", *sys.argv[1:]])
-    (options.out / RUN).write_text(json.dumps(describe_run(fit, command, started), indent=2) + "\n")
+    typed = shlex.join(["python", "-m", "train.fit", *sys.argv[1:]])
+    (options.out / RUN).write_text(json.dumps(describe_run(fit, typed, started), indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

@@ -1,0 +1,137 @@
+"""The artifact on disk, its runtimes, its proof of correctness, and the model store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.artifact import CARD, HASHED, Artifact, ArtifactError, seal
+from model.classifier import TOLERANCE, VerificationError, calibrated, check, predictions, verify
+from model.config import ConfigError, ModelConfig
+from model.runtimes import RUNTIMES, OnnxRuntime, RuntimeUnavailableError, create
+from tests import toy
+
+
+@pytest.fixture
+def copied(toy_artifact: Artifact, tmp_path: Path) -> Path:
+    return shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_one_flipped_byte_in_any_file_is_refused_by_name(name: str, copied: Path) -> None:
+    content = bytearray((copied / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
+        Artifact.load(copied)
+
+
+@pytest.mark.parametrize("name", [*HASHED, CARD])
+def test_a_missing_file_is_refused(name: str, copied: Path) -> None:
+    (copied / name).unlink()
+    with pytest.raises(ArtifactError, match="not a whole artifact"):
+        Artifact.load(copied)
+
+
+def test_the_version_follows_from_the_content(toy_artifact: Artifact, copied: Path) -> None:
+    assert Artifact.load(copied).version == toy_artifact.version
+    assert seal(copied, {**toy_artifact.card, "note": "another"}).version != toy_artifact.version
+
+
+def test_no_file_is_a_pickle(toy_artifact: Artifact) -> None:
+    with np.load(toy_artifact.path / "reference.npz", allow_pickle=False) as arrays:
+        assert all(arrays[name].dtype != object for name in arrays.files)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_every_runtime_reproduces_the_reference(name: str, toy_artifact: Artifact) -> None:
+    verify(create(name, toy_artifact), toy_artifact)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_any_batch_size_gives_the_same_answers(name: str, count: int, toy_artifact: Artifact) -> None:
+    runtime = create(name, toy_artifact)
+    images = np.resize(toy_artifact.reference().images, (count, toy.SIDE, toy.SIDE, 3))
+    logits = runtime(images)
+    assert logits.shape == (count, 3)
+    assert logits.dtype == np.float32
+    alone = np.concatenate([runtime(image[None]) for image in images])
+    assert np.abs(logits - alone).max() < 1e-3
+
+
+def test_wrong_weights_layout_and_nan_fail_the_check(toy_artifact: Artifact) -> None:
+    runtime = OnnxRuntime(toy_artifact.onnx, "onnx")
+    images, expected, _ = toy_artifact.reference()
+    for wrong in (runtime(images[..., ::-1]), runtime(images[:, ::-1]), expected * np.nan, expected[:, :2]):
+        with pytest.raises(VerificationError):
+            check(wrong, toy_artifact, "onnx")
+
+
+def test_tolerances_are_far_below_what_separates_classes(toy_artifact: Artifact) -> None:
+    logits = np.sort(toy_artifact.reference().logits, axis=1)
+    assert max(TOLERANCE.values()) < np.median(logits[:, -1] - logits[:, -2])
+
+
+def test_an_unknown_runtime_names_the_known_ones(toy_artifact: Artifact) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="'tpu'; expected one of torch, onnx, onnx-int8"):
+        create("tpu", toy_artifact)
+
+
+def test_probabilities_are_a_stable_tempered_softmax() -> None:
+    logits = np.array([[1000.0, 1001.0], [0.0, 0.0]], np.float32)
+    assert calibrated(logits, 1.0)[0] == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e)], rel=1e-5)
+    assert calibrated(logits, 1.0)[1].tolist() == [0.5, 0.5]
+    assert calibrated(logits, 2.0)[0, 1] == pytest.approx(1 / (1 + np.exp(-0.5)), rel=1e-5)
+
+
+def test_predictions_name_the_class(toy_artifact: Artifact) -> None:
+    (first, second) = predictions(np.array([[0, 5, 0], [5, 0, 0]], np.float32), toy_artifact.config)
+    assert (first.class_index, first.class_name) == (1, "frame")
+    assert second.class_name == "disc"
+    assert first.confidence == first.probabilities.max()
+
+
+def test_a_config_error_names_file_and_field(tmp_path: Path, toy_artifact: Artifact) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(toy_artifact.config.model_dump_json().replace('"temperature":', '"temprature":'))
+    with pytest.raises(ConfigError, match="temprature"):
+        ModelConfig.load(path)
+
+
+class TestStore:
+    """Each in a process with a model store of its own."""
+
+    def store(self, home: Path, code: str) -> str:
+        environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
+        command = [sys.executable, "-c", f"from model import store; from pathlib import Path; {code}"]
+        done = subprocess.run(command, cwd=toy.ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        return done.stdout + done.stderr
+
+    def test_what_is_put_comes_back_verified_with_its_metadata(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+        put = f"tag = store.put(Path({str(toy_artifact.path)!r})); "
+        tag = f"toy:{toy_artifact.version}"
+        assert (
+            self.store(tmp_path, put + "print(tag, store.put(Path('" + str(toy_artifact.path) + "')))")
+            == f"{tag} {tag}\n"
+        )
+        assert self.store(tmp_path, "print(store.get(store.resolve('toy')).config.classes)") == f"{toy.CLASSES}\n"
+        shown = self.store(tmp_path, f"import bentoml; print(bentoml.models.get({tag!r}).info.metadata)")
+        assert "data_sha256" in shown
+        assert "onnxruntime" in shown
+
+    def test_an_altered_file_in_the_store_is_refused(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+        tag = self.store(tmp_path, f"print(store.put(Path({str(toy_artifact.path)!r})))").strip()
+        stored = tmp_path / "models" / "toy" / toy_artifact.version / "model.onnx"
+        stored.write_bytes(stored.read_bytes()[:-1] + b"!")
+        assert "ArtifactError" in self.store(tmp_path, f"store.get({tag!r})")
+
+    def test_an_unknown_model_names_what_is_there(self, tmp_path: Path) -> None:
+        shown = self.store(tmp_path, "store.resolve('nope:1')")
+        assert "MODEL='nope:1' is not in the model store; it holds cifar10_cnn:" in shown

@@ -1,0 +1,396 @@
+"""The batcher in front of fake engines that are controlled by hand: no clock decides an outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.artifact import Logits
+from model.batching import Batcher, QueueFullError
+from model.preprocess import Pixels
+
+PATIENCE = 10.0
+"""Seconds after which a caller counts as forgotten; nothing here takes more than milliseconds."""
+
+
+def images(*values: int) -> Pixels:
+    """One 1x1 image for each value."""
+    return np.array(values, np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
+
+
+def answer(batch: Pixels) -> Logits:
+    """Two logits an image, from which the image can be told."""
+    value = batch[:, 0, 0, 0].astype(np.float32)
+    return np.stack([value, -value], axis=1)
+
+
+def values(logits: Logits) -> list[int]:
+    assert logits.shape[1] == 2
+    assert (logits[:, 0] == -logits[:, 1]).all()
+    return [int(value) for value in logits[:, 0]]
+
+
+class HeldEngine:
+    """Takes a batch and keeps it until the test lets it go, by its number in order of arrival."""
+
+    def __init__(self) -> None:
+        self.batches: list[Pixels] = []
+        self._outcomes: list[asyncio.Future[None]] = []
+
+    async def __call__(self, batch: Pixels) -> Logits:
+        self.batches.append(batch)
+        outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._outcomes.append(outcome)
+        await outcome
+        return answer(batch)
+
+    @property
+    def seen(self) -> list[list[int]]:
+        return [batch[:, 0, 0, 0].tolist() for batch in self.batches]
+
+    def release(self, number: int) -> None:
+        self._outcomes[number].set_result(None)
+
+    def fail(self, number: int, error: Exception) -> None:
+        self._outcomes[number].set_exception(error)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await test
+
+    asyncio.run(bounded())
+
+
+async def settle() -> None:
+    """Let everything run that can run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_a_free_engine_takes_a_lone_image_at_once() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=8, max_queue=64)
+        caller = asyncio.create_task(batcher(images(7)))
+        await settle()
+        assert engine.seen == [[7]]
+        assert batcher.waiting == 0
+        engine.release(0)
+        assert values(await caller) == [7]
+
+    run(scenario())
+
+
+def test_batches_grow_while_the_engine_is_busy() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=8, max_queue=64)
+        callers = [asyncio.create_task(batcher(images(i))) for i in range(6)]
+        await settle()
+        first = len(engine.batches[0])
+        later = [asyncio.create_task(batcher(images(100 + i))) for i in range(5)]
+        await settle()
+        assert len(engine.batches) == 1
+        assert batcher.waiting == 6 - first + 5
+        engine.release(0)
+        await settle()
+        assert len(engine.batches) == 2
+        assert len(engine.batches[1]) == min(8, 6 - first + 5)
+        engine.release(1)
+        await settle()
+        if len(engine.batches) == 3:
+            engine.release(2)
+        assert [values(await caller) for caller in callers] == [[i] for i in range(6)]
+        assert [values(await caller) for caller in later] == [[100 + i] for i in range(5)]
+
+    run(scenario())
+
+
+def test_every_caller_gets_its_own_images_in_order() -> None:
+    async def scenario() -> None:
+        async def engine(batch: Pixels) -> Logits:
+            await asyncio.sleep(0)
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=7, max_queue=10_000, concurrency=3)
+        sizes = [1, 3, 7, 8, 2, 20, 1, 1, 5, 14, 6, 4]
+        starts = np.cumsum([0, *sizes]).tolist()
+        requests = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=False)]
+        results = await asyncio.gather(*(batcher(images(*request)) for request in requests))
+        assert [values(result) for result in results] == requests
+        assert batcher.waiting == 0
+
+    run(scenario())
+
+
+def test_max_batch_is_never_exceeded_and_every_batch_is_observed() -> None:
+    async def scenario() -> None:
+        sizes: list[int] = []
+        observed: list[int] = []
+
+        async def engine(batch: Pixels) -> Logits:
+            sizes.append(len(batch))
+            await asyncio.sleep(0)
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=5, max_queue=1000, observe=observed.append)
+        await asyncio.gather(*(batcher(images(*range(n))) for n in (1, 2, 3, 4, 5, 6, 11, 23)))
+        assert max(sizes) <= 5
+        assert sum(sizes) == 1 + 2 + 3 + 4 + 5 + 6 + 11 + 23
+        assert observed == sizes
+
+    run(scenario())
+
+
+def test_a_request_larger_than_a_batch_is_split_and_reassembled() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=64)
+        caller = asyncio.create_task(batcher(images(*range(10))))
+        for number, expected in enumerate([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]):
+            await settle()
+            assert engine.seen[number] == expected
+            engine.release(number)
+        assert values(await caller) == list(range(10))
+
+    run(scenario())
+
+
+def test_two_engines_run_two_batches_at_once_and_no_more() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=1, max_queue=64, concurrency=2)
+        callers = [asyncio.create_task(batcher(images(i))) for i in range(3)]
+        await settle()
+        assert engine.seen == [[0], [1]]
+        engine.release(1)
+        assert values(await callers[1]) == [1]
+        await settle()
+        assert engine.seen == [[0], [1], [2]]
+        engine.release(0)
+        engine.release(2)
+        assert [values(await caller) for caller in callers] == [[0], [1], [2]]
+
+    run(scenario())
+
+
+def test_one_large_request_keeps_every_free_engine_busy() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=2, max_queue=64, concurrency=3)
+        caller = asyncio.create_task(batcher(images(*range(8))))
+        await settle()
+        assert engine.seen == [[0, 1], [2, 3], [4, 5]]
+        for number in (2, 0, 1):
+            engine.release(number)
+        await settle()
+        engine.release(3)
+        assert values(await caller) == list(range(8))
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_no_caller_is_forgotten_whenever_it_arrives(concurrency: int) -> None:
+    """A caller may arrive in the very moment in which a drain has found the queue empty and is about to end."""
+
+    async def scenario() -> None:
+        async def engine(batch: Pixels) -> Logits:
+            await asyncio.sleep(0)
+            return answer(batch)
+
+        async def late(batcher: Batcher, ticks: int) -> list[int]:
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            return values(await batcher(images(2)))
+
+        for ticks in range(25):
+            for order in (False, True):
+                batcher = Batcher(engine, max_batch=4, max_queue=8, concurrency=concurrency)
+                callers = [batcher(images(1)), late(batcher, ticks)]
+                if order:
+                    callers.reverse()
+                try:
+                    async with asyncio.timeout(1):
+                        await asyncio.gather(*callers)
+                except TimeoutError:
+                    pytest.fail(f"a caller that came {ticks} ticks after another was never answered")
+
+    run(scenario())
+
+
+def test_a_full_queue_refuses_with_a_retry_after_and_harms_nobody() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=2, max_queue=4)
+        running = asyncio.create_task(batcher(images(0, 1)))
+        await settle()
+        waiting = asyncio.create_task(batcher(images(2, 3, 4)))
+        await settle()
+        with pytest.raises(QueueFullError, match="3 images are waiting; expected at most 4") as refusal:
+            await batcher(images(5, 6))
+        assert type(refusal.value.retry_after) is int
+        assert refusal.value.retry_after >= 1
+        fits = asyncio.create_task(batcher(images(7)))
+        await settle()
+        assert batcher.waiting == 4
+        engine.release(0)
+        await settle()
+        engine.release(1)
+        await settle()
+        engine.release(2)
+        assert values(await running) == [0, 1]
+        assert values(await waiting) == [2, 3, 4]
+        assert values(await fits) == [7]
+        assert 6 not in [value for batch in engine.seen for value in batch]
+
+    run(scenario())
+
+
+def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def engine(batch: Pixels) -> Logits:
+            await asyncio.sleep(0.1)
+            if batch[0, 0, 0, 0] == 1:
+                await release.wait()
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=1, max_queue=50)
+        await batcher(images(0))  # one image in 0.1 s: at most ten a second
+        callers = [asyncio.create_task(batcher(images(1)))]
+        await asyncio.sleep(0.01)
+        callers += [asyncio.create_task(batcher(images(2))) for _ in range(50)]
+        await settle()
+        with pytest.raises(QueueFullError) as refusal:
+            await batcher(images(3))
+        assert 5 <= refusal.value.retry_after <= 60
+        for caller in callers:
+            caller.cancel()
+        release.set()
+        await asyncio.gather(*callers, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_a_request_that_can_never_fit_is_refused_by_an_idle_batcher() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=2, max_queue=4)
+        with pytest.raises(QueueFullError):
+            await batcher(images(*range(5)))
+        await settle()
+        assert engine.seen == []
+        assert batcher.waiting == 0
+
+    run(scenario())
+
+
+def test_a_cancelled_caller_is_never_computed() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=64)
+        first = asyncio.create_task(batcher(images(1)))
+        await settle()
+        gone = asyncio.create_task(batcher(images(*range(50, 60))))
+        stays = asyncio.create_task(batcher(images(2)))
+        await settle()
+        gone.cancel()
+        await settle()
+        engine.release(0)
+        await settle()
+        assert engine.seen == [[1], [2]]
+        assert batcher.waiting == 0
+        engine.release(1)
+        assert values(await first) == [1]
+        assert values(await stays) == [2]
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+
+    run(scenario())
+
+
+def test_a_caller_cancelled_while_its_batch_runs_harms_nobody_in_it() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=64)
+        blocker = asyncio.create_task(batcher(images(0)))
+        await settle()
+        gone = asyncio.create_task(batcher(images(1)))
+        stays = asyncio.create_task(batcher(images(2)))
+        await settle()
+        engine.release(0)
+        await settle()
+        assert engine.seen[1] == [1, 2]
+        gone.cancel()
+        await settle()
+        engine.release(1)
+        assert values(await blocker) == [0]
+        assert values(await stays) == [2]
+
+    run(scenario())
+
+
+def test_an_engine_error_reaches_exactly_the_callers_of_its_batch() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=2, max_queue=64)
+        before = asyncio.create_task(batcher(images(0)))
+        await settle()
+        unlucky = [asyncio.create_task(batcher(images(i))) for i in (1, 2)]
+        after = asyncio.create_task(batcher(images(3)))
+        await settle()
+        engine.release(0)
+        await settle()
+        assert engine.seen == [[0], [1, 2]]
+        engine.fail(1, RuntimeError("the engine broke"))
+        await settle()
+        engine.release(2)
+        assert values(await before) == [0]
+        assert values(await after) == [3]
+        for caller in unlucky:
+            with pytest.raises(RuntimeError, match="the engine broke"):
+                await caller
+        again = asyncio.create_task(batcher(images(4)))
+        await settle()
+        engine.release(3)
+        assert values(await again) == [4]
+
+    run(scenario())
+
+
+def test_an_engine_error_in_one_part_of_a_split_request_fails_it_once() -> None:
+    """The other parts must neither hang nor complain of an exception that nobody retrieved."""
+
+    async def scenario() -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=1, max_queue=64, concurrency=2)
+        caller = asyncio.create_task(batcher(images(0, 1)))
+        await settle()
+        other = asyncio.create_task(batcher(images(2)))
+        await settle()
+        for number in range(3):
+            while len(engine.batches) <= number:
+                await asyncio.sleep(0)
+            if engine.seen[number] == [2]:
+                engine.release(number)
+            else:
+                engine.fail(number, RuntimeError("the engine broke"))
+        with pytest.raises(RuntimeError, match="the engine broke"):
+            await caller
+        assert values(await other) == [2]
+        await settle()
+        gc.collect()
+        assert complaints == []
+
+    run(scenario())

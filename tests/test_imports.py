@@ -1,0 +1,56 @@
+"""Imports go one way, and serving on a CPU loads no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.toy import ROOT
+
+ALLOWED = {
+    "model": {"model"},
+    "serving": {"serving", "model", "settings"},
+    "settings.py": {"model"},
+    "service.py": {"serving", "model", "settings"},
+    "train": {"train", "model"},
+}
+OURS = {"model", "serving", "settings", "service", "train", "tests"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """First parts of every module imported anywhere in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_imports_go_one_way(place: str) -> None:
+    files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imports_of(file) & OURS <= ALLOWED[place], file
+
+
+def test_only_the_store_and_the_service_know_bentoml() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "model").glob("*.py") if "bentoml" in imports_of(path)
+    }
+    assert users == {"model/store.py"}
+
+
+def test_a_cpu_engine_is_loaded_without_torch() -> None:
+    code = (
+        "import sys; from model import artifact, batching, classifier, preprocess, runtimes, store;"
+        "a = artifact.Artifact.load(store.SHIPPED); classifier.verify(runtimes.create('onnx-int8', a), a);"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,0 +1,214 @@
+"""Training on a folder of other classes, from data to an artifact, by the commands a user types."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.artifact import Artifact
+from model.preprocess import MAX_PIXELS
+from tests import toy
+from train import data
+from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
+from train.export import ParityError, load_run, parity
+from train.fit import RUN, Augmented, Recipe, build_config
+
+
+@pytest.fixture(scope="module")
+def loaded(toy_folder: Path) -> data.Data:
+    return data.load(str(toy_folder))
+
+
+class TestData:
+    def test_a_flat_folder_is_split_by_class_and_never_twice(self, loaded: data.Data) -> None:
+        assert loaded.classes == toy.CLASSES
+        assert loaded.input_size == (toy.SIDE, toy.SIDE)
+        for split, share in ((loaded.test, 8), (loaded.val, 4), (loaded.train, 68)):
+            assert np.bincount(split.labels).tolist() == [share] * 3
+        everything = np.concatenate([loaded.train.images, loaded.val.images, loaded.test.images])
+        assert len({image.tobytes() for image in everything}) == 240
+
+    def test_unreadable_files_are_counted_and_named(self, loaded: data.Data) -> None:
+        assert len(loaded.skipped) == 1
+        assert loaded.skipped[0].startswith("disc/broken.png: ")
+
+    def test_an_archive_with_splits_gives_the_same_images(self, toy_folder: Path, tmp_path: Path) -> None:
+        archive = tmp_path / "toy.tar.gz"
+        with tarfile.open(archive, "w:gz") as tar:
+            for path in sorted(toy_folder.rglob("*.png")):
+                split = "test" if path.stem.endswith("7") else "train"
+                tar.add(path, f"{split}/{path.parent.name}/{path.name}")
+        split = data.load(str(archive))
+        assert (len(split.train), len(split.val), len(split.test)) == (204, 12, 24)
+        first = data.preprocess((toy_folder / "disc" / "007.png").read_bytes(), split.input_size, MAX_PIXELS)
+        assert any((image == first).all() for image in split.test.images)
+
+    def test_statistics_and_hash_come_from_the_pixels(self, loaded: data.Data) -> None:
+        mean, std = loaded.channel_statistics()
+        pixels = loaded.train.images.reshape(-1, 3).astype(float)
+        assert np.allclose(mean, pixels.mean(0), atol=0.001)
+        assert np.allclose(std, pixels.std(0), atol=0.001)
+        assert loaded.sha256() == data.load(loaded.source).sha256()
+        loaded.train.images[0, 0, 0, 0] ^= 1
+        assert loaded.sha256() != data.load(loaded.source).sha256()
+        loaded.train.images[0, 0, 0, 0] ^= 1
+
+    @pytest.mark.parametrize(
+        ("source", "expected"),
+        [("nowhere", "expected a folder, a tar archive or 'cifar10'"), ("one", "expected at least two folders")],
+    )
+    def test_a_useless_source_is_one_clear_line(self, source: str, expected: str, tmp_path: Path) -> None:
+        (tmp_path / "one" / "only").mkdir(parents=True)
+        (tmp_path / "one" / "only" / "a.png").write_bytes(b"")
+        printed = toy.run("train.fit", tmp_path / source, "--name", "x", "--out", tmp_path / "run", code=1)
+        assert expected in printed
+        assert "Traceback" not in printed
+
+    def test_cifar10_without_a_network_says_what_to_do(self, tmp_path: Path) -> None:
+        offline = {
+            "https_proxy": "http://127.0.0.1:9",
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "PYTHONPATH": str(toy.ROOT),
+        }
+        command = [sys.executable, "-m", "train.data", "cifar10"]
+        done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: cifar10: cannot be downloaded")
+        assert "Traceback" not in done.stderr
+
+
+class TestAugmentation:
+    def test_the_flip_alternates_and_epochs_repeat_exactly(self, loaded: data.Data) -> None:
+        recipe = Recipe(batch_size=16, translate=0, cutout=0)
+        batches = Augmented(loaded.train, recipe, torch.device("cpu"))
+
+        def by_image(epoch: int) -> dict[bytes, bool]:
+            plain = {image.tobytes(): False for image in loaded.train.images}
+            plain.update({image[:, ::-1].tobytes(): True for image in loaded.train.images})
+            flips: dict[bytes, bool] = {}
+            for images, _ in batches.epoch(epoch):
+                for image in images.numpy():
+                    flipped = plain[image.tobytes()]
+                    flips[(image[:, ::-1] if flipped else image).tobytes()] = flipped
+            return flips
+
+        even, odd = by_image(0), by_image(1)
+        assert len(even) == len(loaded.train)
+        assert all(odd[image] is not flipped for image, flipped in even.items())
+        assert by_image(0) == even
+
+    def test_translation_reflects_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
+        recipe = Recipe(batch_size=204, translate=0.25, cutout=0.25)
+        (images, _), *_ = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
+        originals = {pixel.tobytes() for pixel in loaded.train.images.reshape(-1, 3)}
+        blanked = [sum(p.tobytes() not in originals for p in image.reshape(-1, 3)) for image in images.numpy()]
+        assert 0 < np.mean(blanked) <= 36
+        assert max(blanked) <= 36
+
+
+def test_the_network_follows_the_data(loaded: data.Data) -> None:
+    config = build_config("toy", loaded, Recipe(width=8))
+    assert config.classes == toy.CLASSES
+    assert config.widths == (8, 32, 32)  # 24 pixels: 12, 6, 3
+
+
+def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+    arguments = [toy_folder, "--name", "toy", "--out", tmp_path, *toy.RECIPE]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.fit", *map(str, arguments)], cwd=toy.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("epoch 2 "):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    printed = toy.run("train.fit", *arguments, "--resume")
+    assert "epoch 2 " not in printed
+    resumed, whole = (json.loads((run / RUN).read_text())["history"] for run in (tmp_path, toy_run))
+    assert [epoch["epoch"] for epoch in resumed] == [1, 2, 3, 4, 5, 6]
+    assert resumed[-1]["loss"] == pytest.approx(whole[-1]["loss"], abs=0.05)
+    assert resumed[-1]["val_accuracy"] == pytest.approx(whole[-1]["val_accuracy"], abs=0.1)
+
+
+def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
+    arguments = [toy_folder, "--name", "toy", "--out", tmp_path, "--epochs", 500, "--width", 8]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.fit", *map(str, arguments)],
+        cwd=toy.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("epoch 1 "):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "go on with --resume" in errors
+    assert "Traceback" not in errors
+    config, network = load_run(tmp_path)
+    assert config.classes == toy.CLASSES
+    assert float(network.stages[0].reduce[-2].running_mean.abs().sum()) > 0  # it has seen images
+
+
+def test_resuming_with_another_recipe_is_refused(toy_folder: Path, toy_run: Path) -> None:
+    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", toy_run, "--epochs", 9, "--resume", code=1)
+    assert "its recipe is" in printed
+    assert "Traceback" not in printed
+
+
+class TestExport:
+    def test_the_artifact_is_small_complete_and_learned_something(self, toy_artifact: Artifact) -> None:
+        card = toy_artifact.card
+        assert card["validation"]["fp32_accuracy"] >= 0.9
+        assert card["training"]["command"].startswith("python -m train.fit ")
+        assert card["training"]["data_sha256"] == data.load(str(toy_artifact.path.parent / "folder")).sha256()
+        assert set(card["versions"]) == {"torch", "onnx", "onnxruntime", "bentoml"}
+
+    def test_an_export_that_loses_accuracy_is_refused(self, loaded: data.Data) -> None:
+        right = np.eye(3, dtype=np.float32)[loaded.val.labels]
+        wrong = right.copy()
+        wrong[0] = np.roll(wrong[0], 1)
+        assert parity(right, right, loaded.val)["agreement"] == 1
+        with pytest.raises(ParityError, match=r"INT8 accuracy 0\.9167"):
+            parity(right, wrong, loaded.val)
+
+    def test_data_of_other_classes_is_refused(self, toy_run: Path, tmp_path: Path) -> None:
+        other = toy.make_folder(tmp_path / "other", per_class=12)
+        (other / "disc").rename(other / "zebra")
+        printed = toy.run("train.export", toy_run, other, "--out", tmp_path / "out", code=1)
+        assert "expected those of the run, ['disc', 'frame', 'stripes']" in printed
+
+
+class TestEvaluate:
+    def test_the_figures_of_known_answers(self) -> None:
+        # Wilson's interval for 81 of 263, as worked in Newcombe, 1998, Statistics in Medicine 17:857.
+        assert accuracy_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+        labels, verdicts = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+        assert confusion_matrix(verdicts, labels, 2).tolist() == [[1, 1], [0, 2]]
+        sure = np.array([[0.8, 0.2]] * 10, np.float32)
+        assert expected_calibration_error(sure, np.array([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
+        assert expected_calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
+
+    def test_every_runtime_is_measured_and_the_card_keeps_it(self, toy_artifact: Artifact) -> None:
+        folder = toy_artifact.path.parent / "folder"
+        printed = toy.run("train.evaluate", toy_artifact.path, folder)
+        metrics = Artifact.load(toy_artifact.path).card["metrics"]
+        assert set(metrics) == {"torch", "onnx", "onnx-int8"}
+        for name, figures in metrics.items():
+            assert figures["images"] == 24
+            assert np.sum(figures["confusion"]) == 24
+            assert figures["accuracy"] >= 0.9
+            assert f"{name}: accuracy {figures['accuracy']:.2%}" in printed
