@@ -165,8 +165,9 @@ class Classifier:
             except Exception as error:
                 logger.warning("not ready yet", extra={"reason": repr(error)})
                 return False
-            self._verified = True
-            logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
+            if not self._verified:  # a second probe may have overtaken this one
+                self._verified = True
+                logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
         return True
 
     def card(self) -> Response:

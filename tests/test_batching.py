@@ -380,8 +380,7 @@ def test_an_engine_error_in_one_part_of_a_split_request_fails_it_once() -> None:
         other = asyncio.create_task(batcher(images(2)))
         await settle()
         for number in range(3):
-            while len(engine.batches) <= number:
-                await asyncio.sleep(0)
+            await settle()
             if engine.seen[number] == [2]:
                 engine.release(number)
             else:

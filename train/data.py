@@ -88,6 +88,13 @@ File = tuple[str, bytes]
 """A path relative to the source's root, and the file's content."""
 
 
+def test_files(source: str) -> list[File]:
+    """Class name and content of every test file of a folder or archive, as a client would send it."""
+    content = dict(_read_files(Path(source)))
+    names = _arrange(source, sorted(content))["test"]
+    return [(PurePosixPath(name).parts[-2], content[name]) for name in names]
+
+
 def load(source: str, size: tuple[int, int] | None = None) -> Data:
     """Read ``source`` whole into memory, at ``size`` (height, width) or at a size chosen from the training images.
 

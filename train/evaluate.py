@@ -1,9 +1,11 @@
 """Measure an artifact on its test images, through the very code that serves.
 
     python -m train.evaluate model/pretrained SOURCE [--runtime torch --runtime onnx --runtime onnx-int8]
+    python -m train.evaluate model/pretrained SOURCE --url http://localhost:3000
 
-Prints accuracy with a 95 % interval, each class, the confusion matrix and the calibration error, for every runtime, and
-writes the figures into the artifact's card. This is the only command that looks at test images.
+The first prints accuracy with a 95 % interval, each class, the confusion matrix and the calibration error, for every
+runtime, and writes the figures into the artifact's card. The second sends the test files to a running service, and only
+prints. This is the only command that looks at test images.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from model.classifier import Probabilities, calibrated
 from model.preprocess import Pixels
 from model.runtimes import RUNTIMES, Runtime, create
 from train import command
-from train.data import Data, DataError, Split, load
+from train.command import CommandError
+from train.data import Data, DataError, Split, load, test_files
 
 Labels = NDArray[np.int64]
 BATCH = 100
@@ -95,12 +99,36 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
     return result
 
 
+def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
+    """Send the test files of ``source`` to the service at ``url`` and print its accuracy."""
+    import requests
+
+    files = test_files(source)
+    replies: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    with requests.Session() as session:
+        for start in tqdm(range(0, len(files), BATCH), desc=url, unit="batch", leave=False, disable=None):
+            parts = [("images", content) for _, content in files[start : start + BATCH]]
+            reply = session.post(f"{url}/classify/batch", files=parts, timeout=60)
+            if reply.status_code != requests.codes.ok:
+                raise CommandError(f"{url}: {reply.status_code} {reply.text[:200]}")
+            replies += reply.json()["results"]
+    seconds = time.perf_counter() - started
+    hits = sum(reply.get("class_name") == name for (name, _), reply in zip(files, replies, strict=True))
+    line = accuracy_line(hits, len(files), accuracy_interval(hits, len(files)))
+    print(f"{url}, model {replies[0].get('model')}: {line}, {len(files) / seconds:.0f} images/s")
+
+
+def accuracy_line(hits: int, count: int, interval: Sequence[float]) -> str:
+    return f"accuracy {hits / count:.2%} (95 % interval {interval[0]:.2%} to {interval[1]:.2%}, n={count})"
+
+
 def print_report(name: str, metrics: dict[str, Any], artifact: Artifact, seconds: float) -> None:
-    low, high = metrics["accuracy_95"]
+    count = metrics["images"]
     print(
-        f"\n{name}: accuracy {metrics['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}, n={metrics['images']}), "
+        f"\n{name}: {accuracy_line(int(np.trace(metrics['confusion'])), count, metrics['accuracy_95'])}, "
         f"calibration error {metrics['ece_raw']:.2%} raw, {metrics['ece']:.2%} at temperature "
-        f"{artifact.config.temperature}, {metrics['images'] / seconds:.0f} images/s"
+        f"{artifact.config.temperature}, {count / seconds:.0f} images/s"
     )
     width = max(map(len, artifact.config.classes))
     for index, (class_name, share) in enumerate(metrics["per_class"].items()):
@@ -113,8 +141,12 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("source")
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="repeatable; all by default")
+    parser.add_argument("--url", help="measure a running service instead")
     options = parser.parse_args()
     artifact = Artifact.load(options.artifact)
+    if options.url:
+        evaluate_service(artifact, options.source, options.url.rstrip("/"))
+        return
     metrics = evaluate(artifact, load(options.source, artifact.config.input_size), options.runtime or list(RUNTIMES))
     card = {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), **metrics}}
     sealed = seal(options.artifact, card)

@@ -1,0 +1,405 @@
+"""Decoding against known pixels, for each kind of picture that people really send, and for bytes that are none."""
+
+from __future__ import annotations
+
+import io
+import resource
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.preprocess import (
+    FORMATS,
+    ImageError,
+    Pixels,
+    TooManyPixelsError,
+    UnsupportedFormatError,
+    decode,
+    preprocess,
+    read_header,
+    resize,
+)
+
+HEIGHT, WIDTH = 48, 64
+ORIENTATION = 0x0112
+REPOSITORY = Path(__file__).parent.parent
+
+
+def noise(*shape: int, dtype: type = np.uint8, seed: int = 0) -> NDArray[Any]:
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def gradient() -> Pixels:
+    """A smooth picture with four different corners, which lossy formats reproduce closely."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    return np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, 255 - (x + y) * 255 // (WIDTH + HEIGHT)], 2).astype(np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def cv2_encode(suffix: str, image: NDArray[Any]) -> bytes:
+    return bytes(cv2.imencode(suffix, image)[1].tobytes())
+
+
+def over_white(rgb: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
+    """What is expected of transparency, in exact arithmetic; 8-bit in, 8-bit out."""
+    share = alpha[..., None] / 255
+    return np.rint(rgb * share + 255 * (1 - share))
+
+
+def opened(data: bytes) -> NDArray[Any]:
+    """Pillow's idea of an opaque picture."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def opened_over_white(data: bytes) -> NDArray[Any]:
+    rgba = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+    return over_white(rgba[..., :3], rgba[..., 3])
+
+
+def assert_pixels(data: bytes, expected: NDArray[Any], tolerance: float = 0) -> None:
+    actual = decode(data)
+    assert actual.dtype == np.uint8
+    assert actual.shape == expected.shape
+    difference = np.abs(actual.astype(float) - expected).max()
+    assert difference <= tolerance, f"differs by {difference}; expected at most {tolerance}"
+
+
+COLOUR = noise(HEIGHT, WIDTH, 3)
+ALPHA = noise(HEIGHT, WIDTH, seed=1)
+GRAY = noise(HEIGHT, WIDTH, seed=2)
+OPAQUE = Image.fromarray(COLOUR)
+CLEAR = Image.fromarray(np.dstack([COLOUR, ALPHA]))
+PALETTE = OPAQUE.quantize(16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}),
+        ("TIFF", {"compression": "packbits"}),
+    ],
+)
+def test_lossless_colour_comes_back_exactly(kind: str, options: dict[str, Any]) -> None:
+    assert_pixels(encode(OPAQUE, kind, **options), COLOUR)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}])
+def test_jpeg_agrees_with_pillow_and_with_the_picture(options: dict[str, Any]) -> None:
+    data = encode(Image.fromarray(gradient()), "JPEG", quality=95, **options)
+    assert_pixels(data, opened(data), tolerance=2)
+    assert_pixels(data, gradient(), tolerance=12)
+
+
+def upright_from(orientation: int, picture: Pixels) -> Pixels:
+    """The pixels that a camera held in ``orientation`` stores of ``picture`` (TIFF 6.0, tag 274)."""
+    return {
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: np.rot90(picture, 1),
+        7: picture[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(picture, -1),
+    }[orientation]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "transparent", "options", "tolerance"),
+    [
+        ("JPEG", False, {"quality": 100, "subsampling": 0}, 4),
+        ("PNG", False, {}, 0),
+        ("PNG", True, {}, 1),
+        ("WEBP", False, {"lossless": True}, 0),
+        ("WEBP", True, {"lossless": True, "exact": True}, 1),
+    ],
+)
+def test_every_exif_orientation_comes_upright(
+    orientation: int, kind: str, transparent: bool, options: dict[str, Any], tolerance: int
+) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(upright_from(orientation, gradient())))
+    expected: NDArray[Any] = gradient()
+    if transparent:
+        stored.putalpha(200)
+        expected = over_white(expected, np.full((HEIGHT, WIDTH), 200))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    assert_pixels(encode(stored, kind, exif=exif, **options), expected, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_grayscale_becomes_three_equal_channels(kind: str) -> None:
+    assert_pixels(encode(Image.fromarray(GRAY), kind), np.dstack([GRAY] * 3))
+
+
+def test_grayscale_jpeg() -> None:
+    data = encode(Image.fromarray(gradient()).convert("L"), "JPEG")
+    assert_pixels(data, opened(data), tolerance=2)
+
+
+def test_cmyk_jpeg_agrees_with_pillow() -> None:
+    data = encode(Image.fromarray(gradient()).convert("CMYK"), "JPEG", quality=95)
+    assert_pixels(data, opened(data), tolerance=3)
+    assert_pixels(data, gradient(), tolerance=20)
+
+
+def test_cmyk_tiff_agrees_with_pillow() -> None:
+    data = encode(Image.fromarray(gradient()).convert("CMYK"), "TIFF")
+    assert_pixels(data, opened(data), tolerance=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})], ids=str
+)
+def test_transparency_is_laid_over_white(kind: str, options: dict[str, Any]) -> None:
+    assert_pixels(encode(CLEAR, kind, **options), over_white(COLOUR, ALPHA), tolerance=1)
+
+
+def test_gray_with_alpha_is_laid_over_white() -> None:
+    image = Image.merge("LA", (Image.fromarray(GRAY), Image.fromarray(ALPHA)))
+    assert_pixels(encode(image, "PNG"), over_white(np.dstack([GRAY] * 3), ALPHA), tolerance=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF"])
+def test_palette_without_transparency(kind: str) -> None:
+    assert_pixels(encode(PALETTE, kind), np.asarray(PALETTE.convert("RGB")))
+
+
+@pytest.mark.parametrize("transparency", [2, bytes([0, 50, 255, 128, 0, 9, 255, 3])], ids=["one entry", "by entry"])
+def test_palette_png_with_transparency(transparency: int | bytes) -> None:
+    data = encode(PALETTE, "PNG", transparency=transparency)
+    assert_pixels(data, opened_over_white(data), tolerance=1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_png_with_one_transparent_colour(mode: str) -> None:
+    image = Image.fromarray(GRAY if mode == "L" else COLOUR)
+    colour = image.getpixel((3, 5))
+    data = encode(image, "PNG", transparency=colour)
+    expected = opened_over_white(data)
+    assert (expected[5, 3] == 255).all()
+    assert_pixels(data, expected)
+
+
+def test_gif_shows_its_first_frame_over_white() -> None:
+    plain = encode(PALETTE, "GIF", save_all=True, append_images=[Image.new("RGB", PALETTE.size, "red")])
+    assert_pixels(plain, np.asarray(PALETTE.convert("RGB")))
+    clear = encode(PALETTE, "GIF", transparency=2, save_all=True, append_images=[Image.new("P", PALETTE.size, 3)])
+    assert_pixels(clear, opened_over_white(clear))
+
+
+def test_animated_webp_and_png_show_their_first_frame() -> None:
+    frames: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGBA", CLEAR.size, "red")]}
+    assert_pixels(encode(CLEAR, "PNG", **frames), over_white(COLOUR, ALPHA), tolerance=1)
+    assert_pixels(encode(CLEAR, "WEBP", lossless=True, exact=True, **frames), over_white(COLOUR, ALPHA), tolerance=1)
+
+
+def test_tiff_shows_its_first_page() -> None:
+    assert_pixels(encode(OPAQUE, "TIFF", save_all=True, append_images=[Image.new("RGB", (5, 5), "red")]), COLOUR)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_become_eight(suffix: str) -> None:
+    gray, colour, alpha = noise(9, 7, dtype=np.uint16), noise(9, 7, 3, dtype=np.uint16), noise(9, 7, dtype=np.uint16)
+    assert_pixels(cv2_encode(suffix, gray), np.dstack([gray / 257] * 3), tolerance=1)
+    assert_pixels(cv2_encode(suffix, colour[..., ::-1]), colour / 257, tolerance=1)
+    clear = cv2_encode(suffix, np.dstack([colour[..., ::-1], alpha]))
+    assert_pixels(clear, over_white(colour / 257, alpha / 257), tolerance=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "group4"})], ids=str
+)
+def test_one_bit_is_black_and_white(kind: str, options: dict[str, Any]) -> None:
+    bits = GRAY > 127
+    assert_pixels(encode(Image.fromarray(bits), kind, **options), np.dstack([bits * 255] * 3))
+
+
+def test_two_pictures_in_one_jpeg_show_the_first() -> None:
+    """Multi-picture JPEGs are what some telephones and stereo cameras write."""
+    first = Image.fromarray(gradient())
+    data = encode(first, "MPO", quality=95, save_all=True, append_images=[Image.new("RGB", first.size, "red")])
+    assert_pixels(data, gradient(), tolerance=12)
+
+
+SAMPLES = {
+    "jpeg": encode(OPAQUE, "JPEG"),
+    "progressive jpeg": encode(OPAQUE, "JPEG", progressive=True),
+    "png": encode(OPAQUE, "PNG"),
+    "png with alpha": encode(CLEAR, "PNG"),
+    "webp": encode(OPAQUE, "WEBP"),
+    "webp with alpha": encode(CLEAR, "WEBP", lossless=True),
+    "bmp": encode(OPAQUE, "BMP"),
+    "gif": encode(PALETTE, "GIF"),
+    "gif with transparency": encode(PALETTE, "GIF", transparency=1),
+    "tiff": encode(OPAQUE, "TIFF"),
+    "tiff with alpha": encode(CLEAR, "TIFF"),
+    "compressed tiff": encode(OPAQUE, "TIFF", compression="tiff_lzw"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_truncated_images_are_errors_of_their_own(name: str) -> None:
+    data = SAMPLES[name]
+    assert decode(data).shape == (HEIGHT, WIDTH, 3)
+    for tenth in range(10):
+        with pytest.raises(ImageError):
+            decode(data[: len(data) * tenth // 10])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_damaged_images_are_pixels_or_errors_of_their_own(name: str) -> None:
+    random = np.random.default_rng(3)
+    for _ in range(60):
+        data = bytearray(SAMPLES[name])
+        for position in random.integers(0, min(len(data), 400), 3):
+            data[position] = random.integers(0, 256)
+        try:
+            pixels = decode(bytes(data), max_pixels=10**6)
+        except ImageError:
+            continue
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 3
+        assert pixels.shape[2] == 3
+
+
+def test_hostile_images_leave_no_trace_on_standard_error() -> None:
+    """Decoders that print would let anyone fill the log with lines that are not JSON."""
+    program = (
+        "import sys\n"
+        "from model.preprocess import ImageError, decode\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        "        decode(bytes.fromhex(line))\n"
+        "    except ImageError:\n"
+        "        continue\n"
+        "    sys.exit('decoded half an image')\n"
+    )
+    halves = "\n".join(data[: len(data) * part // 4].hex() for data in SAMPLES.values() for part in (1, 2, 3))
+    result = subprocess.run(
+        [sys.executable, "-c", program], input=halves, text=True, capture_output=True, cwd=REPOSITORY, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and holds nothing of it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+def test_a_size_beyond_the_limit_is_refused_from_the_header_alone() -> None:
+    started, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TooManyPixelsError, match="60000x60000"):
+        decode(png_header(60_000, 60_000))
+    assert time.perf_counter() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # kB
+
+
+def test_a_real_decompression_bomb_is_refused() -> None:
+    bomb = encode(Image.new("1", (30_000, 30_000)), "PNG")
+    assert len(bomb) < 200_000
+    with pytest.raises(TooManyPixelsError):
+        decode(bomb)
+
+
+def test_the_pixel_limit_is_exact() -> None:
+    data = encode(OPAQUE, "PNG")
+    assert decode(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(TooManyPixelsError, match=f"{WIDTH}x{HEIGHT}"):
+        decode(data, max_pixels=HEIGHT * WIDTH - 1)
+
+
+def test_a_side_that_no_resizing_can_take_is_refused() -> None:
+    assert preprocess(encode(Image.new("L", (32_767, 2)), "PNG"), (32, 32)).shape == (32, 32, 3)
+    with pytest.raises(TooManyPixelsError, match="32768x2"):
+        preprocess(encode(Image.new("L", (32_768, 2)), "PNG"), (32, 32))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"hello, world", id="text"),
+        pytest.param(b"\x00" * 100, id="zeros"),
+        pytest.param(b"%PDF-1.7\n" + b"x" * 100, id="pdf"),
+        pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', id="svg"),
+        pytest.param(b"8BPS\x00\x01" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(64), id="psd"),
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", id="eps"),
+        pytest.param(encode(OPAQUE, "PPM"), id="ppm"),
+        pytest.param(encode(OPAQUE, "ICO"), id="ico"),
+        pytest.param(encode(OPAQUE, "TGA"), id="tga"),
+        pytest.param(encode(OPAQUE, "PCX"), id="pcx"),
+        pytest.param(encode(OPAQUE, "DDS"), id="dds"),
+        pytest.param(encode(OPAQUE, "JPEG2000"), id="jpeg 2000"),
+        pytest.param(b"\x76\x2f\x31\x01" + bytes(64), id="openexr"),
+        pytest.param(b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 4 +X 4\n" + bytes(64), id="radiance"),
+        pytest.param(b"\x00\x00\x00\x20ftypavif" + bytes(64), id="avif"),
+    ],
+)
+def test_other_formats_are_unsupported(data: bytes) -> None:
+    with pytest.raises(UnsupportedFormatError, match="JPEG, PNG, WEBP, BMP, GIF, TIFF"):
+        decode(data)
+
+
+def test_no_bytes_are_an_error_that_says_so() -> None:
+    with pytest.raises(ImageError, match="empty"):
+        decode(b"")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_header_tells_the_size_without_decoding(kind: str) -> None:
+    header = read_header(encode(OPAQUE, kind))
+    assert (header.format, header.width, header.height, header.has_alpha) == (kind, WIDTH, HEIGHT, False)
+
+
+def test_shrinking_averages_areas() -> None:
+    blocks = noise(4, 6, 3).repeat(8, axis=0).repeat(8, axis=1)
+    np.testing.assert_array_equal(resize(blocks, (4, 6)), blocks[::8, ::8])
+    checkers = np.indices((64, 64)).sum(axis=0)[..., None].repeat(3, axis=2) % 2 * 255
+    shrunk = resize(checkers.astype(np.uint8), (16, 16))
+    assert set(np.unique(shrunk)) <= {127, 128}  # every other interpolation leaves a moiré of black and white
+
+
+def test_enlarging_is_cubic() -> None:
+    edge = np.zeros((8, 8, 3), np.uint8)
+    edge[:, 4:] = 200
+    row = resize(edge, (8, 32))[4, :, 0].astype(int)
+    assert row.max() > 200  # a cubic kernel overshoots an edge; a linear one cannot
+    assert (np.diff(row[12:20]) >= 0).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (32, 32), (32, 48), (100, 7), (HEIGHT, WIDTH), (224, 224)])
+def test_the_size_is_exactly_what_was_asked(size: tuple[int, int]) -> None:
+    pixels = preprocess(encode(OPAQUE, "PNG"), size)
+    assert pixels.shape == (*size, 3)
+    assert pixels.dtype == np.uint8
+    if size == (HEIGHT, WIDTH):
+        np.testing.assert_array_equal(pixels, COLOUR)
