@@ -23,6 +23,7 @@ from bentoml.models import BentoModel
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import settings as configuration
@@ -35,6 +36,7 @@ from serving import logs, metrics
 from serving.context import request_id
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
+from serving.openapi import describe
 from serving.requests import Item, read_image, read_images
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput
 
@@ -99,6 +101,10 @@ class Runner:
         return self._runtime(images)
 
 
+def json_response(document: bytes) -> Response:
+    return Response(document, media_type="application/json")
+
+
 class ClassifierService(Service[Any]):
     """Puts the gateway around BentoML's application, and the model card beside its endpoints."""
 
@@ -106,6 +112,10 @@ class ClassifierService(Service[Any]):
         app = super().to_asgi(is_main)
         assert isinstance(app, Starlette)
         app.add_route("/model", lambda request: bentoml.get_current_service().card(), ["GET"])
+        if is_main:
+            document = orjson.dumps(describe(self.openapi_spec.asdict()))
+            # Before BentoML's own route of that path.
+            app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         return Gateway(app, PATHS, settings.log_requests)
 
 
@@ -183,7 +193,7 @@ class Classifier:
             "input_size": config.input_size,
             "temperature": config.temperature,
         }
-        return Response(orjson.dumps({**about, **card}), media_type="application/json")
+        return json_response(orjson.dumps({**about, **card}))
 
     @bentoml.api(route="/classify", input_spec=ClassifyInput, output_spec=ClassifyOutput)
     async def classify(self, request: Request) -> Response:
@@ -200,7 +210,7 @@ class Classifier:
             if not self._verified and not await self.__is_ready__():
                 raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
             async with asyncio.timeout(settings.request_timeout):
-                return Response(orjson.dumps(await work(request)), media_type="application/json")
+                return json_response(orjson.dumps(await work(request)))
         except Exception as error:
             answer = from_exception(error)
             if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from model.artifact import Artifact
 from tests import toy
+from tests.live import LIMITS, Server, serve
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,24 @@ def toy_artifact(toy_folder: Path, toy_run: Path) -> Artifact:
     path = toy_folder.parent / "artifact"
     toy.run("train.export", toy_run, toy_folder, "--out", path)
     return Artifact.load(path)
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("embedded")
+    with serve("embedded", home, **LIMITS) as url:
+        yield Server(url, "embedded", home)
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("runner")
+    with serve("runner", home, **LIMITS) as url:
+        yield Server(url, "runner", home)
+
+
+@pytest.fixture(params=["embedded", "runner"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Each topology in turn: what holds of one holds of the other."""
+    chosen: Server = request.getfixturevalue(request.param)
+    return chosen

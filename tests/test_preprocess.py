@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from model.preprocess import (
     read_header,
     resize,
 )
+from tests.live import png_header
 
 HEIGHT, WIDTH = 48, 64
 ORIENTATION = 0x0112
@@ -304,16 +304,6 @@ def test_hostile_images_leave_no_trace_on_standard_error() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces a size and holds nothing of it."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
 
 
 def test_a_size_beyond_the_limit_is_refused_from_the_header_alone() -> None:

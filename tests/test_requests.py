@@ -367,4 +367,4 @@ def test_no_bytes_whatever_are_anything_but_an_api_error() -> None:
                 refusals.append(int(error.status))
     assert answered > 50
     assert len(refusals) > 1_000
-    assert set(refusals) == {400, 413}
+    assert set(refusals) <= {400, 413, 415}

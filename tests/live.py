@@ -1,0 +1,184 @@
+"""The real server as a process of its own, and what the tests need to talk to it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import requests
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+START_SECONDS, STOP_SECONDS = 120.0, 30.0
+"""Generous: the tests may share two cores with anything."""
+LIMITS = {"MAX_BODY_BYTES": 2_000_000, "MAX_IMAGE_BYTES": 1_000_000, "MAX_REQUEST_IMAGES": 64, "MAX_QUEUE": 1024}
+"""Of the servers that tests share; small enough that a test can exceed them without sending much."""
+LOG, PID = "server.log", "server.pid"
+"""Files beside the BentoML home of a server, for tests that look at its log or its processes."""
+
+
+class Server(NamedTuple):
+    """A running server: its base URL, its topology and the folder of its BentoML home and log."""
+
+    url: str
+    topology: str
+    home: Path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment(home: Path, **settings: Any) -> dict[str, str]:
+    """The caller's environment without any setting of the service in it, and with ``settings``."""
+    inherited = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME", "LANG", "TMPDIR"}}
+    chosen = {name: str(value) for name, value in settings.items()}
+    return {**inherited, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", **chosen}
+
+
+def command(port: int) -> list[str]:
+    return [sys.executable, "-m", "bentoml", "serve", "service:Classifier", "--port", str(port), "--host", "127.0.0.1"]
+
+
+@contextmanager
+def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
+    """Start the server with ``settings`` and an own BentoML home in ``home``; the base URL of it, once it is ready."""
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    settings = {"TOPOLOGY": topology, "RUNTIME": "onnx-int8", "WORKERS": 2, **settings}
+    log = home / LOG
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command(port),
+            cwd=REPOSITORY,
+            env=environment(home, **settings),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(process, url, log)
+        (home / PID).write_text(str(process.pid))
+        yield url
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended with {process.returncode}:\n{tail(log)}")
+        with suppress(requests.RequestException):
+            if requests.get(f"{url}/readyz", timeout=5).status_code == HTTPStatus.OK:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"the server was not ready within {START_SECONDS} s:\n{tail(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask nicely, wait, and in any case leave no process behind; one that outlives its server is an error."""
+    started = family(process.pid)
+    try:
+        process.terminate()
+        process.wait(STOP_SECONDS)
+        deadline = time.monotonic() + 5
+        while (left := [pid for pid in started if _alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"processes {left} outlived their server"
+    finally:
+        for pid in started:
+            if _alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _status(pid: int) -> tuple[str, int]:
+    """State and parent of a process; ``("", 0)`` when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "", 0
+    return fields[0], int(fields[1])
+
+
+def _alive(pid: int) -> bool:
+    return _status(pid)[0] not in ("", "Z")
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants; the server's workers have process groups of their own."""
+    parents = {
+        int(entry.name): _status(int(entry.name))[1] for entry in Path("/proc").iterdir() if entry.name.isdigit()
+    }
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def processes(home: Path) -> list[int]:
+    """Every process of the server with this home."""
+    return family(int((home / PID).read_text()))
+
+
+def picture(seed: int = 0, height: int = 32, width: int = 32) -> Image.Image:
+    """A smooth random picture: pure noise would look the same to any classifier."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and holds next to nothing of it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)$")
+
+
+def samples(url: str) -> dict[str, float]:
+    """Every series of ``/metrics`` with its value; a series is its name and its labels as they are written."""
+    matches = (_SAMPLE.match(line) for line in requests.get(f"{url}/metrics", timeout=30).text.splitlines())
+    return {match[1] + (match[2] or ""): float(match[3]) for match in matches if match}
+
+
+def total(values: dict[str, float], name: str, **labels: str) -> float:
+    """The sum of all series of ``name`` that carry ``labels``."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        value
+        for series, value in values.items()
+        if series.split("{")[0] == name and all(label in series for label in wanted)
+    )

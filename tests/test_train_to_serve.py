@@ -1,0 +1,41 @@
+"""Another classifier all the way: trained on made-up classes, stored, served, asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import requests
+from PIL import Image
+
+from model.artifact import Artifact
+from tests import toy
+from tests.live import encode, environment, serve
+
+
+def test_a_classifier_of_other_classes_is_served(toy_artifact: Artifact, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "model.store", "import", toy_artifact.path],
+        cwd=toy.ROOT,
+        env=environment(tmp_path),
+        check=True,
+        timeout=120,
+    )
+    rng = np.random.default_rng(99)
+    names = [toy.CLASSES[i % 3] for i in range(30)]
+    parts = [("images", encode_pixels(name, rng)) for name in names]
+    with serve("embedded", tmp_path, MODEL="toy", WORKERS=1) as url:
+        card = requests.get(f"{url}/model", timeout=30).json()
+        replies = requests.post(f"{url}/classify/batch", files=parts, timeout=30).json()["results"]
+    assert card["classes"] == list(toy.CLASSES)
+    assert card["input_size"] == [toy.SIDE, toy.SIDE]
+    assert card["version"] == toy_artifact.version
+    assert replies[0]["model"] == f"toy:{toy_artifact.version}"
+    assert list(replies[0]["all_probabilities"]) == ["0", "1", "2"]
+    assert sum(reply["class_name"] == name for reply, name in zip(replies, names, strict=True)) >= 27
+
+
+def encode_pixels(name: str, rng: np.random.Generator) -> bytes:
+    return encode(Image.fromarray(toy.draw(name, rng)[..., ::-1]))
