@@ -305,6 +305,7 @@ def test_a_cancelled_caller_is_never_computed() -> None:
         await settle()
         gone.cancel()
         await settle()
+        assert batcher.waiting == 1  # its place in the queue is free at once
         engine.release(0)
         await settle()
         assert engine.seen == [[1], [2]]
