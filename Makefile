@@ -8,12 +8,17 @@ RUN := runs/$(NAME)
 
 VENV := .venv
 BIN := $(VENV)/bin
-# An own home keeps the models and Bentos of this checkout apart from those of others. No usage statistics are sent.
+# An own home keeps the models and Bentos of this checkout apart from those of others. Nobody is sent usage statistics.
 export BENTOML_HOME ?= $(CURDIR)/.bentoml
 export BENTOML_DO_NOT_TRACK := True
+export ORT_DISABLE_TELEMETRY := 1
+# Images. More of what `docker build` needs on this machine goes into CONTAINERIZE_FLAGS, as `--opt KEY=VALUE`.
+export IMAGE_CPU ?= classifier:cpu
+IMAGE_GPU ?= classifier:cuda
+CONTAINERIZE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store build clean
+.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -31,7 +36,7 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 	@touch $@ $(VENV)/.serve
 
 serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 3000)
-	$(BIN)/bentoml serve service:Classifier --port $(PORT)
+	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
 test: check ## set up, lint, type-check and run the tests
 	$(BIN)/python -m pytest
@@ -55,6 +60,17 @@ store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NA
 
 build: $(VENV)/.dev ## build a Bento from this checkout
 	$(BIN)/bentoml build
+
+image-cpu: $(VENV)/.serve ## build the image IMAGE_CPU (classifier:cpu), which serves on a CPU and has no torch
+	$(BIN)/bentoml build -f deploy/bentofile.cpu.yaml
+	$(BIN)/bentoml containerize classifier-cpu:latest -t $(IMAGE_CPU) $(CONTAINERIZE_FLAGS)
+
+image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with the CUDA that torch's wheels bring
+	$(BIN)/bentoml build
+	$(BIN)/bentoml containerize classifier:latest -t $(IMAGE_GPU) $(CONTAINERIZE_FLAGS)
+
+e2e: $(VENV)/.dev ## run the CPU image, built if missing, and test it from outside
+	$(BIN)/python -m pytest tests/e2e
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"

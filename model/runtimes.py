@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,8 @@ class OnnxRuntime:
     """ONNX Runtime on the CPU, in FP32 or INT8."""
 
     def __init__(self, path: Path, name: str, threads: int = 1) -> None:
+        # From 1.29 on its Linux wheels report to Microsoft, from the moment of the import.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

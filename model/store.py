@@ -19,6 +19,8 @@ from model.artifact import CARD, HASHED, Artifact, ArtifactError
 
 SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships; a built Bento holds it as a model instead."""
+BENTO = Path(__file__).parents[2]
+"""The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
 
 
 class StoreError(RuntimeError):
@@ -51,11 +53,12 @@ def put(directory: Path) -> str:
 def resolve(reference: str) -> str:
     """``name`` or ``name:version`` to the full tag in the store; the shipped artifact is imported on first use.
 
-    Without a version the newest of that name counts. Raises ``StoreError`` naming what the store holds.
+    Without a version the one counts that the Bento was built with; in a checkout, the newest of that name.
+    Raises ``StoreError`` naming what the store holds.
     """
     if (SHIPPED / CARD).exists():
         put(SHIPPED)
-    model = _find(reference)
+    model = _find(_pinned(reference))
     if model is None:
         held = ", ".join(str(m.tag) for m in bentoml.models.list()) or "nothing"
         raise StoreError(f"MODEL={reference!r} is not in the model store; it holds {held}")
@@ -68,6 +71,14 @@ def get(tag: str) -> Artifact:
     if model is None:
         raise StoreError(f"{tag!r} is not in the model store")
     return Artifact.load(Path(model.path))
+
+
+def _pinned(reference: str) -> str:
+    """``reference`` with the version that this file's Bento was built with, where it names none."""
+    if ":" in reference or not (BENTO / "bento.yaml").exists():
+        return reference
+    tags = [model.tag for model in bentoml.Bento.from_path(BENTO).info.all_models]
+    return next((str(tag) for tag in tags if tag.name == reference), reference)
 
 
 def _find(tag: str) -> bentoml.Model | None:

@@ -319,6 +319,24 @@ def test_a_cancelled_caller_is_never_computed() -> None:
     run(scenario())
 
 
+def test_a_caller_cancelled_in_the_moment_the_engine_is_free_is_not_computed() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=64)
+        first = asyncio.create_task(batcher(images(1)))
+        await settle()
+        gone = asyncio.create_task(batcher(images(50)))
+        await settle()
+        gone.cancel()
+        engine.release(0)
+        await settle()
+        assert engine.seen == [[1]]
+        assert batcher.waiting == 0
+        assert values(await first) == [1]
+
+    run(scenario())
+
+
 def test_a_caller_cancelled_while_its_batch_runs_harms_nobody_in_it() -> None:
     async def scenario() -> None:
         engine = HeldEngine()

@@ -1,0 +1,167 @@
+"""The CPU image, built and run as in production: not root, no capabilities, nothing writable but /tmp.
+
+make e2e                # builds the image if there is none
+make image-cpu e2e      # builds it anew
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import requests
+
+ROOT = Path(__file__).parents[2]
+IMAGE = os.environ.get("IMAGE_CPU", "classifier:cpu")
+BASE_IMAGE = "python:3.11-slim"
+MAX_OVER_BASE = 500e6
+READY_SECONDS = 120
+STOP_SECONDS = 30
+HARDENED = (
+    *("--read-only", "--tmpfs", "/tmp", "--env", "BENTOML_HOME=/tmp/bentoml"),
+    *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+)
+
+
+def docker(*arguments: str, code: int | None = 0) -> str:
+    """``docker arguments``; returns what it printed, after checking its exit status unless ``code`` is None."""
+    done = subprocess.run(("docker", *arguments), capture_output=True, text=True, timeout=120)
+    assert code is None or done.returncode == code, done.stdout + done.stderr
+    return (done.stdout + done.stderr).strip()
+
+
+@dataclass(frozen=True)
+class Container:
+    id: str
+    url: str
+    seconds_to_ready: float
+
+    def run(self, script: str, code: int | None = 0) -> str:
+        return docker("exec", self.id, "sh", "-c", script, code=code)
+
+    def statuses(self) -> list[dict[str, str]]:
+        """/proc/PID/status of each process of the server."""
+        pids = docker("top", self.id, "-o", "pid").split()[1:]
+        texts = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+        return [dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    if docker("image", "inspect", IMAGE, "--format", "{{.Id}}", code=None).startswith("sha256:"):
+        return IMAGE
+    subprocess.run(("make", "image-cpu", f"IMAGE_CPU={IMAGE}"), cwd=ROOT, check=True)
+    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def container(image: str) -> Iterator[Container]:
+    started = time.monotonic()
+    identity = docker("run", "--detach", "--publish", "127.0.0.1::3000", *HARDENED, image)
+    try:
+        address = docker("port", identity, "3000").splitlines()[0]
+        wait_until_ready(identity, f"http://{address}")
+        yield Container(identity, f"http://{address}", time.monotonic() - started)
+    finally:
+        docker("rm", "--force", identity)
+
+
+def wait_until_ready(identity: str, url: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if requests.get(f"{url}/readyz", timeout=5).ok:
+                return
+        except (requests.ConnectionError, requests.Timeout):  # the socket is there before its workers
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"not ready after {READY_SECONDS} s\n{docker('logs', identity)}")
+
+
+def jpeg() -> bytes:
+    picture = np.full((48, 64, 3), 200, np.uint8)
+    cv2.circle(picture, (32, 24), 15, (30, 90, 160), -1)
+    return cv2.imencode(".jpg", picture)[1].tobytes()
+
+
+def test_classifies(container: Container) -> None:
+    reply = requests.post(f"{container.url}/classify", files={"image": ("disc.jpg", jpeg(), "image/jpeg")}, timeout=30)
+    assert reply.status_code == 200, reply.text
+    answer = reply.json()
+    card = requests.get(f"{container.url}/model", timeout=30).json()
+    probabilities = answer["all_probabilities"]
+    assert answer["class_name"] == card["classes"][answer["predicted_class"]]
+    assert answer["model"] == f"{card['name']}:{card['version']}"
+    assert answer["confidence"] == max(probabilities.values())
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
+    assert card["runtime"] == "onnx-int8"
+
+
+def test_a_broken_image_is_the_clients_error(container: Container) -> None:
+    body = jpeg()[:100]
+    reply = requests.post(f"{container.url}/classify", body, headers={"Content-Type": "image/jpeg"}, timeout=30)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_image")
+
+
+def test_metrics(container: Container) -> None:
+    requests.post(f"{container.url}/classify", jpeg(), headers={"Content-Type": "image/jpeg"}, timeout=30)
+    lines = requests.get(f"{container.url}/metrics", timeout=30).text.splitlines()
+    for metric in ("classifier_model_info{", "classifier_images_total{", "classifier_stage_seconds_count{"):
+        assert any(line.startswith(metric) for line in lines), metric
+
+
+def test_runs_without_privileges(container: Container) -> None:
+    statuses = container.statuses()
+    assert len(statuses) >= 2  # the parent and its workers
+    for status in statuses:
+        assert "0" not in status["Uid"].split()
+        assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+        assert status["NoNewPrivs"] == "1"
+    assert "Read-only file system" in container.run("touch /home/bentoml/bento/src/service.py", code=1)
+
+
+def test_holds_neither_torch_nor_compilers(container: Container) -> None:
+    packages = {package["name"] for package in json.loads(container.run("uv pip list --quiet --format json"))}
+    assert {"bentoml", "onnxruntime"} <= packages
+    assert not packages & {"torch", "torchvision", "triton", "nvidia-cublas"}
+    assert container.run("command -v cc gcc g++ make git", code=None) == ""
+
+
+def test_sends_no_usage_statistics(container: Container) -> None:
+    """ONNX Runtime's sender warns on a read-only disk; where it runs, it does so when a model is loaded."""
+    assert "loaded" in docker("logs", container.id)
+    assert "telemetry" not in docker("logs", container.id)
+
+
+def test_sizes(container: Container, image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    size = image_size(image)
+    over_base = size - image_size(BASE_IMAGE)
+    resident = [int(status["VmRSS"].split()[0]) / 1024 for status in container.statuses()]
+    with capsys.disabled():
+        print(
+            f"\n{image}: {size / 1e6:.0f} MB, {over_base / 1e6:.0f} MB over {BASE_IMAGE}; "
+            f"ready after {container.seconds_to_ready:.1f} s; "
+            f"resident: {', '.join(f'{mib:.0f}' for mib in sorted(resident))} MiB"
+        )
+    assert over_base <= MAX_OVER_BASE
+
+
+def image_size(name: str) -> int:
+    """Bytes; a base image that only the builder has is pulled."""
+    if not docker("image", "inspect", name, "--format", "{{.Id}}", code=None).startswith("sha256:"):
+        docker("pull", "--quiet", name)
+    return int(docker("image", "inspect", name, "--format", "{{.Size}}"))
+
+
+def test_stops_when_told(container: Container) -> None:
+    """Last: the container is gone afterwards."""
+    docker("stop", "--time", str(STOP_SECONDS), container.id)
+    assert docker("inspect", container.id, "--format", "{{.State.ExitCode}} {{.State.OOMKilled}}") == "0 false"
