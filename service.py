@@ -28,10 +28,10 @@ from starlette.types import ASGIApp
 
 import settings as configuration
 from model import runtimes, store
-from model.artifact import Logits
+from model.artifact import ArtifactError, Logits
 from model.batching import Batcher, Engine
 from model.classifier import Prediction, VerificationError, check, predictions, verify
-from model.preprocess import Pixels, preprocess
+from model.preprocess import Pixels, inspect, render
 from serving import logs, metrics
 from serving.context import request_id
 from serving.errors import ApiError, from_exception
@@ -43,7 +43,10 @@ from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutp
 logger = logging.getLogger("classifier.service")
 
 settings = configuration.load()
-TAG = store.resolve(settings.model)
+try:
+    TAG = store.resolve(settings.model)
+except (store.StoreError, ArtifactError) as error:
+    raise configuration.SettingsError(f"error: {error}") from None
 RUNTIME = settings.resolved_runtime()
 TOPOLOGY = settings.resolved_topology()
 GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
@@ -52,8 +55,8 @@ RUNNER_MAX_BATCH = 256
 """Images of one batch of the runner, gathered over all workers."""
 RUNNER_HOPS = 4
 """Batches that one worker keeps on their way to the runner."""
-LARGE_IMAGE_BYTES = 16_384
-"""From here on decoding takes longer than handing it to a thread."""
+LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
+"""From here on decoding takes longer than handing it to a thread; a small file may well hold a large image."""
 PATHS = (
     "/classify",
     "/classify/batch",
@@ -141,6 +144,7 @@ class Classifier:
         self._artifact = store.get(TAG)
         self._config = self._artifact.config
         self._verified = False
+        self._verifying = asyncio.Lock()
         self._decoders = ThreadPoolExecutor(2, "decode")
         if TOPOLOGY == "runner":
             self._batcher = self._queue(self._infer_remotely, RUNNER_HOPS)
@@ -173,19 +177,27 @@ class Classifier:
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take."""
-        if not self._verified:
+        # One at a time: the first requests wait for the verdict instead of each asking for their own.
+        async with self._verifying:
+            if self._verified:
+                return True
             try:
-                check(await self._batcher(self._artifact.reference().images), self._artifact, RUNTIME)
+                check(await self._reference_logits(), self._artifact, RUNTIME)
             except VerificationError as error:
                 logger.critical("not ready", extra={"reason": str(error)})
                 return False
             except Exception as error:
                 logger.warning("not ready yet", extra={"reason": repr(error)})
                 return False
-            if not self._verified:  # a second probe may have overtaken this one
-                self._verified = True
-                logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
-        return True
+            self._verified = True
+            logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
+            return True
+
+    async def _reference_logits(self) -> Logits:
+        """Logits of the reference images, in batches that the smallest queue admits."""
+        images = self._artifact.reference().images
+        size = min(settings.max_batch, settings.max_queue)
+        return np.concatenate([await self._batcher(images[i : i + size]) for i in range(0, len(images), size)])
 
     def card(self) -> Response:
         """The reply of ``GET /model``."""
@@ -229,8 +241,7 @@ class Classifier:
             data = await read_image(request, settings)
         with metrics.timed("decode"):
             image = await self._decode(data)
-        with metrics.timed("classify"):
-            logits = await self._batcher(image[None])
+        logits = await self._logits(image[None])
         with metrics.timed("reply"):
             return self._result(predictions(logits, self._config)[0])
 
@@ -240,21 +251,26 @@ class Classifier:
         with metrics.timed("decode"):
             decoded = [await self._attempt(item) for item in items]
         images = [image for image in decoded if not isinstance(image, ApiError)]
-        with metrics.timed("classify"):
-            logits = (
-                await self._batcher(np.stack(images))
-                if images
-                else np.empty((0, len(self._config.classes)), np.float32)
-            )
+        logits = (
+            await self._logits(np.stack(images)) if images else np.empty((0, len(self._config.classes)), np.float32)
+        )
         with metrics.timed("reply"):
             verdicts = iter(predictions(logits, self._config))
             return {"results": [i.body() if isinstance(i, ApiError) else self._result(next(verdicts)) for i in decoded]}
 
+    async def _logits(self, images: Pixels) -> Logits:
+        with metrics.timed("classify"):
+            try:
+                return await self._batcher(images)
+            finally:  # who gave up has left the queue too
+                metrics.QUEUE_IMAGES.set(self._batcher.waiting)
+
     async def _decode(self, data: bytes) -> Pixels:
-        arguments = (data, self._config.input_size, settings.max_pixels)
-        if len(data) < LARGE_IMAGE_BYTES:
-            return preprocess(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, preprocess, *arguments)
+        header = inspect(data, settings.max_pixels)
+        if len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS:
+            return render(data, header, self._config.input_size)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, render, data, header, self._config.input_size)
 
     async def _attempt(self, item: Item) -> Pixels | ApiError:
         """One image of a batch, or what is wrong with it: it fails alone."""

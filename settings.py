@@ -6,7 +6,7 @@ A setting is an environment variable of the field's name in capitals: ``RUNTIME=
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     """Engine: ``torch`` where there is an NVIDIA GPU, else ``onnx-int8``."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
     """``embedded``: each API worker owns an engine. ``runner``: a process per GPU owns it. A GPU decides ``auto``."""
-    workers: int | Literal["cpu_count"] = "cpu_count"
+    workers: Annotated[int, Field(ge=1)] | Literal["cpu_count"] = "cpu_count"
     """API worker processes."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one engine."""

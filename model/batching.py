@@ -33,7 +33,7 @@ class QueueFullError(RuntimeError):
         self.retry_after = retry_after
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     images: Pixels
     result: asyncio.Future[Logits]
@@ -78,37 +78,54 @@ class Batcher:
         self._jobs.extend(jobs)
         self.waiting += len(images)
         self._start()
-        results = await asyncio.gather(*(job.result for job in jobs))
+        try:
+            results = await asyncio.gather(*(job.result for job in jobs))
+        except BaseException:
+            self._withdraw(jobs)
+            raise
         return results[0] if len(results) == 1 else np.concatenate(results)
+
+    def _withdraw(self, jobs: list[_Job]) -> None:
+        """Free the places of what is still waiting when its caller leaves."""
+        for job in jobs:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self.waiting -= len(job.images)
 
     def _retry_after(self) -> int:
         """Seconds until the queue as it stands has drained, at the rate seen lately."""
         return max(1, math.ceil(self.waiting / self._images_per_second)) if self._images_per_second else 1
 
     def _start(self) -> None:
-        if self._jobs and len(self._running) < self._concurrency:
-            task = asyncio.get_running_loop().create_task(self._drain())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+        """Wake a free engine for each waiting job; one that finds nothing to do ends at once."""
+        for _ in range(min(len(self._jobs), self._concurrency - len(self._running))):
+            self._running.add(asyncio.get_running_loop().create_task(self._drain()))
 
     async def _drain(self) -> None:
-        while batch := self._take():
-            started = time.monotonic()
-            size = sum(len(job.images) for job in batch)
-            self._observe(size)
-            try:
-                logits = await self._engine(
-                    batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
-                )
-            except Exception as error:
-                for job in batch:
-                    _settle(job, error)
-                continue
-            self._remember(size / max(time.monotonic() - started, 1e-6))
-            start = 0
+        try:
+            while batch := self._take():
+                await self._compute(batch)
+        finally:
+            # Not in a done callback, which runs a tick later: whoever arrived in between would wait for ever.
+            self._running.discard(asyncio.current_task())
+
+    async def _compute(self, batch: list[_Job]) -> None:
+        started = time.monotonic()
+        size = sum(len(job.images) for job in batch)
+        self._observe(size)
+        try:
+            logits = await self._engine(
+                batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+            )
+        except Exception as error:
             for job in batch:
-                _settle(job, logits[start : start + len(job.images)])
-                start += len(job.images)
+                _settle(job, error)
+            return
+        self._remember(size / max(time.monotonic() - started, 1e-6))
+        start = 0
+        for job in batch:
+            _settle(job, logits[start : start + len(job.images)])
+            start += len(job.images)
 
     def _take(self) -> list[_Job]:
         """The next batch: jobs in order of arrival while they fit, without those whose caller has gone."""

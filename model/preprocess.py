@@ -6,12 +6,13 @@ The header is read before anything is decoded, so that what is too large or no i
 from __future__ import annotations
 
 import io
+import warnings
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
@@ -22,8 +23,11 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_767
 """Limit on width and on height: OpenCV's own resizing fails beyond 16-bit coordinates."""
 
-# Pillow only reads headers here, and the pixel limit below is ours: its own would warn on standard error.
+# The pixel limit below is ours; Pillow's own would warn on standard error.
 Image.MAX_IMAGE_PIXELS = None
+# What is wrong with an image is told to its sender; decoders that print let anyone fill the log.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
@@ -63,39 +67,45 @@ def read_header(data: bytes) -> Header:
         raise ImageError(f"the image's header is broken: {error}") from error
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode one image to (H, W, 3) uint8 RGB at its own size.
-
-    EXIF orientation is applied; grayscale, palette and CMYK become RGB; 16 bits become 8; transparency is laid over
-    white; of an animation the first frame counts. Raises ``ImageError`` or one of its subclasses.
-    """
+def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """``read_header``, and ``TooManyPixelsError`` for an image beyond the limits."""
     header = read_header(data)
     if header.width * header.height > max_pixels:
         raise TooManyPixelsError(f"the image has {header.width}x{header.height} pixels; expected at most {max_pixels}")
     if max(header.width, header.height) > MAX_SIDE:
         raise TooManyPixelsError(f"the image is {header.width}x{header.height}; expected at most {MAX_SIDE} a side")
-    flags = cv2.IMREAD_UNCHANGED if header.has_alpha else cv2.IMREAD_COLOR_RGB
+    return header
+
+
+def decode(data: bytes, header: Header) -> Pixels:
+    """Decode one image of a known ``header`` to (H, W, 3) uint8 RGB at its own size.
+
+    EXIF orientation is applied; grayscale, palette and CMYK become RGB; 16 bits become 8; transparency is laid over
+    white; of an animation the first frame counts. Raises ``ImageError``.
+    """
+    return _over_white(data) if header.has_alpha else _opaque(data, header.format)
+
+
+def _opaque(data: bytes, kind: str) -> Pixels:
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise ImageError(f"the {header.format} image cannot be decoded: {error.err}") from error
+        raise ImageError(f"the {kind} image cannot be decoded: {error.err}") from error
     if image is None:
-        raise ImageError(f"the {header.format} image cannot be decoded: its data is truncated or broken")
-    return _flatten(image) if header.has_alpha else image.astype(np.uint8, copy=False)
+        raise ImageError(f"the {kind} image cannot be decoded: its data is truncated or broken")
+    return image.astype(np.uint8, copy=False)
 
 
-def _flatten(image: NDArray[np.generic]) -> Pixels:
-    """Undecoded-depth BGRA, BGR or gray pixels laid over white, as 8-bit RGB."""
-    if image.dtype == np.uint16:
-        image = image >> 8  # type: ignore[operator]
-    pixels = np.asarray(image, np.uint8)
-    if pixels.ndim == 2:
-        return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), np.uint8)
-    rgb = np.asarray(cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2RGB), np.uint8)
-    if pixels.shape[2] == 3:
-        return rgb
-    alpha = pixels[..., 3:].astype(np.uint16)
-    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+def _over_white(data: bytes) -> Pixels:
+    """By Pillow: with transparency, OpenCV ignores EXIF, a PNG's transparent gray, and how a TIFF stores alpha."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            layer = ImageOps.exif_transpose(image.convert("RGBA"))
+    except Exception as error:
+        raise ImageError(f"the image cannot be decoded: {error}") from error
+    white = Image.new("RGBA", layer.size, "white")
+    white.alpha_composite(layer)
+    return np.asarray(white.convert("RGB"))
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
@@ -111,4 +121,9 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 def preprocess(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> Pixels:
     """Image bytes to what the network of input ``size`` (height, width) sees: (height, width, 3) uint8 RGB."""
-    return resize(decode(data, max_pixels), size)
+    return render(data, inspect(data, max_pixels), size)
+
+
+def render(data: bytes, header: Header, size: tuple[int, int]) -> Pixels:
+    """``preprocess`` for a caller that has inspected the header already."""
+    return resize(decode(data, header), size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 
 import orjson
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model.batching import QueueFullError
@@ -46,6 +47,8 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", str(error), retry)
         case TimeoutError():
             return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "the request was not answered in time")
+        case ClientDisconnect():
+            return ApiError(HTTPStatus.BAD_REQUEST, "disconnected", "the connection ended before the request did")
         case _:
             return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the server failed; see its log")
 

@@ -88,8 +88,8 @@ def _unsupported(media_type: str, *expected: str) -> ApiError:
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """The body, given up as soon as it is known to exceed ``limit`` bytes."""
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
+    announced = request.headers.get("content-length", "")[:19]
+    if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise too_large(f"the body has {announced} bytes; expected at most {limit}")
     chunks: list[bytes] = []
     size = 0

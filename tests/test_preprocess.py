@@ -17,13 +17,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from model import preprocess as module
 from model.preprocess import (
     FORMATS,
+    MAX_PIXELS,
     ImageError,
     Pixels,
     TooManyPixelsError,
     UnsupportedFormatError,
-    decode,
+    inspect,
     preprocess,
     read_header,
     resize,
@@ -33,6 +35,10 @@ from tests.live import png_header
 HEIGHT, WIDTH = 48, 64
 ORIENTATION = 0x0112
 REPOSITORY = Path(__file__).parent.parent
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    return module.decode(data, inspect(data, max_pixels))
 
 
 def noise(*shape: int, dtype: type = np.uint8, seed: int = 0) -> NDArray[Any]:
@@ -290,10 +296,10 @@ def test_hostile_images_leave_no_trace_on_standard_error() -> None:
     """Decoders that print would let anyone fill the log with lines that are not JSON."""
     program = (
         "import sys\n"
-        "from model.preprocess import ImageError, decode\n"
+        "from model.preprocess import ImageError, preprocess\n"
         "for line in sys.stdin:\n"
         "    try:\n"
-        "        decode(bytes.fromhex(line))\n"
+        "        preprocess(bytes.fromhex(line), (32, 32))\n"
         "    except ImageError:\n"
         "        continue\n"
         "    sys.exit('decoded half an image')\n"
