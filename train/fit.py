@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -57,6 +58,8 @@ class Recipe:
     """Largest shift, as a share of the image's side; the border is reflected."""
     cutout: float = 0.3125
     """Side of the square that is blanked, as a share of the image's side."""
+    zoom: float = 1.0
+    """Every other image is scaled by up to this factor, up or down, and stretched by up to its square root."""
     width: int = 64
     """Channels of the first stage; later ones have four times as many."""
     depth: int = 3
@@ -107,6 +110,8 @@ class Augmented:
         for index in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
             flip = (self.flip_parity[index] + epoch) % 2 == 1
             images = self._shift(index.to(self.device), flip, generator)
+            if self.recipe.zoom > 1:
+                images[::2] = self._zoom(images[::2], generator)
             yield self._cutout(images, generator), self.labels[index.to(self.device)]
 
     def _shift(self, index: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
@@ -122,6 +127,17 @@ class Augmented:
         shift = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
         index = (torch.arange(side) + shift).abs()
         return torch.where(index >= side, 2 * (side - 1) - index, index)
+
+    def _zoom(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        reach = math.log(self.recipe.zoom)
+        scale, stretch = (torch.rand((2, len(images)), generator=generator) * 2 - 1) * reach
+        theta = torch.zeros(len(images), 2, 3)
+        theta[:, 0, 0] = torch.exp(scale + stretch / 4)
+        theta[:, 1, 1] = torch.exp(scale - stretch / 4)
+        pixels = images.permute(0, 3, 1, 2).float()
+        grid = F.affine_grid(theta.to(self.device), list(pixels.shape), align_corners=False)
+        zoomed = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+        return zoomed.round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _cutout(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count, height, width = images.shape[:3]
@@ -242,6 +258,16 @@ class Fit:
         save_file(tensors, partial, metadata={"position": json.dumps(position)})
         partial.replace(self.out / CHECKPOINT)
 
+    def take_weights(self, path: Path) -> None:
+        """Begin with the weights of another run's checkpoint instead of random ones."""
+        with safe_open(path, "pt", device=str(self.device)) as checkpoint:
+            names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
+            state = {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
+        try:
+            self.network.load_state_dict(state)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not the weights of this network: {error}") from error
+
     def resume(self) -> None:
         """Take up the checkpoint in ``out``; raises ``DataError`` when its recipe is another."""
         with safe_open(self.out / CHECKPOINT, "pt", device=str(self.device)) as checkpoint:
@@ -290,6 +316,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--name", required=True, help="name of the model in the store")
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--start", type=Path, metavar="RUN", help="start from the weights of a finished run")
     parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
@@ -310,6 +337,8 @@ def main() -> None:
     if options.resume:
         fit.resume()
     else:
+        if options.start:
+            fit.take_weights(options.start / CHECKPOINT)
         fit.save()
     config.save(options.out / CONFIG)
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
@@ -324,7 +353,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; {options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs: go on with --resume")
     typed = shlex.join(["python", "-m", "train.fit", *sys.argv[1:]])
-    (options.out / RUN).write_text(json.dumps(describe_run(fit, typed, started), indent=2) + "\n")
+    about = describe_run(fit, typed, started)
+    if options.start:
+        about["start"] = json.loads((options.start / RUN).read_text())
+    (options.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
 
 
 if __name__ == "__main__":
