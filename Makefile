@@ -26,9 +26,11 @@ help: ## list the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Serving on a CPU needs no torch: a small set, and the start of the full one.
-$(VENV)/.serve: requirements-serve.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+# Serving on a CPU needs no torch.
+SERVE_REQUIREMENTS := $(if $(wildcard /proc/driver/nvidia/version),requirements-gpu.txt,requirements-serve.txt)
+
+$(VENV)/.serve: $(SERVE_REQUIREMENTS) | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(SERVE_REQUIREMENTS)
 	@touch $@
 
 $(VENV)/.dev: requirements.txt | $(BIN)/python

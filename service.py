@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -47,6 +48,7 @@ try:
     TAG = store.resolve(settings.model)
 except (store.StoreError, ArtifactError) as error:
     raise configuration.SettingsError(f"error: {error}") from None
+os.environ["MODEL"] = TAG  # so that a worker that is started later serves the same version
 RUNTIME = settings.resolved_runtime()
 TOPOLOGY = settings.resolved_topology()
 GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
@@ -140,7 +142,8 @@ class Classifier:
         runner = bentoml.depends(Runner)  # type: ignore[call-overload]  # as above
 
     def __init__(self) -> None:
-        logs.configure(settings, f"api-{bentoml.server_context.worker_index or 1}")
+        worker = bentoml.server_context.worker_index or 1
+        logs.configure(settings, f"api-{worker}")
         self._artifact = store.get(TAG)
         self._config = self._artifact.config
         self._verified = False
@@ -149,7 +152,7 @@ class Classifier:
         if TOPOLOGY == "runner":
             self._batcher = self._queue(self._infer_remotely, RUNNER_HOPS)
         else:
-            self._runtime = runtimes.create(RUNTIME, self._artifact, settings.threads)
+            self._runtime = runtimes.create(RUNTIME, self._artifact, settings.threads, (worker - 1) % max(1, GPUS))
             verify(self._runtime, self._artifact)
             self._engine_thread = ThreadPoolExecutor(1, "engine")
             self._batcher = self._queue(self._infer_here, 1)
@@ -173,7 +176,11 @@ class Classifier:
     async def _infer_remotely(self, images: Pixels) -> Logits:
         metrics.QUEUE_IMAGES.set(self._batcher.waiting)
         with metrics.timed("infer"):
-            return np.asarray(await self.runner.to_async.infer(images), np.float32)
+            try:
+                return np.asarray(await self.runner.to_async.infer(images), np.float32)
+            except Exception as error:
+                logger.error("the runner failed", extra={"reason": repr(error)})
+                raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take."""
@@ -182,7 +189,8 @@ class Classifier:
             if self._verified:
                 return True
             try:
-                check(await self._reference_logits(), self._artifact, RUNTIME)
+                async with asyncio.timeout(settings.request_timeout):
+                    check(await self._reference_logits(), self._artifact, RUNTIME)
             except VerificationError as error:
                 logger.critical("not ready", extra={"reason": str(error)})
                 return False
@@ -226,9 +234,9 @@ class Classifier:
 
     async def _answer(self, work: Callable[[Request], Awaitable[dict[str, Any]]], request: Request) -> Response:
         try:
-            if not self._verified and not await self.__is_ready__():
-                raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
             async with asyncio.timeout(settings.request_timeout):
+                if not self._verified and not await self.__is_ready__():
+                    raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
                 return json_response(orjson.dumps(await work(request)))
         except Exception as error:
             answer = from_exception(error)

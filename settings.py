@@ -5,6 +5,7 @@ A setting is an environment variable of the field's name in capitals: ``RUNTIME=
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ class Settings(BaseSettings):
     model: str = "cifar10_cnn"
     """``name`` or ``name:version`` in the model store; without a version the newest."""
     runtime: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
-    """Engine: ``torch`` where there is an NVIDIA GPU, else ``onnx-int8``."""
+    """Engine: ``torch`` where it is installed and there is an NVIDIA GPU, else ``onnx-int8``."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
     """``embedded``: each API worker owns an engine. ``runner``: a process per GPU owns it. A GPU decides ``auto``."""
     workers: Annotated[int, Field(ge=1)] | Literal["cpu_count"] = "cpu_count"
@@ -64,7 +65,7 @@ class Settings(BaseSettings):
     def resolved_runtime(self) -> str:
         if self.runtime != "auto":
             return self.runtime
-        return runtimes.TORCH if runtimes.cuda_devices() else runtimes.ONNX_INT8
+        return runtimes.TORCH if runtimes.cuda_devices() and find_spec("torch") else runtimes.ONNX_INT8
 
     def resolved_topology(self) -> str:
         if self.topology != "auto":

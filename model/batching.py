@@ -22,7 +22,7 @@ Engine = Callable[[Pixels], Awaitable[Logits]]
 """(N, H, W, 3) uint8 to (N, K) float32 logits, without blocking the event loop."""
 
 RATE_MEMORY = 0.9
-"""Weight of the past in the moving average of the drain rate."""
+"""Weight of the past in the moving average of an engine's rate."""
 
 
 class QueueFullError(RuntimeError):
@@ -66,7 +66,7 @@ class Batcher:
     async def __call__(self, images: Pixels) -> Logits:
         """Logits (N, K) of ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
 
-        A caller that is cancelled, because it hung up or ran out of time, is never computed unless its batch is
+        A caller that is cancelled, because it ran out of time, is never computed unless its batch is
         already under way. Raises ``QueueFullError`` when the images do not fit into the queue, and whatever the engine
         raised for their batch.
         """
@@ -94,7 +94,8 @@ class Batcher:
 
     def _retry_after(self) -> int:
         """Seconds until the queue as it stands has drained, at the rate seen lately."""
-        return max(1, math.ceil(self.waiting / self._images_per_second)) if self._images_per_second else 1
+        rate = self._images_per_second * self._concurrency
+        return max(1, math.ceil(self.waiting / rate)) if rate else 1
 
     def _start(self) -> None:
         """Wake a free engine for each waiting job; one that finds nothing to do ends at once."""

@@ -20,6 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded, told by the leading bytes whatever the declared type: every other decoder stays unreachable."""
 MAX_PIXELS = 50_000_000
 """Default limit on width times height, from the header: a 50-megapixel photograph, 150 MB decoded."""
+ALPHA_COST = 4
+"""An image with transparency takes that many times the memory, and may have that many times fewer pixels."""
 MAX_SIDE = 32_767
 """Limit on width and on height: OpenCV's own resizing fails beyond 16-bit coordinates."""
 
@@ -70,6 +72,8 @@ def read_header(data: bytes) -> Header:
 def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     """``read_header``, and ``TooManyPixelsError`` for an image beyond the limits."""
     header = read_header(data)
+    if header.has_alpha:
+        max_pixels //= ALPHA_COST
     if header.width * header.height > max_pixels:
         raise TooManyPixelsError(f"the image has {header.width}x{header.height} pixels; expected at most {max_pixels}")
     if max(header.width, header.height) > MAX_SIDE:

@@ -65,6 +65,10 @@ class TorchRuntime:
             raise RuntimeUnavailableError(f"runtime 'torch' needs the packages of requirements.txt: {error}") from error
         from model.network import ConvNet, halve
 
+        if cuda_devices() and not torch.cuda.is_available():
+            raise RuntimeUnavailableError(
+                f"torch {torch.__version__} cannot use this machine's GPU: is its driver too old?"
+            )
         torch.set_num_threads(threads)
         self._torch = torch
         self._device = torch.device(f"cuda:{device_index}" if torch.cuda.is_available() else "cpu")
@@ -79,14 +83,18 @@ class TorchRuntime:
 
 
 def cuda_devices() -> int:
-    """How many NVIDIA GPUs this machine has; asks the driver, so that torch need not be loaded to find none."""
+    """How many NVIDIA GPUs this process may use; asks the driver, so that torch need not be loaded to find none."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
+        count = int(pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError:
         return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    return min(count, sum(device.strip() not in ("", "-1") for device in visible.split(",")))
 
 
 def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
-from bentoml.exceptions import BentoMLException, NotFound
+from bentoml.exceptions import BentoMLException
 
 from model.artifact import CARD, HASHED, Artifact, ArtifactError
 
@@ -38,7 +38,7 @@ def put(directory: Path) -> str:
         card = artifact.card
         labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
         metadata: dict[str, Any] = {
-            key: card[key] for key in ("metrics", "data", "training", "git_commit", "versions") if key in card
+            key: card[key] for key in ("metrics", "training", "git_commit", "versions") if key in card
         }
         try:
             with bentoml.models.create(tag, labels=labels, metadata=metadata) as model:
@@ -51,14 +51,15 @@ def put(directory: Path) -> str:
 
 
 def resolve(reference: str) -> str:
-    """``name`` or ``name:version`` to the full tag in the store; the shipped artifact is imported on first use.
+    """``name`` or ``name:version`` to the full tag in the store; the shipped artifact is imported when it is missing.
 
     Without a version the one counts that the Bento was built with; in a checkout, the newest of that name.
     Raises ``StoreError`` naming what the store holds.
     """
-    if (SHIPPED / CARD).exists():
-        put(SHIPPED)
     model = _find(_pinned(reference))
+    if model is None and (SHIPPED / CARD).exists():
+        put(SHIPPED)
+        model = _find(_pinned(reference))
     if model is None:
         held = ", ".join(str(m.tag) for m in bentoml.models.list()) or "nothing"
         raise StoreError(f"MODEL={reference!r} is not in the model store; it holds {held}")
@@ -84,7 +85,7 @@ def _pinned(reference: str) -> str:
 def _find(tag: str) -> bentoml.Model | None:
     try:
         return bentoml.models.get(tag)
-    except (NotFound, BentoMLException, ValueError):
+    except (BentoMLException, ValueError):
         return None
 
 

@@ -23,7 +23,7 @@ SMTP_TIMEOUT = 10.0
 
 
 class RequestFilter(logging.Filter):
-    """Puts the current request's id and this process on every record."""
+    """Puts the current request's id on every record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.artifact import CARD, HASHED, Artifact, ArtifactError, seal
+from model.artifact import CARD, CONFIG, HASHED, Artifact, ArtifactError, seal
 from model.classifier import TOLERANCE, VerificationError, calibrated, check, predictions, verify
 from model.config import ConfigError, ModelConfig
 from model.runtimes import RUNTIMES, OnnxRuntime, RuntimeUnavailableError, create
@@ -131,6 +131,13 @@ class TestStore:
         stored = tmp_path / "models" / "toy" / toy_artifact.version / "model.onnx"
         stored.write_bytes(stored.read_bytes()[:-1] + b"!")
         assert "ArtifactError" in self.store(tmp_path, f"store.get({tag!r})")
+
+    def test_a_model_of_ones_own_wins_over_the_shipped_one_of_that_name(self, copied: Path, tmp_path: Path) -> None:
+        config = ModelConfig.load(copied / CONFIG).model_copy(update={"name": "cifar10_cnn"})
+        config.save(copied / CONFIG)
+        own = seal(copied, {})
+        self.store(tmp_path / "home", f"store.put(Path({str(copied)!r}))")
+        assert self.store(tmp_path / "home", "print(store.resolve('cifar10_cnn'))") == f"cifar10_cnn:{own.version}\n"
 
     def test_an_unknown_model_names_what_is_there(self, tmp_path: Path) -> None:
         shown = self.store(tmp_path, "store.resolve('nope:1')")

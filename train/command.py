@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from model.artifact import ArtifactError
+from model.classifier import VerificationError
 from model.config import ConfigError
 from model.runtimes import RuntimeUnavailableError
 
@@ -18,5 +19,5 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``; exit with status 1 and one line on an error of the user's."""
     try:
         main()
-    except (CommandError, ArtifactError, ConfigError, RuntimeUnavailableError) as error:
+    except (CommandError, ArtifactError, ConfigError, RuntimeUnavailableError, VerificationError) as error:
         sys.exit(f"error: {error}")

@@ -113,6 +113,11 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     train, val, test = (
         _decode_split(name, splits[name], content, classes, size, skipped) for name in ("train", "val", "test")
     )
+    untrained = [name for index, name in enumerate(classes) if not (train.labels == index).any()]
+    if untrained:
+        raise DataError(
+            f"{source}: no training image of {', '.join(untrained)}; expected some in every folder of images"
+        )
     return Data(source, classes, train, val, test, tuple(skipped))
 
 

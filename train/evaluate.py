@@ -88,6 +88,8 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
     """Figures by runtime, on the test split of ``data``."""
     if data.classes != artifact.config.classes:
         raise DataError(f"{data.source}: classes {list(data.classes)}; expected {list(artifact.config.classes)}")
+    if artifact.card["training"]["data_sha256"] != data.sha256():
+        raise DataError(f"{data.source}: not the data of the training, so that its test split may hold training images")
     result = {}
     for name in runtimes:
         runtime = create(name, artifact, threads=2)

