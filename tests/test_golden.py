@@ -32,12 +32,13 @@ def test_the_shipped_model_still_says_what_it_said(runtime: str, shipped: Artifa
         assert np.abs(prediction.probabilities - golden["probabilities"][name]).max() < MAX_DIFFERENCE[runtime]
 
 
-def test_the_shipped_model_met_its_bars(shipped: Artifact) -> None:
-    """The figures of its card, measured by train.evaluate on the test images."""
+def test_no_worse_model_is_shipped(shipped: Artifact) -> None:
+    """A floor under the figures of its card, measured by train.evaluate on the test images."""
     fp32, int8 = (shipped.card["metrics"][name] for name in (ONNX, ONNX_INT8))
     assert fp32["images"] == int8["images"] >= 8000
-    assert fp32["accuracy"] >= 0.915
+    assert fp32["accuracy"] >= 0.906
     assert int8["accuracy"] >= fp32["accuracy"] - 0.003
+    assert fp32["ece"] <= 0.025
 
 
 def test_the_shipped_files_are_small(shipped: Artifact) -> None:
