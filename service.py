@@ -70,6 +70,8 @@ PATHS = (
     "/docs.json",
     "/schema.json",
 )
+VERIFY_SECONDS = 10.0
+"""For the reference images; longer means that the engine hangs."""
 HOUR = 3600.0
 """BentoML's own time limit stands behind ours and is never reached."""
 
@@ -189,7 +191,7 @@ class Classifier:
             if self._verified:
                 return True
             try:
-                async with asyncio.timeout(settings.request_timeout):
+                async with asyncio.timeout(VERIFY_SECONDS):
                     check(await self._reference_logits(), self._artifact, RUNTIME)
             except VerificationError as error:
                 logger.critical("not ready", extra={"reason": str(error)})
