@@ -26,7 +26,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -63,12 +62,7 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
     """
     config = ModelConfig.load(run / fit.CONFIG)
     network = ConvNet(config).eval()
-    with safe_open(run / fit.CHECKPOINT, "pt") as checkpoint:
-        state = {
-            name.removeprefix("network."): checkpoint.get_tensor(name)
-            for name in checkpoint.keys()  # noqa: SIM118 (not a dict)
-            if name.startswith("network.")
-        }
+    state = fit.read_weights(run / fit.CHECKPOINT)
     network.load_state_dict(
         {name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     )

@@ -264,11 +264,8 @@ class Fit:
 
     def take_weights(self, path: Path) -> None:
         """Begin with the weights of another run's checkpoint instead of random ones."""
-        with safe_open(path, "pt", device=str(self.device)) as checkpoint:
-            names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
-            state = {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
         try:
-            self.network.load_state_dict(state)
+            self.network.load_state_dict(read_weights(path))
         except RuntimeError as error:
             raise DataError(f"{path}: not the weights of this network: {error}") from error
 
@@ -284,16 +281,21 @@ class Fit:
                 )
             if position["data_sha256"] != self.data_sha256:
                 raise DataError(f"{self.out / CHECKPOINT}: was trained on other data than {self.data.source}")
-            tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
-        self.network.load_state_dict(
-            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-        )
-        for name, parameter in self.parameters.items():
-            if f"momentum.{name}" in tensors:
-                self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
+            held = set(checkpoint.keys())
+            for name, parameter in self.parameters.items():
+                if f"momentum.{name}" in held:
+                    self.optimizer.state[parameter]["momentum_buffer"] = checkpoint.get_tensor(f"momentum.{name}")
+        self.network.load_state_dict(read_weights(self.out / CHECKPOINT))
         self.epochs_done, self.history = position["epochs_done"], position["history"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(position["scaler"])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The network's state in a checkpoint, on the CPU."""
+    with safe_open(path, "pt") as checkpoint:
+        names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
 
 
 def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
