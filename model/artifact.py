@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,11 @@ class Artifact:
     @property
     def onnx_int8(self) -> Path:
         return self.path / ONNX_INT8
+
+    def copy_to(self, directory: Path) -> None:
+        """Copy every file, the card last: a copy cut short does not load."""
+        for name in (*HASHED, CARD):
+            shutil.copyfile(self.path / name, directory / name)
 
     def reference(self) -> Reference:
         with np.load(self.path / REFERENCE, allow_pickle=False) as arrays:

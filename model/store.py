@@ -7,7 +7,6 @@ python -m model.store list
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from model.artifact import CARD, HASHED, Artifact, ArtifactError
+from model.artifact import CARD, Artifact, ArtifactError
 
 SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships; a built Bento holds it as a model instead."""
@@ -42,8 +41,7 @@ def put(directory: Path) -> str:
         }
         try:
             with bentoml.models.create(tag, labels=labels, metadata=metadata) as model:
-                for name in (*HASHED, CARD):
-                    shutil.copyfile(directory / name, Path(model.path) / name)
+                artifact.copy_to(Path(model.path))
         except BentoMLException:
             if _find(tag) is None:  # not just another process that put the same content first
                 raise

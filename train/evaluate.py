@@ -59,7 +59,7 @@ def confusion_matrix(verdicts: Labels, labels: Labels, classes: int) -> NDArray[
     return np.bincount(labels * classes + verdicts, minlength=classes**2).reshape(classes, classes)
 
 
-def run(runtime: Runtime, images: Pixels) -> Logits:
+def run_runtime(runtime: Runtime, images: Pixels) -> Logits:
     """(N, K) logits of all ``images``, in batches, under a progress bar."""
     starts = tqdm(range(0, len(images), BATCH), desc=runtime.name, unit="batch", leave=False, disable=None)
     return np.concatenate([runtime(images[start : start + BATCH]) for start in starts])
@@ -94,7 +94,7 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
     for name in runtimes:
         runtime = create(name, artifact, threads=2)
         started = time.perf_counter()
-        logits = run(runtime, data.test.images)
+        logits = run_runtime(runtime, data.test.images)
         seconds = time.perf_counter() - started
         result[name] = figures(logits, data.test, artifact)
         print_report(name, result[name], artifact, seconds)

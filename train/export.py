@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import math
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
 from train import command, fit
 from train.command import CommandError
 from train.data import Data, DataError, Split, load
+from train.evaluate import run_runtime
 
 MAX_INT8_LOSS = 0.003
 """Largest share of validation images that INT8 may get wrong beyond what FP32 does."""
@@ -198,10 +198,6 @@ def fit_temperature(logits: Logits, labels: np.ndarray[Any, np.dtype[np.int64]])
     return round(float(candidates[int(np.argmin(losses))]), 4)
 
 
-def run_batches(runtime: OnnxRuntime, images: Pixels) -> Logits:
-    return np.concatenate([runtime(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
-
-
 def parity(fp32: Logits, int8: Logits, split: Split) -> dict[str, float | int]:
     """Accuracy of both formats and how often they agree; raises ``ParityError`` beyond ``MAX_INT8_LOSS``."""
     verdicts = fp32.argmax(1), int8.argmax(1)
@@ -234,13 +230,11 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        work = Path(folder)
-        sealed = _write(run, data, work)
+        sealed = _write(run, data, Path(folder))
         for name in RUNTIMES:
             verify(create(name, sealed), sealed)
         out.mkdir(exist_ok=True)
-        for name in (*files.HASHED, files.CARD):
-            shutil.copyfile(work / name, out / name)
+        sealed.copy_to(out)
     return Artifact.load(out)
 
 
@@ -265,7 +259,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     fp32, int8 = (
         OnnxRuntime(out / name, runtime) for name, runtime in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8))
     )
-    logits, logits_int8 = (run_batches(runtime, data.val.images) for runtime in (fp32, int8))
+    logits, logits_int8 = (run_runtime(runtime, data.val.images) for runtime in (fp32, int8))
     agreement = parity(logits, logits_int8, data.val)
     config.model_copy(update={"temperature": fit_temperature(logits, data.val.labels)}).save(out / files.CONFIG)
     samples = data.val.images[:: max(1, len(data.val) // REFERENCE_IMAGES)][:REFERENCE_IMAGES]
