@@ -23,6 +23,7 @@ from train import data
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
 from train.export import ParityError, load_run, parity
 from train.fit import RUN, Augmented, Recipe, build_config
+from train.muon import Muon, orthogonalize
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ class TestData:
 
 class TestAugmentation:
     def test_the_flip_alternates_and_epochs_repeat_exactly(self, loaded: data.Data) -> None:
-        recipe = Recipe(batch_size=16, translate=0, cutout=0)
+        recipe = Recipe(batch_size=16, translate=0, cutout=0, zoom=1, low_res=0)
         batches = Augmented(loaded.train, recipe, torch.device("cpu"))
 
         def by_image(epoch: int) -> dict[bytes, bool]:
@@ -116,7 +117,7 @@ class TestAugmentation:
         assert by_image(0) == even
 
     def test_translation_reflects_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
-        recipe = Recipe(batch_size=204, translate=0.25, cutout=0.25)
+        recipe = Recipe(batch_size=204, translate=0.25, cutout=0.25, zoom=1, low_res=0)
         (images, _), *_ = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
         originals = {pixel.tobytes() for pixel in loaded.train.images.reshape(-1, 3)}
         blanked = [sum(p.tobytes() not in originals for p in image.reshape(-1, 3)) for image in images.numpy()]
@@ -124,7 +125,7 @@ class TestAugmentation:
         assert max(blanked) <= 36
 
     def test_zoom_scales_every_other_image_about_its_centre(self, loaded: data.Data) -> None:
-        recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1.5)
+        recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1.5, low_res=0)
         plain, zoomed = (
             next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0)))[0].numpy()
             for r in (replace(recipe, zoom=1.0), recipe)
@@ -135,9 +136,40 @@ class TestAugmentation:
         moved = np.abs(plain[::2].astype(int) - zoomed[::2])
         assert moved[:, centre, centre].mean() < moved.mean() / 2
 
+    def test_the_first_epochs_see_smaller_images(self, loaded: data.Data) -> None:
+        batches = Augmented(loaded.train, Recipe(epochs=4, low_res=0.5), torch.device("cpu"))
+        sides = [next(iter(batches.epoch(epoch)))[0].shape[1:] for epoch in range(4)]
+        assert sides == [(18, 18, 3)] * 2 + [(24, 24, 3)] * 2
+
+
+def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(8, 36)
+    values = torch.linalg.svdvals(orthogonalize(matrix).float())
+    assert 0.5 < values.min() <= values.max() < 1.3
+    assert torch.equal(orthogonalize(matrix.T), orthogonalize(matrix).T)
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
+    optimizer = Muon([weight], lr=0.1, momentum=0.6)
+    target = torch.randn(8, 4, 3, 3)
+    distances = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        distance = (torch.nn.functional.normalize(weight.flatten(), dim=0) * target.flatten()).sum().neg()
+        distance.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        distances.append(float(distance.detach()))
+    assert distances[-1] < distances[0] - 5
+    assert float(weight.detach().norm()) == pytest.approx(8**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("widths", ["", "8,", "8,-1", "eight"])
+def test_widths_that_are_no_numbers_are_one_clear_line(loaded: data.Data, widths: str) -> None:
+    with pytest.raises(data.DataError, match=f"--widths '{widths}'; expected numbers of channels"):
+        build_config("toy", loaded, Recipe(widths=widths))
+
 
 def test_the_network_follows_the_data(loaded: data.Data) -> None:
-    config = build_config("toy", loaded, Recipe(width=8))
+    config = build_config("toy", loaded, Recipe(widths="8,32"))
     assert config.classes == toy.CLASSES
     assert config.widths == (8, 32, 32)  # 24 pixels: 12, 6, 3
 
@@ -162,7 +194,7 @@ def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, to
 
 
 def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
-    arguments = [toy_folder, "--name", "toy", "--out", tmp_path, "--epochs", 500, "--width", 8]
+    arguments = [toy_folder, "--name", "toy", "--out", tmp_path, "--epochs", 500, "--widths", "8,32"]
     process = subprocess.Popen(
         [sys.executable, "-m", "train.fit", *map(str, arguments)],
         cwd=toy.ROOT,

@@ -13,7 +13,7 @@ from model.preprocess import Pixels
 
 CLASSES = ("disc", "frame", "stripes")
 SIDE = 24
-RECIPE = ("--epochs", 6, "--batch-size", 32, "--width", 8, "--depth", 2, "--lr", 0.1)
+RECIPE = ("--epochs", 6, "--batch-size", 32, "--widths", "8,32", "--depth", 2, "--lr", 0.1)
 """A few seconds of training."""
 ROOT = Path(__file__).parent.parent
 

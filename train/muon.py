@@ -1,0 +1,50 @@
+"""Muon: momentum whose steps are orthogonalised, for the filters of convolutions.
+
+Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), in the form that cifar10-airbench uses:
+every step has the same length relative to the weights, whose norm is held fixed (BatchNorm makes it irrelevant), so
+that the learning rate is an angle and weight decay has nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration, chosen by its author for a steep slope at zero."""
+ITERATIONS = 3
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The (semi-)orthogonal matrix nearest to ``matrix`` (rows, columns), roughly: singular values come near 1."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix.size(0) <= matrix.size(1)
+    x: Tensor = (matrix if wide else matrix.T).bfloat16()
+    x /= x.norm() + 1e-7
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """``lr`` is the length of a step relative to the length of the weights."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here re-evaluates the loss
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(weight))
+                buffer.mul_(group["momentum"]).add_(weight.grad)
+                nesterov = weight.grad.add(buffer, alpha=group["momentum"])
+                step = orthogonalize(nesterov.reshape(len(weight), -1)).view(weight.shape)
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                weight.add_(step, alpha=-group["lr"])
