@@ -29,27 +29,58 @@ from starlette.types import ASGIApp
 
 import settings as configuration
 from model import runtimes, store
-from model.artifact import ArtifactError, Logits
+from model.artifact import Artifact, ArtifactError, Outputs
 from model.batching import Batcher, Engine
-from model.classifier import Prediction, VerificationError, check, predictions, verify
-from model.preprocess import Pixels, inspect, render
+from model.classifier import Classifier as Calibrated
+from model.classifier import VerificationError, check, verify
+from model.ensemble import Ensemble, EnsembleError
+from model.explain import VIEWS
+from model.preprocess import Pixels
+from model.runtimes import Runtime
+from model.tuning import compare
 from serving import logs, metrics
-from serving.context import request_id
+from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
 from serving.openapi import describe
-from serving.requests import Item, read_image, read_images
-from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput
+from serving.pipeline import Pipeline
+from serving.replies import Replies
+from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
+from serving.shadow import Shadowed
 
 logger = logging.getLogger("classifier.service")
 
 settings = configuration.load()
+MEASURED = "RUNTIME_MEASURED"
+"""Variable by which workers learn what was measured before they were started."""
+
+
+def load_models() -> tuple[Ensemble, Ensemble | None]:
+    """The models that answer and the one in their shadow."""
+    served = Ensemble([store.get(tag) for tag in TAGS])
+    shadow = Ensemble([store.get(SHADOW)]) if SHADOW else None
+    if shadow:
+        served.expect_interchangeable(shadow)
+    return served, shadow
+
+
 try:
-    TAG = store.resolve(settings.model)
-except (store.StoreError, ArtifactError) as error:
+    TAGS = [store.resolve(reference.strip()) for reference in settings.model.split(",")]
+    SHADOW = store.resolve(settings.shadow) if settings.shadow else None
+    if len(TAGS) > 1 or SHADOW:
+        load_models()  # one clear line now instead of a traceback from every worker
+except (store.StoreError, ArtifactError, EnsembleError) as error:
     raise configuration.SettingsError(f"error: {error}") from None
-os.environ["MODEL"] = TAG  # so that a worker that is started later serves the same version
+TAG = ",".join(TAGS)
 RUNTIME = settings.resolved_runtime()
+if RUNTIME == "fastest":
+    rates, failed = compare(load_models()[0], (runtimes.ONNX, runtimes.ONNX_INT8), settings.threads)
+    if not rates:
+        raise configuration.SettingsError(f"error: RUNTIME='fastest'; expected one that works: {failed}")
+    RUNTIME = max(rates, key=rates.__getitem__)
+    os.environ[MEASURED] = orjson.dumps({"images_per_second": rates, "failed": failed}).decode()
+# A worker that is started later serves the same.
+os.environ.update({"MODEL": TAG, "SHADOW": SHADOW or "", "RUNTIME": RUNTIME})
 TOPOLOGY = settings.resolved_topology()
 GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
 
@@ -57,11 +88,10 @@ RUNNER_MAX_BATCH = 256
 """Images of one batch of the runner, gathered over all workers."""
 RUNNER_HOPS = 4
 """Batches that one worker keeps on their way to the runner."""
-LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
-"""From here on decoding takes longer than handing it to a thread; a small file may well hold a large image."""
 PATHS = (
     "/classify",
     "/classify/batch",
+    "/explain",
     "/model",
     "/livez",
     "/healthz",
@@ -95,23 +125,46 @@ IMAGE = bentoml.images.Image(base_image="python:3.11-slim", distro="slim")
 class Runner:
     """Owns one engine and batches over every API worker."""
 
-    artifact_model = BentoModel(TAG)
-
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
-        artifact = store.get(TAG)
-        self._runtime = runtimes.create(RUNTIME, artifact, settings.threads, (worker - 1) % max(1, GPUS))
-        verify(self._runtime, artifact)
+        self._engine = start_engine(worker)
 
     @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 pixels to (N, K) float32 logits."""
-        return self._runtime(images)
+        """(N, H, W, 3) uint8 pixels to (N, K + 1) float32 outputs."""
+        return self._engine(images)
+
+    @bentoml.api
+    def evidence(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 pixels to (N, h, w, K) float32 evidence."""
+        return self._engine.evidence(images)
+
+
+def start_engine(worker: int) -> Runtime:
+    """The verified engine of a worker, with the shadow that it may have."""
+    served, shadow = load_models()
+    device = (worker - 1) % max(1, GPUS)
+    engine = served.engine(RUNTIME, settings.threads, device)
+    verify(engine, served.reference(RUNTIME))
+    return Shadowed(engine, shadow.engine(RUNTIME, settings.threads, device)) if shadow else engine
 
 
 def json_response(document: bytes) -> Response:
     return Response(document, media_type="application/json")
+
+
+def describe_artifact(artifact: Artifact) -> dict[str, Any]:
+    """A model card as ``GET /model`` shows it."""
+    config = artifact.config
+    return {
+        "name": config.name,
+        "version": artifact.version,
+        "classes": config.classes,
+        "input_size": config.input_size,
+        "temperature": config.temperature,
+        **{key: value for key, value in artifact.card.items() if key != "files"},
+    }
 
 
 class ClassifierService(Service[Any]):
@@ -139,50 +192,76 @@ class ClassifierService(Service[Any]):
 class Classifier:
     """Classifies images: POST one to /classify, or several to /classify/batch."""
 
-    artifact_model = BentoModel(TAG)
     if TOPOLOGY == "runner":
         runner = bentoml.depends(Runner)  # type: ignore[call-overload]  # as above
 
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"api-{worker}")
-        self._artifact = store.get(TAG)
-        self._config = self._artifact.config
+        self._served, _ = load_models()
+        self._reference = self._served.reference(RUNTIME)
+        self._drift = Drift(self._served.config, self._reference)
         self._verified = False
         self._verifying = asyncio.Lock()
-        self._decoders = ThreadPoolExecutor(2, "decode")
-        if TOPOLOGY == "runner":
-            self._batcher = self._queue(self._infer_remotely, RUNNER_HOPS)
-        else:
-            self._runtime = runtimes.create(RUNTIME, self._artifact, settings.threads, (worker - 1) % max(1, GPUS))
-            verify(self._runtime, self._artifact)
-            self._engine_thread = ThreadPoolExecutor(1, "engine")
-            self._batcher = self._queue(self._infer_here, 1)
-        metrics.MODEL_INFO.labels(self._config.name, self._artifact.version, RUNTIME, TOPOLOGY).set(1)
-        logger.info("loaded", extra={"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY})
-
-    def _queue(self, engine: Engine, concurrency: int) -> Batcher:
-        return Batcher(
-            engine,
+        infer, evidence, hops = self._remote() if TOPOLOGY == "runner" else self._local(worker)
+        self._queue = Batcher(
+            self._timed(infer),
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
-            concurrency=concurrency,
+            concurrency=hops,
             observe=metrics.BATCH_IMAGES.observe,
         )
+        # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
+        explanations = Batcher(evidence, max_batch=VIEWS, max_queue=settings.max_queue)
+        classifier = Calibrated(self._served.config, self._reference, settings.foreign_rate)
+        replies = Replies(TAG, classifier, self._drift)
+        self._pipeline = Pipeline(settings, classifier, replies, self._queue, explanations)
+        for artifact in self._served.artifacts:
+            metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
+        self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
+        loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
+        logger.info("loaded", extra=loaded)
 
-    async def _infer_here(self, images: Pixels) -> Logits:
-        metrics.QUEUE_IMAGES.set(self._batcher.waiting)
-        with metrics.timed("infer"):
-            return await asyncio.get_running_loop().run_in_executor(self._engine_thread, self._runtime, images)
+    def _local(self, worker: int) -> tuple[Engine, Engine, int]:
+        """How the engine of this process infers and explains, in a thread of its own, and how many batches at once."""
+        engine, thread = start_engine(worker), ThreadPoolExecutor(1, "engine")
 
-    async def _infer_remotely(self, images: Pixels) -> Logits:
-        metrics.QUEUE_IMAGES.set(self._batcher.waiting)
-        with metrics.timed("infer"):
-            try:
-                return np.asarray(await self.runner.to_async.infer(images), np.float32)
-            except Exception as error:
-                logger.error("the runner failed", extra={"reason": repr(error)})
-                raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
+        async def infer(images: Pixels) -> Outputs:
+            return await asyncio.get_running_loop().run_in_executor(thread, engine, images)
+
+        async def evidence(images: Pixels) -> Outputs:
+            return await asyncio.get_running_loop().run_in_executor(thread, engine.evidence, images)
+
+        return infer, evidence, 1
+
+    def _remote(self) -> tuple[Engine, Engine, int]:
+        """The same of the runner's engine."""
+
+        async def infer(images: Pixels) -> Outputs:
+            return await self._ask_runner(self.runner.to_async.infer, images)
+
+        async def evidence(images: Pixels) -> Outputs:
+            return await self._ask_runner(self.runner.to_async.evidence, images)
+
+        return infer, evidence, RUNNER_HOPS
+
+    async def _ask_runner(self, method: Callable[[Pixels], Awaitable[Any]], images: Pixels) -> Outputs:
+        try:
+            return np.asarray(await method(images), np.float32)
+        except Exception as error:
+            logger.error("the runner failed", extra={"reason": repr(error)})
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
+
+    def _timed(self, infer: Engine) -> Engine:
+        async def timed(images: Pixels) -> Outputs:
+            metrics.QUEUE_IMAGES.set(self._queue.waiting)
+            with metrics.timed("infer"):
+                outputs = await infer(images)
+            if self._verified:  # the reference images are no traffic
+                self._drift.see(images)
+            return outputs
+
+        return timed
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take."""
@@ -192,7 +271,7 @@ class Classifier:
                 return True
             try:
                 async with asyncio.timeout(VERIFY_SECONDS):
-                    check(await self._reference_logits(), self._artifact, RUNTIME)
+                    check(await self._reference_outputs(), self._reference, RUNTIME)
             except VerificationError as error:
                 logger.critical("not ready", extra={"reason": str(error)})
                 return False
@@ -203,103 +282,46 @@ class Classifier:
             logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
             return True
 
-    async def _reference_logits(self) -> Logits:
-        """Logits of the reference images, in batches that the smallest queue admits."""
-        images = self._artifact.reference().images
+    async def _reference_outputs(self) -> Outputs:
+        """Outputs for the reference images, in batches that the smallest queue admits."""
+        images = self._reference.images
         size = min(settings.max_batch, settings.max_queue)
-        return np.concatenate([await self._batcher(images[i : i + size]) for i in range(0, len(images), size)])
+        return np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
 
     def card(self) -> Response:
         """The reply of ``GET /model``."""
-        config = self._config
-        card = {key: value for key, value in self._artifact.card.items() if key != "files"}
-        about = {
-            "name": config.name,
-            "version": self._artifact.version,
-            "runtime": RUNTIME,
-            "topology": TOPOLOGY,
-            "classes": config.classes,
-            "input_size": config.input_size,
-            "temperature": config.temperature,
-        }
-        return json_response(orjson.dumps({**about, **card}))
+        cards = [describe_artifact(artifact) for artifact in self._served.artifacts]
+        about = {"runtime": RUNTIME, "topology": TOPOLOGY, "shadow": SHADOW, "measured": self._measured}
+        members = {"members": cards} if len(cards) > 1 else {}
+        return json_response(orjson.dumps({**cards[0], **about, **members}))
 
     @bentoml.api(route="/classify", input_spec=ClassifyInput, output_spec=ClassifyOutput)
     async def classify(self, request: Request) -> Response:
         """Classify one image: multipart field ``image``, a body of type ``image/*``, or JSON with base64."""
-        return await self._answer(self._classify, request)
+        return await self._answer(self._pipeline.classify, request)
 
     @bentoml.api(route="/classify/batch", input_spec=BatchInput, output_spec=BatchOutput)
     async def classify_batch(self, request: Request) -> Response:
         """Classify several images, results in order: repeated multipart field ``images``, or JSON with base64."""
-        return await self._answer(self._classify_batch, request)
+        return await self._answer(self._pipeline.classify_batch, request)
 
-    async def _answer(self, work: Callable[[Request], Awaitable[dict[str, Any]]], request: Request) -> Response:
+    @bentoml.api(route="/explain", input_spec=ClassifyInput, output_spec=ExplainOutput)
+    async def explain(self, request: Request) -> Response:
+        """Where the verdict on one image comes from: a PNG overlay, or numbers for who accepts ``application/json``."""
+        return await self._answer(self._pipeline.explain, request)
+
+    async def _answer(self, work: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
         try:
             async with asyncio.timeout(settings.request_timeout):
                 if not self._verified and not await self.__is_ready__():
                     raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
-                return json_response(orjson.dumps(await work(request)))
+                return await work(request)
         except Exception as error:
             answer = from_exception(error)
             if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("request failed")
             return answer.response()
 
-    async def _classify(self, request: Request) -> dict[str, Any]:
-        with metrics.timed("read"):
-            data = await read_image(request, settings)
-        with metrics.timed("decode"):
-            image = await self._decode(data)
-        logits = await self._logits(image[None])
-        with metrics.timed("reply"):
-            return self._result(predictions(logits, self._config)[0])
 
-    async def _classify_batch(self, request: Request) -> dict[str, Any]:
-        with metrics.timed("read"):
-            items = await read_images(request, settings)
-        with metrics.timed("decode"):
-            decoded = [await self._attempt(item) for item in items]
-        images = [image for image in decoded if not isinstance(image, ApiError)]
-        logits = (
-            await self._logits(np.stack(images)) if images else np.empty((0, len(self._config.classes)), np.float32)
-        )
-        with metrics.timed("reply"):
-            verdicts = iter(predictions(logits, self._config))
-            return {"results": [i.body() if isinstance(i, ApiError) else self._result(next(verdicts)) for i in decoded]}
-
-    async def _logits(self, images: Pixels) -> Logits:
-        with metrics.timed("classify"):
-            try:
-                return await self._batcher(images)
-            finally:  # who gave up has left the queue too
-                metrics.QUEUE_IMAGES.set(self._batcher.waiting)
-
-    async def _decode(self, data: bytes) -> Pixels:
-        header = inspect(data, settings.max_pixels)
-        if len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS:
-            return render(data, header, self._config.input_size)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, render, data, header, self._config.input_size)
-
-    async def _attempt(self, item: Item) -> Pixels | ApiError:
-        """One image of a batch, or what is wrong with it: it fails alone."""
-        if isinstance(item, bytes):
-            try:
-                return await self._decode(item)
-            except ValueError as error:
-                item = from_exception(error)
-        metrics.REJECTED.labels(item.code).inc()
-        return item
-
-    def _result(self, prediction: Prediction) -> dict[str, Any]:
-        metrics.IMAGES.labels(prediction.class_name).inc()
-        metrics.CONFIDENCE.observe(prediction.confidence)
-        return {
-            "predicted_class": prediction.class_index,
-            "class_name": prediction.class_name,
-            "confidence": round(prediction.confidence, 6),
-            "all_probabilities": {str(i): round(p, 6) for i, p in enumerate(prediction.probabilities.tolist())},
-            "model": TAG,
-            "request_id": request_id.get(),
-        }
+for service in (Runner, Classifier):
+    service.models.extend(BentoModel(tag) for tag in (*TAGS, SHADOW) if tag)  # type: ignore[union-attr]  # as above

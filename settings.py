@@ -28,9 +28,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
 
     model: str = "cifar10_cnn"
-    """``name`` or ``name:version`` in the model store; without a version the newest."""
-    runtime: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
-    """Engine: ``torch`` where it is installed and there is an NVIDIA GPU, else ``onnx-int8``."""
+    """``name`` or ``name:version`` in the model store. Several, with commas between, answer together as an ensemble."""
+    shadow: str | None = None
+    """``name:version`` of a model that sees the same images; its disagreement is counted, its answer never sent."""
+    foreign_rate: float = Field(default=0.05, gt=0, lt=1)
+    """Share of ordinary images that may wrongly be called foreign: more makes ``in_distribution`` stricter."""
+    runtime: Literal["auto", "fastest", "torch", "onnx", "onnx-int8"] = "auto"
+    """Engine: ``torch`` where it is installed and there is an NVIDIA GPU, else ``onnx-int8``. ``fastest`` times the two
+    formats of ONNX at the start instead, for INT8 is not faster on every processor."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
     """``embedded``: each API worker owns an engine. ``runner``: a process per GPU owns it. A GPU decides ``auto``."""
     workers: Annotated[int, Field(ge=1)] | Literal["cpu_count"] = "cpu_count"
@@ -63,6 +68,7 @@ class Settings(BaseSettings):
     smtp_password: SecretStr | None = None
 
     def resolved_runtime(self) -> str:
+        """The runtime that is meant; ``fastest`` is left to be measured."""
         if self.runtime != "auto":
             return self.runtime
         return runtimes.TORCH if runtimes.cuda_devices() and find_spec("torch") else runtimes.ONNX_INT8

@@ -4,7 +4,8 @@
     model.safetensors    weights; convolutions and the head rounded to FP16, everything else FP32
     model.onnx           the same weights for ONNX Runtime, uint8 NHWC in, FP32 logits out
     model.int8.onnx      the same, statically quantised
-    reference.npz        a few images and the logits that each format must reproduce on any machine
+    reference.npz        a few images and the outputs that each format must reproduce on any machine; and its outputs
+                         for the validation images, which calibrate what is said of new ones
     card.json            metrics, provenance, and the SHA-256 of every file above
 
 No file holds a pickle.
@@ -24,13 +25,17 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.preprocess import Pixels
+from model.statistics import Edges
 
-Logits = NDArray[np.float32]
+Outputs = NDArray[np.float32]
+"""(N, K + 1): K uncalibrated logits, then the familiarity of the image (``model.network.ServedNet``)."""
+Labels = NDArray[np.int64]
 
 CONFIG, WEIGHTS, ONNX, ONNX_INT8 = "config.json", "model.safetensors", "model.onnx", "model.int8.onnx"
 REFERENCE, CARD = "reference.npz", "card.json"
 HASHED = (CONFIG, WEIGHTS, ONNX, ONNX_INT8, REFERENCE)
 VERSION_LENGTH = 12
+QUANTISED = "_int8"
 
 
 class ArtifactError(ValueError):
@@ -38,11 +43,15 @@ class ArtifactError(ValueError):
 
 
 class Reference(NamedTuple):
-    """``images`` (N, H, W, 3) uint8; ``logits`` (N, K) in FP32 and ``logits_int8`` (N, K) of the quantised format."""
+    """What one format of the network makes of ``images`` (N, H, W, 3), and of the validation images."""
 
     images: Pixels
-    logits: Logits
-    logits_int8: Logits
+    outputs: Outputs
+    validation: Outputs
+    labels: Labels
+    """True classes of the validation images."""
+    edges: Edges
+    """Quantiles of the statistics of the validation images."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +98,29 @@ class Artifact:
         for name in (*HASHED, CARD):
             shutil.copyfile(self.path / name, directory / name)
 
-    def reference(self) -> Reference:
+    def reference(self, quantised: bool) -> Reference:
+        suffix = QUANTISED if quantised else ""
         with np.load(self.path / REFERENCE, allow_pickle=False) as arrays:
-            return Reference(**{name: arrays[name] for name in Reference._fields})
+            return Reference(
+                arrays["images"],
+                arrays["outputs" + suffix],
+                arrays["validation" + suffix].astype(np.float32),
+                arrays["labels"].astype(np.int64),
+                arrays["edges"],
+            )
 
 
-def save_reference(path: Path, reference: Reference) -> None:
-    np.savez_compressed(path / REFERENCE, **reference._asdict())
+def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
+    """Write what both formats make of the same images; the validation outputs in FP16, which is enough to rank them."""
+    arrays: dict[str, NDArray[Any]] = {
+        "images": full.images,
+        "labels": full.labels.astype(np.int32),
+        "edges": full.edges,
+    }
+    for reference, suffix in ((full, ""), (quantised, QUANTISED)):
+        arrays["outputs" + suffix] = reference.outputs
+        arrays["validation" + suffix] = reference.validation.astype(np.float16)
+    np.savez_compressed(path / REFERENCE, allow_pickle=False, **arrays)
 
 
 def seal(path: Path, card: dict[str, Any]) -> Artifact:

@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from model.artifact import Logits
 from model.preprocess import Pixels
 
-Engine = Callable[[Pixels], Awaitable[Logits]]
-"""(N, H, W, 3) uint8 to (N, K) float32 logits, without blocking the event loop."""
+Outputs = NDArray[np.float32]
+Engine = Callable[[Pixels], Awaitable[Outputs]]
+"""(N, H, W, 3) uint8 to (N, ...) float32, a row for each image, without blocking the event loop."""
 
 RATE_MEMORY = 0.9
 """Weight of the past in the moving average of an engine's rate."""
@@ -36,7 +37,7 @@ class QueueFullError(RuntimeError):
 @dataclass(eq=False)
 class _Job:
     images: Pixels
-    result: asyncio.Future[Logits]
+    result: asyncio.Future[Outputs]
 
 
 class Batcher:
@@ -63,8 +64,8 @@ class Batcher:
         self.waiting = 0
         """Images that no engine has taken yet."""
 
-    async def __call__(self, images: Pixels) -> Logits:
-        """Logits (N, K) of ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
+    async def __call__(self, images: Pixels) -> Outputs:
+        """Outputs (N, ...) for ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
 
         A caller that is cancelled, because it ran out of time, is never computed unless its batch is
         already under way. Raises ``QueueFullError`` when the images do not fit into the queue, and whatever the engine
@@ -115,7 +116,7 @@ class Batcher:
         size = sum(len(job.images) for job in batch)
         self._observe(size)
         try:
-            logits = await self._engine(
+            outputs = await self._engine(
                 batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
             )
         except Exception as error:
@@ -125,7 +126,7 @@ class Batcher:
         self._remember(size / max(time.monotonic() - started, 1e-6))
         start = 0
         for job in batch:
-            _settle(job, logits[start : start + len(job.images)])
+            _settle(job, outputs[start : start + len(job.images)])
             start += len(job.images)
 
     def _take(self) -> list[_Job]:
@@ -145,7 +146,7 @@ class Batcher:
         self._images_per_second = RATE_MEMORY * past + (1 - RATE_MEMORY) * rate
 
 
-def _settle(job: _Job, outcome: Logits | Exception) -> None:
+def _settle(job: _Job, outcome: Outputs | Exception) -> None:
     """Answer a job, unless its caller has gone."""
     if job.result.done():
         return

@@ -1,20 +1,21 @@
-"""Configuration and runtime together: images in, calibrated predictions out, and the proof that the engine is right."""
+"""What an engine's outputs mean: calibrated probabilities, prediction sets, foreign images; and whether it is right."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import Artifact, Logits
+from model.artifact import Labels, Outputs, Reference
 from model.config import ModelConfig
 from model.runtimes import ONNX, ONNX_INT8, TORCH, Runtime
 
 Probabilities = NDArray[np.float32]
 
 TOLERANCE = {TORCH: 0.1, ONNX: 0.01, ONNX_INT8: 0.35}
-"""Largest difference from a reference logit. FP32 differs by summation order alone; FP16 by its 11 bits; INT8 by one
+"""Largest difference from a reference output. FP32 differs by summation order alone; FP16 by its 11 bits; INT8 by one
 rounding step a layer between processors. A wrong weight, layout or normalisation differs by whole units."""
 
 
@@ -24,6 +25,8 @@ class Prediction(NamedTuple):
     class_index: int
     class_name: str
     probabilities: Probabilities
+    in_distribution: bool
+    """Whether the image resembles the training images."""
 
     @property
     def confidence(self) -> float:
@@ -31,40 +34,69 @@ class Prediction(NamedTuple):
 
 
 class VerificationError(RuntimeError):
-    """An engine that does not reproduce the reference logits of its artifact."""
+    """An engine that does not reproduce the reference outputs of its artifact."""
 
 
-def calibrated(logits: Logits, temperature: float) -> Probabilities:
-    """Softmax of (N, K) ``logits`` over ``temperature``, row by row (Guo et al., 2017)."""
-    scaled = logits.astype(np.float64) / temperature
+def calibrated(outputs: Outputs, temperature: float) -> Probabilities:
+    """Softmax of the logits of (N, K + 1) ``outputs`` over ``temperature``, row by row (Guo et al., 2017)."""
+    scaled = outputs[:, :-1].astype(np.float64) / temperature
     exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
 
-def predictions(logits: Logits, config: ModelConfig) -> list[Prediction]:
-    """One ``Prediction`` for each row of (N, K) ``logits``."""
-    probabilities = calibrated(logits, config.temperature)
-    winners = probabilities.argmax(axis=1).tolist()
-    return [Prediction(i, config.classes[i], row) for i, row in zip(winners, probabilities, strict=True)]
+class Classifier:
+    """Outputs to predictions, calibrated on the outputs of the same format for the validation images.
+
+    ``foreign_rate`` is the share of images like the validation images that may wrongly be called foreign.
+    """
+
+    def __init__(self, config: ModelConfig, reference: Reference, foreign_rate: float = 0.05) -> None:
+        self.config = config
+        self._nonconformity = nonconformity(reference.validation, reference.labels, config.temperature)
+        self._least_familiarity = float(np.quantile(reference.validation[:, -1], foreign_rate))
+
+    def __call__(self, outputs: Outputs) -> list[Prediction]:
+        """One ``Prediction`` for each row of ``outputs``."""
+        probabilities = calibrated(outputs, self.config.temperature)
+        winners = probabilities.argmax(axis=1).tolist()
+        familiar = (outputs[:, -1] >= self._least_familiarity).tolist()
+        classes = self.config.classes
+        return [Prediction(i, classes[i], row, f) for i, row, f in zip(winners, probabilities, familiar, strict=True)]
+
+    def prediction_set(self, probabilities: Probabilities, level: float) -> list[int]:
+        """Classes that hold the true one for at least a share ``level`` of images like the validation images.
+
+        Split conformal prediction with the least ambiguous sets (Sadinle et al., 2019, arXiv:1609.00451); the likeliest
+        class is always in it. Where the validation images are too few for ``level``, every class is.
+        """
+        rank = math.ceil((len(self._nonconformity) + 1) * level)
+        if rank > len(self._nonconformity):
+            return list(range(len(probabilities)))
+        limit = max(self._nonconformity[rank - 1], 1 - probabilities.max())
+        return np.flatnonzero(1 - probabilities <= limit).tolist()
 
 
-def check(logits: Logits, artifact: Artifact, runtime_name: str) -> None:
-    """Compare ``logits`` of the reference images with the stored ones; raises ``VerificationError``."""
-    reference = artifact.reference()
-    expected = reference.logits_int8 if runtime_name == ONNX_INT8 else reference.logits
-    if logits.shape != expected.shape:
+def nonconformity(outputs: Outputs, labels: Labels, temperature: float) -> Probabilities:
+    """One minus the probability of the true class, in ascending order."""
+    probabilities = calibrated(outputs, temperature)
+    return np.sort(1 - probabilities[np.arange(len(labels)), labels])
+
+
+def check(outputs: Outputs, reference: Reference, runtime_name: str) -> None:
+    """Compare ``outputs`` for the reference images with the stored ones; raises ``VerificationError``."""
+    if outputs.shape != reference.outputs.shape:
         raise VerificationError(
-            f"runtime {runtime_name!r} gave logits of shape {logits.shape}; expected {expected.shape}"
+            f"runtime {runtime_name!r} gave outputs of shape {outputs.shape}; expected {reference.outputs.shape}"
         )
-    difference = float(np.abs(logits - expected).max())
+    difference = float(np.abs(outputs - reference.outputs).max())
     # Written so that NaN fails too.
     if not difference <= TOLERANCE[runtime_name]:
         raise VerificationError(
-            f"runtime {runtime_name!r} differs from the reference logits of {artifact.path} by {difference:.3g}; "
+            f"runtime {runtime_name!r} differs from the reference outputs by {difference:.3g}; "
             f"expected at most {TOLERANCE[runtime_name]}"
         )
 
 
-def verify(runtime: Runtime, artifact: Artifact) -> None:
+def verify(runtime: Runtime, reference: Reference) -> None:
     """Run the reference images through ``runtime``, which also warms it up; raises ``VerificationError``."""
-    check(runtime(artifact.reference().images), artifact, runtime.name)
+    check(runtime(reference.images), reference, runtime.name)

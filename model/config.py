@@ -42,6 +42,9 @@ class ModelConfig(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     """Divisor of the logits before softmax, fitted on validation images (Guo et al., 2017, arXiv:1706.04599)."""
 
+    bank: int = Field(default=0, ge=0)
+    """Training images whose features an artifact keeps, to tell foreign images."""
+
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=2) + "\n")
 

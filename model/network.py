@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from model.config import CHANNELS, ModelConfig
 
 WHITENING_KERNEL = 2
+NEIGHBOURS = 5
+BANK_BATCH = 128
 LOGIT_SCALE = 1 / 9
 """Keeps the first logits small: the global maximum over many channels is large at initialisation."""
 
@@ -75,12 +77,20 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.whiten(self.normalize(images).to(self.whiten.weight.dtype)))
+        return self.logits(self.feature_maps(self.stem(images)).amax(dim=(2, 3)))
 
-    def classify(self, whitened: Tensor) -> Tensor:
-        """Everything behind the stem: its output to logits."""
-        x = self.stages(F.relu(whitened)).amax(dim=(2, 3))
-        logits: Tensor = self.head(x)
+    def stem(self, images: Tensor) -> Tensor:
+        whitened: Tensor = self.whiten(self.normalize(images).to(self.whiten.weight.dtype))
+        return whitened
+
+    def feature_maps(self, whitened: Tensor) -> Tensor:
+        """The stem's output to (N, D, h, w), of which the head sees the maximum of each map."""
+        maps: Tensor = self.stages(F.relu(whitened))
+        return maps
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., D) features to (..., K) float32."""
+        logits: Tensor = self.head(features)
         return logits.float() * LOGIT_SCALE
 
     @torch.no_grad()
@@ -97,7 +107,53 @@ class ConvNet(nn.Module):
         self.whiten.weight.requires_grad_(False)
 
 
-def halve(network: ConvNet) -> ConvNet:
+class ServedNet(nn.Module):
+    """The trained network as an artifact holds it: with a bank of training features that tells foreign images.
+
+    The familiarity of an image is the cosine similarity of its features to the ``NEIGHBOURS``-th nearest of the bank
+    (Sun et al., 2022, arXiv:2204.06507).
+    """
+
+    bank: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.network = ConvNet(config)
+        self.register_buffer("bank", torch.zeros(config.bank, config.widths[-1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) raw pixels to (N, K + 1) float32: logits, then familiarity."""
+        return self.outputs(self.network.feature_maps(self.network.stem(images)))
+
+    def explain(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) raw pixels to the ``evidence`` for each class."""
+        return self.evidence(self.network.feature_maps(self.network.stem(images)))
+
+    def outputs(self, maps: Tensor) -> Tensor:
+        features = maps.amax(dim=(2, 3))
+        similarity = F.normalize(features.float(), dim=1) @ self.bank.float().T
+        familiarity = similarity.topk(NEIGHBOURS, dim=1).values[:, -1:]
+        return torch.cat([self.network.logits(features), familiarity], dim=1)
+
+    def evidence(self, maps: Tensor) -> Tensor:
+        """(N, h, w, K) float32: what each place adds to each logit; over all places it sums to the logits exactly.
+
+        A class activation map (Zhou et al., 2016, arXiv:1512.04150) of a global maximum: of each feature map, only the
+        place of the maximum counts.
+        """
+        winners = (maps == maps.amax(dim=(2, 3), keepdim=True)).to(maps.dtype)
+        shares = maps * winners / winners.sum(dim=(2, 3), keepdim=True)
+        return self.network.logits(shares.permute(0, 2, 3, 1))
+
+    @torch.no_grad()
+    def init_bank(self, images: Tensor) -> None:
+        """Fill the bank with the unit-length features of ``images`` (config.bank, H, W, 3)."""
+        for slots, batch in zip(torch.split(self.bank, BANK_BATCH), torch.split(images, BANK_BATCH), strict=True):
+            maps = self.network.feature_maps(self.network.stem(batch))
+            slots.copy_(F.normalize(maps.amax(dim=(2, 3)), dim=1))
+
+
+def halve(network: ServedNet) -> ServedNet:
     """``network`` with FP16 convolutions and head; BatchNorm and normalisation stay FP32, where FP16 loses digits."""
     network.half()
     for module in network.modules():

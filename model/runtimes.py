@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from model.artifact import Artifact, Logits
+from model.artifact import Artifact, Outputs
 from model.preprocess import Pixels
 
 TORCH, ONNX, ONNX_INT8 = "torch", "onnx", "onnx-int8"
@@ -27,8 +29,12 @@ class Runtime(Protocol):
 
     name: str
 
-    def __call__(self, images: Pixels) -> Logits:
-        """(N, H, W, 3) uint8 RGB to (N, K) float32 uncalibrated logits."""
+    def __call__(self, images: Pixels) -> Outputs:
+        """(N, H, W, 3) uint8 RGB to (N, K + 1) float32 outputs."""
+        ...
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        """(N, H, W, 3) uint8 RGB to (N, h, w, K): what each place of a coarse grid adds to each logit."""
         ...
 
 
@@ -47,9 +53,15 @@ class OnnxRuntime:
         self.name = name
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, images: Pixels) -> Logits:
-        (logits,) = self._session.run(None, {"images": images})
-        return np.asarray(logits, np.float32)
+    def __call__(self, images: Pixels) -> Outputs:
+        return self._run("outputs", images)
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        return self._run("evidence", images)
+
+    def _run(self, output: str, images: Pixels) -> NDArray[np.float32]:
+        (result,) = self._session.run([output], {"images": images})
+        return np.asarray(result, np.float32)
 
 
 class TorchRuntime:
@@ -63,7 +75,7 @@ class TorchRuntime:
             from safetensors.torch import load_file
         except ImportError as error:
             raise RuntimeUnavailableError(f"runtime 'torch' needs the packages of requirements.txt: {error}") from error
-        from model.network import ConvNet, halve
+        from model.network import ServedNet, halve
 
         if cuda_devices() and not torch.cuda.is_available():
             raise RuntimeUnavailableError(
@@ -72,14 +84,20 @@ class TorchRuntime:
         torch.set_num_threads(threads)
         self._torch = torch
         self._device = torch.device(f"cuda:{device_index}" if torch.cuda.is_available() else "cpu")
-        network = ConvNet(artifact.config)
+        network = ServedNet(artifact.config)
         network.load_state_dict(load_file(artifact.weights))
         self._network = (halve(network) if self._device.type == "cuda" else network).to(self._device).eval()
 
-    def __call__(self, images: Pixels) -> Logits:
+    def __call__(self, images: Pixels) -> Outputs:
+        return self._run(self._network, images)
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        return self._run(self._network.explain, images)
+
+    def _run(self, function: Callable[[Any], Any], images: Pixels) -> NDArray[np.float32]:
         with self._torch.inference_mode():
-            logits = self._network(self._torch.from_numpy(images).to(self._device))
-        return np.asarray(logits.cpu(), np.float32)
+            result = function(self._torch.from_numpy(images).to(self._device))
+        return np.asarray(result.cpu(), np.float32)
 
 
 def cuda_devices() -> int:

@@ -23,6 +23,28 @@ CONFIDENCE = Histogram(
     "Calibrated probability of the verdict.",
     buckets=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1),
 )
+FOREIGN_IMAGES = Counter(
+    "classifier_foreign_images_total", "Images classified that do not resemble the training images."
+)
+ABSTAINED_IMAGES = Counter(
+    "classifier_abstained_images_total", "Images left without a verdict because the caller asked so."
+)
+SHADOW_IMAGES = Counter(
+    "classifier_shadow_images_total",
+    "Images shown to the shadow model: its verdict was the same or different, or it was dropped or failed.",
+    ["outcome"],
+)
+DRIFT_IMAGES = Counter(
+    "classifier_drift_images_total",
+    "Images by bin of a feature: class and confidence of the verdict, brightness, contrast, sharpness and colour.",
+    ["feature", "bin"],
+)
+EXPECTED_SHARE = Gauge(
+    "classifier_drift_expected_share",
+    "Share of the validation images in that bin.",
+    ["feature", "bin"],
+    multiprocess_mode="livemax",
+)
 REJECTED = Counter("classifier_rejected_total", "Requests and images answered with an error, by its code.", ["reason"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
 MODEL_INFO = Gauge(

@@ -19,6 +19,16 @@ ERRORS = {
 """Status to the codes that go with it."""
 REQUEST_ID = {"X-Request-ID": {"description": "As sent, or made.", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+OPTIONS = [
+    {"name": name, "in": "query", "description": description, "schema": schema}
+    for name, description, schema in (
+        ("prediction_set", "Level of a set of classes to be sent along, such as 0.99.", SHARE),
+        ("abstain_below", "No verdict under this confidence.", SHARE),
+        ("abstain_foreign", "No verdict on images that do not resemble the training images.", {"type": "boolean"}),
+    )
+]
 ENCODED = {"type": "string", "description": "Base64 (RFC 4648) or a data URL (RFC 2397)."}
 
 
@@ -41,16 +51,22 @@ def describe(spec: Document) -> Document:
         }
         for status, codes in ERRORS.items()
     }
-    for path, body in (("/classify", ENCODED), ("/classify/batch", {"type": "array", "minItems": 1, "items": ENCODED})):
+    several = {"type": "array", "minItems": 1, "items": ENCODED}
+    for path, field, body in (
+        ("/classify", "image", ENCODED),
+        ("/classify/batch", "images", several),
+        ("/explain", "image", ENCODED),
+    ):
         operation = spec["paths"][path]["post"]
         success = next(reply for status, reply in operation["responses"].items() if str(status) == "200")
         operation["responses"] = {"200": {**success, "headers": REQUEST_ID}, **errors}
         operation["requestBody"]["required"] = True
         content = operation["requestBody"]["content"]
-        content.update(_json(_object("image" if path == "/classify" else "images", body)))
-    spec["paths"]["/classify"]["post"]["requestBody"]["content"]["image/*"] = {
-        "schema": {"type": "string", "format": "binary"}
-    }
+        content.update(_json(_object(field, body)))
+        if field == "image":
+            content["image/*"] = BINARY
+        operation["parameters"] = OPTIONS
+    spec["paths"]["/explain"]["post"]["responses"]["200"]["content"]["image/png"] = BINARY
     card = {"description": "The model card.", "headers": REQUEST_ID, "content": _json({"type": "object"})}
     spec["paths"]["/model"] = {
         "get": {"description": "What is served, and how good it is.", "responses": {"200": card}}

@@ -8,6 +8,8 @@ application/json      {"image": "<base64 or data URL>"} or {"images": [...]}
 from __future__ import annotations
 
 import binascii
+import math
+from dataclasses import dataclass
 from http import HTTPStatus
 
 import orjson
@@ -28,6 +30,54 @@ def bad_request(message: str) -> ApiError:
 
 def too_large(message: str) -> ApiError:
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask for in the query string."""
+
+    prediction_set: float | None = None
+    """Level of the prediction set to be sent along, between 0 and 1."""
+    abstain_below: float | None = None
+    """Confidence under which no verdict is wanted."""
+    abstain_foreign: bool = False
+    """Whether no verdict is wanted on an image that does not resemble the training images."""
+
+    @property
+    def may_abstain(self) -> bool:
+        return self.abstain_below is not None or self.abstain_foreign
+
+
+NO_OPTIONS = Options()
+
+
+def read_options(request: Request) -> Options:
+    """The options of a request; raises ``ApiError`` for one that is unknown or has no sensible value."""
+    if not request.query_params:
+        return NO_OPTIONS
+    readers = {"prediction_set": _share, "abstain_below": _share, "abstain_foreign": _flag}
+    chosen: dict[str, float | bool] = {}
+    for name, value in request.query_params.items():
+        if name not in readers:
+            raise bad_request(f"query parameter {name[:40]!r}; expected one of {', '.join(readers)}")
+        chosen[name] = readers[name](name, value)
+    return Options(**chosen)  # type: ignore[arg-type]  # by the readers
+
+
+def _share(name: str, value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise bad_request(f"{name}={value[:40]!r}; expected a number between 0 and 1")
+    return share
+
+
+def _flag(name: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise bad_request(f"{name}={value[:40]!r}; expected true or false")
+    return value == "true"
 
 
 async def read_image(request: Request, settings: Settings) -> bytes:

@@ -14,9 +14,9 @@ import numpy as np
 
 from model import store
 from model.artifact import Artifact
-from model.classifier import Prediction, predictions
+from model.classifier import Classifier, Prediction
 from model.preprocess import preprocess
-from model.runtimes import ONNX, create
+from model.runtimes import ONNX, ONNX_INT8, create
 
 IMAGES = sorted((Path(__file__).parent / "images").glob("*.jpg"))
 GOLDEN = Path(__file__).parent / "images" / "golden.json"
@@ -25,8 +25,9 @@ GOLDEN = Path(__file__).parent / "images" / "golden.json"
 def predict(artifact: Artifact, runtime_name: str) -> dict[str, Prediction]:
     """Predictions of every picture by one runtime, by the picture's name."""
     pixels = np.stack([preprocess(path.read_bytes(), artifact.config.input_size) for path in IMAGES])
-    logits = create(runtime_name, artifact)(pixels)
-    return dict(zip((path.stem for path in IMAGES), predictions(logits, artifact.config), strict=True))
+    classifier = Classifier(artifact.config, artifact.reference(runtime_name == ONNX_INT8))
+    outputs = create(runtime_name, artifact)(pixels)
+    return dict(zip((path.stem for path in IMAGES), classifier(outputs), strict=True))
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from model.artifact import CARD, CONFIG, HASHED, Artifact, ArtifactError, seal
-from model.classifier import TOLERANCE, VerificationError, calibrated, check, predictions, verify
+from model.classifier import TOLERANCE, VerificationError, check, verify
 from model.config import ConfigError, ModelConfig
-from model.runtimes import RUNTIMES, OnnxRuntime, RuntimeUnavailableError, create
+from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, RuntimeUnavailableError, create
 from tests import toy
 
 
@@ -51,51 +51,49 @@ def test_no_file_is_a_pickle(toy_artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_runtime_reproduces_the_reference(name: str, toy_artifact: Artifact) -> None:
-    verify(create(name, toy_artifact), toy_artifact)
+    verify(create(name, toy_artifact), toy_artifact.reference(name == ONNX_INT8))
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_any_batch_size_gives_the_same_answers(name: str, count: int, toy_artifact: Artifact) -> None:
     runtime = create(name, toy_artifact)
-    images = np.resize(toy_artifact.reference().images, (count, toy.SIDE, toy.SIDE, 3))
-    logits = runtime(images)
-    assert logits.shape == (count, 3)
-    assert logits.dtype == np.float32
+    images = np.resize(toy_artifact.reference(quantised=False).images, (count, toy.SIDE, toy.SIDE, 3))
+    outputs = runtime(images)
+    assert outputs.shape == (count, 4)
+    assert outputs.dtype == np.float32
     alone = np.concatenate([runtime(image[None]) for image in images])
-    assert np.abs(logits - alone).max() < 1e-3
+    assert np.abs(outputs - alone).max() < 1e-3
 
 
 def test_wrong_weights_layout_and_nan_fail_the_check(toy_artifact: Artifact) -> None:
-    runtime = OnnxRuntime(toy_artifact.onnx, "onnx")
-    images, expected, _ = toy_artifact.reference()
+    runtime = OnnxRuntime(toy_artifact.onnx, ONNX)
+    reference = toy_artifact.reference(quantised=False)
+    images, expected = reference.images, reference.outputs
     for wrong in (runtime(images[..., ::-1]), runtime(images[:, ::-1]), expected * np.nan, expected[:, :2]):
         with pytest.raises(VerificationError):
-            check(wrong, toy_artifact, "onnx")
+            check(wrong, reference, ONNX)
 
 
 def test_tolerances_are_far_below_what_separates_classes(toy_artifact: Artifact) -> None:
-    logits = np.sort(toy_artifact.reference().logits, axis=1)
+    logits = np.sort(toy_artifact.reference(quantised=False).outputs[:, :-1], axis=1)
     assert max(TOLERANCE.values()) < np.median(logits[:, -1] - logits[:, -2])
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_the_evidence_of_all_places_sums_to_the_logits(name: str, toy_artifact: Artifact) -> None:
+    runtime = create(name, toy_artifact)
+    images = toy_artifact.reference(quantised=False).images
+    evidence = runtime.evidence(images)
+    assert evidence.shape[0] == len(images)
+    assert evidence.shape[3] == 3
+    assert np.abs(evidence.sum(axis=(1, 2)) - runtime(images)[:, :-1]).max() < 1e-3
+    assert np.abs(evidence).std(axis=(1, 2)).min() > 0  # it tells places apart
 
 
 def test_an_unknown_runtime_names_the_known_ones(toy_artifact: Artifact) -> None:
     with pytest.raises(RuntimeUnavailableError, match="'tpu'; expected one of torch, onnx, onnx-int8"):
         create("tpu", toy_artifact)
-
-
-def test_probabilities_are_a_stable_tempered_softmax() -> None:
-    logits = np.array([[1000.0, 1001.0], [0.0, 0.0]], np.float32)
-    assert calibrated(logits, 1.0)[0] == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e)], rel=1e-5)
-    assert calibrated(logits, 1.0)[1].tolist() == [0.5, 0.5]
-    assert calibrated(logits, 2.0)[0, 1] == pytest.approx(1 / (1 + np.exp(-0.5)), rel=1e-5)
-
-
-def test_predictions_name_the_class(toy_artifact: Artifact) -> None:
-    (first, second) = predictions(np.array([[0, 5, 0], [5, 0, 0]], np.float32), toy_artifact.config)
-    assert (first.class_index, first.class_name) == (1, "frame")
-    assert second.class_name == "disc"
-    assert first.confidence == first.probabilities.max()
 
 
 def test_a_config_error_names_file_and_field(tmp_path: Path, toy_artifact: Artifact) -> None:

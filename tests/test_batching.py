@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.artifact import Logits
-from model.batching import Batcher, QueueFullError
+from model.batching import Batcher, Outputs, QueueFullError
 from model.preprocess import Pixels
 
 PATIENCE = 10.0
@@ -23,16 +22,16 @@ def images(*values: int) -> Pixels:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
 
 
-def answer(batch: Pixels) -> Logits:
-    """Two logits an image, from which the image can be told."""
+def answer(batch: Pixels) -> Outputs:
+    """Two outputs an image, from which the image can be told."""
     value = batch[:, 0, 0, 0].astype(np.float32)
     return np.stack([value, -value], axis=1)
 
 
-def values(logits: Logits) -> list[int]:
-    assert logits.shape[1] == 2
-    assert (logits[:, 0] == -logits[:, 1]).all()
-    return [int(value) for value in logits[:, 0]]
+def values(outputs: Outputs) -> list[int]:
+    assert outputs.shape[1] == 2
+    assert (outputs[:, 0] == -outputs[:, 1]).all()
+    return [int(value) for value in outputs[:, 0]]
 
 
 class HeldEngine:
@@ -42,7 +41,7 @@ class HeldEngine:
         self.batches: list[Pixels] = []
         self._outcomes: list[asyncio.Future[None]] = []
 
-    async def __call__(self, batch: Pixels) -> Logits:
+    async def __call__(self, batch: Pixels) -> Outputs:
         self.batches.append(batch)
         outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outcomes.append(outcome)
@@ -115,7 +114,7 @@ def test_batches_grow_while_the_engine_is_busy() -> None:
 
 def test_every_caller_gets_its_own_images_in_order() -> None:
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Logits:
+        async def engine(batch: Pixels) -> Outputs:
             await asyncio.sleep(0)
             return answer(batch)
 
@@ -135,7 +134,7 @@ def test_max_batch_is_never_exceeded_and_every_batch_is_observed() -> None:
         sizes: list[int] = []
         observed: list[int] = []
 
-        async def engine(batch: Pixels) -> Logits:
+        async def engine(batch: Pixels) -> Outputs:
             sizes.append(len(batch))
             await asyncio.sleep(0)
             return answer(batch)
@@ -202,7 +201,7 @@ def test_no_caller_is_forgotten_whenever_it_arrives(concurrency: int) -> None:
     """A caller may arrive in the very moment in which a drain has found the queue empty and is about to end."""
 
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Logits:
+        async def engine(batch: Pixels) -> Outputs:
             await asyncio.sleep(0)
             return answer(batch)
 
@@ -258,7 +257,7 @@ def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
     async def scenario() -> None:
         release = asyncio.Event()
 
-        async def engine(batch: Pixels) -> Logits:
+        async def engine(batch: Pixels) -> Outputs:
             await asyncio.sleep(0.1)
             if batch[0, 0, 0, 0] == 1:
                 await release.wait()

@@ -23,7 +23,7 @@ import requests
 
 from model import runtimes
 from model.artifact import Artifact
-from model.classifier import Prediction, predictions
+from model.classifier import Classifier, Prediction
 from model.preprocess import preprocess
 from model.store import SHIPPED
 from tests.live import (
@@ -49,6 +49,7 @@ SAME = 1e-4
 integer sums are exact in any order. What is left are the reply's six decimals, and float layers on other machines."""
 
 ARTIFACT = Artifact.load(SHIPPED)
+CLASSIFIER = Classifier(ARTIFACT.config, ARTIFACT.reference(quantised=True))
 TAG = f"{ARTIFACT.config.name}:{ARTIFACT.version}"
 JPEG = encode(picture(), "JPEG")
 
@@ -61,7 +62,7 @@ def engine() -> runtimes.Runtime:
 def predict(data: bytes) -> Prediction:
     """What this very process says of an image."""
     pixels = preprocess(data, ARTIFACT.config.input_size)
-    return predictions(engine()(pixels[None]), ARTIFACT.config)[0]
+    return CLASSIFIER(engine()(pixels[None]))[0]
 
 
 def post(url: str, path: str = "/classify", **options: Any) -> requests.Response:
@@ -88,9 +89,11 @@ def assert_says(result: dict[str, Any], data: bytes) -> None:
         "class_name",
         "confidence",
         "all_probabilities",
+        "in_distribution",
         "model",
         "request_id",
     }
+    assert result["in_distribution"] is predict(data).in_distribution
     probabilities = result["all_probabilities"]
     assert list(probabilities) == [str(i) for i in range(len(classes))]
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-6 * len(classes))

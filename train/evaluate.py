@@ -22,18 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.artifact import Artifact, Logits, seal
-from model.classifier import Probabilities, calibrated
+from model.artifact import Artifact, Labels, Outputs, seal
+from model.classifier import Classifier, Probabilities, calibrated
 from model.preprocess import Pixels
-from model.runtimes import RUNTIMES, Runtime, create
+from model.runtimes import ONNX_INT8, RUNTIMES, Runtime, create
 from train import command
 from train.command import CommandError
 from train.data import Data, DataError, Split, load, test_files
 
-Labels = NDArray[np.int64]
 BATCH = 100
 ECE_BINS = 15
 Z_95 = 1.959964
+SET_LEVELS = (0.9, 0.95, 0.99)
 
 
 def accuracy_interval(hits: int, count: int) -> tuple[float, float]:
@@ -59,17 +59,17 @@ def confusion_matrix(verdicts: Labels, labels: Labels, classes: int) -> NDArray[
     return np.bincount(labels * classes + verdicts, minlength=classes**2).reshape(classes, classes)
 
 
-def run_runtime(runtime: Runtime, images: Pixels) -> Logits:
-    """(N, K) logits of all ``images``, in batches, under a progress bar."""
+def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
+    """(N, K + 1) outputs for all ``images``, in batches, under a progress bar."""
     starts = tqdm(range(0, len(images), BATCH), desc=runtime.name, unit="batch", leave=False, disable=None)
     return np.concatenate([runtime(images[start : start + BATCH]) for start in starts])
 
 
-def figures(logits: Logits, split: Split, artifact: Artifact) -> dict[str, Any]:
+def figures(outputs: Outputs, split: Split, artifact: Artifact, quantised: bool) -> dict[str, Any]:
     """The metrics of one runtime as they stand in the card."""
     config = artifact.config
-    verdicts = logits.argmax(axis=1)
-    matrix = confusion_matrix(verdicts, split.labels, len(config.classes))
+    probabilities = calibrated(outputs, config.temperature)
+    matrix = confusion_matrix(probabilities.argmax(axis=1), split.labels, len(config.classes))
     hits = int(np.trace(matrix))
     low, high = accuracy_interval(hits, len(split))
     per_class = np.diag(matrix) / np.maximum(1, matrix.sum(axis=1))
@@ -77,11 +77,27 @@ def figures(logits: Logits, split: Split, artifact: Artifact) -> dict[str, Any]:
         "images": len(split),
         "accuracy": round(hits / len(split), 4),
         "accuracy_95": [round(low, 4), round(high, 4)],
-        "ece_raw": round(expected_calibration_error(calibrated(logits, 1.0), split.labels), 4),
-        "ece": round(expected_calibration_error(calibrated(logits, config.temperature), split.labels), 4),
+        "ece_raw": round(expected_calibration_error(calibrated(outputs, 1.0), split.labels), 4),
+        "ece": round(expected_calibration_error(probabilities, split.labels), 4),
+        "prediction_sets": prediction_sets(probabilities, split.labels, artifact, quantised),
         "per_class": {name: round(float(share), 4) for name, share in zip(config.classes, per_class, strict=True)},
         "confusion": matrix.tolist(),
     }
+
+
+def prediction_sets(
+    probabilities: Probabilities, labels: Labels, artifact: Artifact, quantised: bool
+) -> dict[str, dict[str, float]]:
+    """How often the set of a level holds the true class, and how many classes it holds on average."""
+    classifier = Classifier(artifact.config, artifact.reference(quantised))
+    result = {}
+    for level in SET_LEVELS:
+        sets = [classifier.prediction_set(row, level) for row in probabilities]
+        result[str(level)] = {
+            "coverage": round(float(np.mean([label in s for label, s in zip(labels.tolist(), sets, strict=True)])), 4),
+            "size": round(float(np.mean([len(s) for s in sets])), 3),
+        }
+    return result
 
 
 def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, dict[str, Any]]:
@@ -94,9 +110,9 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
     for name in runtimes:
         runtime = create(name, artifact, threads=2)
         started = time.perf_counter()
-        logits = run_runtime(runtime, data.test.images)
+        outputs = run_runtime(runtime, data.test.images)
         seconds = time.perf_counter() - started
-        result[name] = figures(logits, data.test, artifact)
+        result[name] = figures(outputs, data.test, artifact, name == ONNX_INT8)
         print_report(name, result[name], artifact, seconds)
     return result
 
@@ -132,6 +148,8 @@ def print_report(name: str, metrics: dict[str, Any], artifact: Artifact, seconds
         f"calibration error {metrics['ece_raw']:.2%} raw, {metrics['ece']:.2%} at temperature "
         f"{artifact.config.temperature}, {count / seconds:.0f} images/s"
     )
+    for level, found in metrics["prediction_sets"].items():
+        print(f"  prediction sets of {float(level):.0%}: coverage {found['coverage']:.2%}, {found['size']:.2f} classes")
     width = max(map(len, artifact.config.classes))
     for index, (class_name, share) in enumerate(metrics["per_class"].items()):
         counts = " ".join(f"{count:5}" for count in metrics["confusion"][index])

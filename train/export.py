@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -30,12 +29,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
-from model.artifact import Artifact, Logits, Reference, save_reference, seal
+from model.artifact import Artifact, Labels, Outputs, Reference, save_reference, seal
 from model.classifier import calibrated, verify
 from model.config import ModelConfig
-from model.network import ConvNet, ConvNorm, Normalize
+from model.network import ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
+from model.statistics import edges
 from train import command, fit
 from train.command import CommandError
 from train.data import Data, DataError, Split, load
@@ -45,6 +45,8 @@ MAX_INT8_LOSS = 0.003
 """Largest share of validation images that INT8 may get wrong beyond what FP32 does."""
 CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16
+BANK_IMAGES = 512
+"""Training images whose features are kept to tell foreign images."""
 BATCH = 250
 LARGE_CONSTANT = 1024
 """Numbers from which on a constant is worth storing in FP16."""
@@ -71,7 +73,7 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
 
 def _round(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """FP16 for convolutions and the head; normalisation (of pixels and batches) keeps its digits."""
-    is_matrix = name.endswith("weight") and tensor.ndim > 1
+    is_matrix = tensor.ndim > 1 and "normalize" not in name
     return tensor.half() if is_matrix else tensor
 
 
@@ -81,17 +83,19 @@ class Folded(nn.Module):
     A maximum commutes with a per-channel affine map of positive slope, so that a BatchNorm after pooling folds as well.
     """
 
-    def __init__(self, network: ConvNet) -> None:
+    def __init__(self, served: ServedNet) -> None:
         super().__init__()
-        self.whiten = _fold_normalize(network.whiten, network.normalize)
-        self.network = copy.deepcopy(network)
+        self.served = copy.deepcopy(served)
+        self.network = self.served.network
+        self.whiten = _fold_normalize(self.network.whiten, self.network.normalize)
         for stage in self.network.stages.children():
             for name, block in [*stage.named_modules()]:
                 if isinstance(block, ConvNorm):
                     stage.set_submodule(name, _fold_norm(block))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network.classify(self.whiten(images.permute(0, 3, 1, 2).float()))
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.network.feature_maps(self.whiten(images.permute(0, 3, 1, 2).float()))
+        return self.served.outputs(maps), self.served.evidence(maps)
 
 
 def _fold_normalize(conv: nn.Conv2d, normalize: Normalize) -> nn.Conv2d:
@@ -120,14 +124,14 @@ def _fold_norm(block: ConvNorm) -> nn.Sequential:
     return nn.Sequential(folded, relu, *pool)
 
 
-def export_onnx(network: ConvNet, config: ModelConfig, path: Path) -> None:
-    """Write the FP32 graph: ``images`` (N, H, W, 3) uint8 to ``logits`` (N, K) float32, any N."""
+def export_onnx(served: ServedNet, config: ModelConfig, path: Path) -> None:
+    """Write the FP32 graph: ``images`` (N, H, W, 3) uint8 to ``outputs`` (N, K + 1) and ``evidence`` (N, h, w, K)."""
     example = torch.zeros((2, *config.input_size, 3), dtype=torch.uint8)
     program = torch.onnx.export(
-        Folded(network).eval(),
+        Folded(served).eval(),
         (example,),
         input_names=["images"],
-        output_names=["logits"],
+        output_names=["outputs", "evidence"],
         dynamic_shapes={"images": {0: torch.export.Dim("N")}},
         opset_version=OPSET,
         dynamo=True,
@@ -190,17 +194,17 @@ def quantize(source: Path, target: Path, images: Pixels) -> None:
         )
 
 
-def fit_temperature(logits: Logits, labels: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+def fit_temperature(outputs: Outputs, labels: Labels) -> float:
     """The temperature with the least negative log-likelihood, to within one per cent."""
     candidates = np.geomspace(0.1, 10, 464)
     rows = np.arange(len(labels))
-    losses = [-np.log(calibrated(logits, t)[rows, labels] + 1e-12).mean() for t in candidates]
+    losses = [-np.log(calibrated(outputs, t)[rows, labels] + 1e-12).mean() for t in candidates]
     return round(float(candidates[int(np.argmin(losses))]), 4)
 
 
-def parity(fp32: Logits, int8: Logits, split: Split) -> dict[str, float | int]:
+def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]:
     """Accuracy of both formats and how often they agree; raises ``ParityError`` beyond ``MAX_INT8_LOSS``."""
-    verdicts = fp32.argmax(1), int8.argmax(1)
+    verdicts = fp32[:, :-1].argmax(1), int8[:, :-1].argmax(1)
     accuracies = [float((v == split.labels).mean()) for v in verdicts]
     if accuracies[0] - accuracies[1] > max(MAX_INT8_LOSS, 1.5 / len(split)):  # a single image is noise
         raise ParityError(
@@ -232,7 +236,7 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         sealed = _write(run, data, Path(folder))
         for name in RUNTIMES:
-            verify(create(name, sealed), sealed)
+            verify(create(name, sealed), sealed.reference(name == ONNX_INT8))
         out.mkdir(exist_ok=True)
         sealed.copy_to(out)
     return Artifact.load(out)
@@ -249,21 +253,31 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
         )
     if training["data_sha256"] != data.sha256():
         raise DataError(f"{data.source}: not the data of the run, whose splits differ; expected {training['source']}")
-    weights = {name: _round(name, tensor).contiguous() for name, tensor in network.state_dict().items()}
+    banked = data.train.images[:: max(1, len(data.train) // BANK_IMAGES)][:BANK_IMAGES]
+    config = config.model_copy(update={"bank": len(banked)})
+    served = ServedNet(config).eval()
+    served.network = network
+    served.init_bank(torch.from_numpy(banked))
+    weights = {name: _round(name, tensor).contiguous() for name, tensor in served.state_dict().items()}
     save_file(weights, out / files.WEIGHTS)
-    export_onnx(network, config, out / files.ONNX)
+    export_onnx(served, config, out / files.ONNX)
     calibration = data.train.images[:: max(1, len(data.train) // CALIBRATION_IMAGES)]
     quantize(out / files.ONNX, out / files.ONNX_INT8, calibration)
     store_half(out / files.ONNX)
+    store_half(out / files.ONNX_INT8)
 
-    fp32, int8 = (
-        OnnxRuntime(out / name, runtime) for name, runtime in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8))
-    )
-    logits, logits_int8 = (run_runtime(runtime, data.val.images) for runtime in (fp32, int8))
-    agreement = parity(logits, logits_int8, data.val)
-    config.model_copy(update={"temperature": fit_temperature(logits, data.val.labels)}).save(out / files.CONFIG)
     samples = data.val.images[:: max(1, len(data.val) // REFERENCE_IMAGES)][:REFERENCE_IMAGES]
-    save_reference(out, Reference(samples, fp32(samples), int8(samples)))
+    limits = edges(data.val.images)
+    references = []
+    for name, runtime_name in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8)):
+        runtime = OnnxRuntime(out / name, runtime_name)
+        references.append(
+            Reference(samples, runtime(samples), run_runtime(runtime, data.val.images), data.val.labels, limits)
+        )
+    save_reference(out, *references)
+    full, quantised = (reference.validation for reference in references)
+    agreement = parity(full, quantised, data.val)
+    config.model_copy(update={"temperature": fit_temperature(full, data.val.labels)}).save(out / files.CONFIG)
     card = {
         "training": training,
         "validation": agreement,

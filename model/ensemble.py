@@ -1,0 +1,84 @@
+"""One artifact, or several that answer together by the mean of their calibrated probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import runtimes
+from model.artifact import Artifact, Outputs, Reference
+from model.classifier import calibrated
+from model.config import ModelConfig
+from model.preprocess import Pixels
+from model.runtimes import Runtime
+
+LEAST_PROBABILITY = 1e-9
+"""Keeps logarithms finite."""
+
+
+class EnsembleError(ValueError):
+    """Artifacts that cannot answer together."""
+
+
+class Ensemble:
+    """Artifacts of the same data, and so of the same classes, input size and reference images.
+
+    Raises ``EnsembleError`` naming the first that is not.
+    """
+
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+        self.artifacts = tuple(artifacts)
+        for other in self.artifacts[1:]:
+            if other.card["training"]["data_sha256"] != self.artifacts[0].card["training"]["data_sha256"]:
+                raise EnsembleError(
+                    f"{other.config.name} was trained on other data than {self.artifacts[0].config.name}; "
+                    "expected the members of an ensemble to share their data"
+                )
+
+    def expect_interchangeable(self, shadow: Ensemble) -> None:
+        """Raise ``EnsembleError`` unless ``shadow`` takes the same input and gives the same classes."""
+        ours, theirs = ((e.config.classes, e.config.input_size) for e in (self, shadow))
+        if ours != theirs:
+            raise EnsembleError(f"the shadow has classes and input size {theirs}; expected those of the model, {ours}")
+
+    @property
+    def config(self) -> ModelConfig:
+        """How the combined outputs are to be read."""
+        config = self.artifacts[0].config
+        return config if len(self.artifacts) == 1 else config.model_copy(update={"temperature": 1.0})
+
+    def reference(self, runtime_name: str) -> Reference:
+        references = [a.reference(runtime_name == runtimes.ONNX_INT8) for a in self.artifacts]
+        return references[0]._replace(
+            outputs=self.combine([reference.outputs for reference in references]),
+            validation=self.combine([reference.validation for reference in references]),
+        )
+
+    def combine(self, outputs: Sequence[Outputs]) -> Outputs:
+        """The members' outputs for the same images as one: logarithms of mean probabilities, and mean familiarity."""
+        if len(outputs) == 1:
+            return outputs[0]
+        members = zip(self.artifacts, outputs, strict=True)
+        probabilities = np.mean([calibrated(o, a.config.temperature) for a, o in members], axis=0)
+        familiarity = np.mean([o[:, -1:] for o in outputs], axis=0)
+        logits = np.log(np.maximum(probabilities, LEAST_PROBABILITY))
+        return np.concatenate([logits, familiarity], axis=1, dtype=np.float32)
+
+    def engine(self, runtime_name: str, threads: int = 1, device_index: int = 0) -> Runtime:
+        """Every member loaded into the runtime of that name; raises ``RuntimeUnavailableError``."""
+        members = [runtimes.create(runtime_name, a, threads, device_index) for a in self.artifacts]
+        return members[0] if len(members) == 1 else _Together(self, members)
+
+
+class _Together:
+    def __init__(self, ensemble: Ensemble, members: Sequence[Runtime]) -> None:
+        self._ensemble, self._members = ensemble, members
+        self.name = members[0].name
+
+    def __call__(self, images: Pixels) -> Outputs:
+        return self._ensemble.combine([member(images) for member in self._members])
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        return np.asarray(np.mean([member.evidence(images) for member in self._members], axis=0), np.float32)

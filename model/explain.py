@@ -1,0 +1,63 @@
+"""Where in an image a verdict comes from."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from model.preprocess import Pixels, resize
+
+Evidence = NDArray[np.float32]
+SHIFTS = (-0.25, -0.125, 0.0, 0.125, 0.25)
+"""Of a view, as shares of the image's side; each in both directions."""
+VIEWS = len(SHIFTS) ** 2
+MIN_SIDE, MAX_SIDE = 256, 1024
+"""Of the longer side of an overlay, in pixels."""
+
+
+def views(image: Pixels) -> Pixels:
+    """(H, W, 3) to (VIEWS, H, W, 3): the image moved by each pair of ``SHIFTS``, its border repeated."""
+    height, width = image.shape[:2]
+    return np.stack(
+        [image[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)] for rows, columns in _places(height, width)]
+    )
+
+
+def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int]) -> Evidence:
+    """(VIEWS, h, w, K) evidence of the ``views`` to one map (H, W) for a class, zero or more, that sums to 1.
+
+    The network's own grid is coarse; moving the image under it and averaging what comes back gives a finer one. Only
+    what a place adds beyond the mean of all classes counts, for softmax does not see the rest.
+    """
+    height, width = size
+    total, seen = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    contrast = evidence[..., class_index] - evidence.mean(axis=-1)
+    for grid, (rows, columns) in zip(contrast, _places(height, width), strict=True):
+        inside = np.ix_((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
+        places = np.ix_(rows[inside[0].ravel()], columns[inside[1].ravel()])
+        total[places] += cv2.resize(grid, (width, height))[inside]
+        seen[places] += 1
+    positive = np.maximum(total / seen, 0)
+    return np.asarray(positive / max(float(positive.sum()), 1e-12), np.float32)
+
+
+def overlay(image: Pixels, heat: Evidence) -> bytes:
+    """PNG of ``image`` (H, W, 3), at a size to be looked at, under an evidence map: bright is where it lies."""
+    longer = max(image.shape[:2])
+    scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    visible = resize(image, (height, width))
+    relative = heat / max(float(heat.max()), 1e-12)
+    share = cv2.resize(relative, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    colours = cv2.applyColorMap((255 * share).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    weight = (0.25 + 0.5 * share)[..., None]
+    blended = (1 - weight) * visible[..., ::-1] + weight * colours
+    _, encoded = cv2.imencode(".png", blended.astype(np.uint8))
+    return encoded.tobytes()
+
+
+def _places(height: int, width: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """For each view, the row and the column of the image that its rows and columns show."""
+    rows, columns = np.arange(height), np.arange(width)
+    return [(rows + round(y * height), columns + round(x * width)) for y in SHIFTS for x in SHIFTS]

@@ -1,0 +1,49 @@
+"""Simple properties of images, by which a change in what users send is noticed without labels."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.preprocess import Pixels
+
+STATISTICS = ("brightness", "contrast", "sharpness", "colour")
+BINS = 10
+"""As many images of the validation split fall into each."""
+
+Edges = NDArray[np.float32]
+
+
+def measure(images: Pixels) -> NDArray[np.float32]:
+    """(N, H, W, 3) to (N, 4) in units of 0..255, in the order of ``STATISTICS``.
+
+    Brightness and contrast are mean and standard deviation of the green channel, which is most of luminance; sharpness
+    is the mean step between neighbours; colour the mean distance of red and blue.
+    """
+    red, green, blue = (images[..., channel].astype(np.int16) for channel in range(3))
+    places = (1, 2)
+    return np.stack(
+        [
+            green.mean(axis=places),
+            green.std(axis=places),
+            np.abs(np.diff(green, axis=2)).mean(axis=places),
+            np.abs(red - blue).mean(axis=places),
+        ],
+        axis=1,
+        dtype=np.float32,
+        casting="same_kind",
+    )
+
+
+def edges(images: Pixels) -> Edges:
+    """(4, BINS - 1): the quantiles of each statistic of ``images`` that divide them into bins of equal size."""
+    shares = np.linspace(0, 1, BINS + 1)[1:-1]
+    return np.quantile(measure(images), shares, axis=0).T.astype(np.float32)
+
+
+def histogram(images: Pixels, limits: Edges) -> NDArray[np.int64]:
+    """(4, BINS) counts of ``images`` between the ``edges`` of others."""
+    found = measure(images)
+    return np.stack(
+        [np.bincount(np.searchsorted(e, column), minlength=BINS) for e, column in zip(limits, found.T, strict=True)]
+    )

@@ -1,0 +1,44 @@
+"""Measurements of engines on this machine: which format is fastest here is not known before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from model.classifier import VerificationError, verify
+from model.ensemble import Ensemble
+from model.preprocess import Pixels
+from model.runtimes import Runtime, RuntimeUnavailableError
+
+BATCH = 8
+ROUNDS = 7
+"""Of which the median counts."""
+
+
+def images_per_second(runtime: Runtime, images: Pixels) -> float:
+    """The rate of ``runtime`` on one batch of ``images`` (N, H, W, 3), which has been warmed up."""
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        runtime(images)
+        seconds.append(time.perf_counter() - started)
+    return len(images) / float(np.median(seconds))
+
+
+def compare(ensemble: Ensemble, names: Iterable[str], threads: int = 1) -> tuple[dict[str, float], dict[str, str]]:
+    """Images per second of each runtime that can be had here and is right; and what is wrong with the others."""
+    rates: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        reference = ensemble.reference(name)
+        try:
+            runtime = ensemble.engine(name, threads)
+            verify(runtime, reference)
+        except (RuntimeUnavailableError, VerificationError) as error:
+            failed[name] = str(error)
+            continue
+        batch = np.resize(reference.images, (BATCH, *reference.images.shape[1:]))
+        rates[name] = round(images_per_second(runtime, batch), 1)
+    return rates, failed

@@ -1,0 +1,56 @@
+"""Counts what is sent and what is said of it, in the bins of the validation images.
+
+The counters add up over workers and replicas; how far they have moved from what is expected, the population stability
+index, is a rule of Prometheus (monitoring/prometheus), so that a window and a threshold are no matter of the service.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from model.artifact import Reference
+from model.classifier import Prediction, calibrated
+from model.config import ModelConfig
+from model.preprocess import Pixels
+from model.statistics import BINS, STATISTICS, histogram
+from serving import metrics
+
+CLASS, CONFIDENCE = "class", "confidence"
+CONFIDENCE_EDGES = (0.5, 0.7, 0.9, 0.95, 0.99)
+
+
+class Drift:
+    """Tells Prometheus what to expect, and what comes."""
+
+    def __init__(self, config: ModelConfig, reference: Reference) -> None:
+        self._edges = reference.edges
+        probabilities = calibrated(reference.validation, config.temperature)
+        verdicts = np.bincount(probabilities.argmax(axis=1), minlength=len(config.classes))
+        confidences = np.bincount(_confidence_bins(probabilities.max(axis=1)), minlength=len(CONFIDENCE_EDGES) + 1)
+        _expect(CLASS, dict(zip(config.classes, verdicts.tolist(), strict=True)))
+        _expect(CONFIDENCE, {str(i): count for i, count in enumerate(confidences.tolist())})
+        for name in STATISTICS:
+            _expect(name, {str(i): 1 for i in range(BINS)})
+
+    def see(self, images: Pixels) -> None:
+        """Count a batch (N, H, W, 3)."""
+        for name, counts in zip(STATISTICS, histogram(images, self._edges), strict=True):
+            for index in np.flatnonzero(counts).tolist():
+                metrics.DRIFT_IMAGES.labels(name, str(index)).inc(int(counts[index]))
+
+    @staticmethod
+    def hear(prediction: Prediction) -> None:
+        """Count a verdict."""
+        metrics.DRIFT_IMAGES.labels(CLASS, prediction.class_name).inc()
+        metrics.DRIFT_IMAGES.labels(CONFIDENCE, str(int(_confidence_bins(prediction.confidence)))).inc()
+
+
+def _confidence_bins(confidence: np.ndarray | float) -> np.ndarray:
+    return np.searchsorted(CONFIDENCE_EDGES, confidence, side="right")
+
+
+def _expect(feature: str, counts: dict[str, int]) -> None:
+    """Shares of the bins; one image more in each, so that none is expected never to be seen."""
+    total = sum(counts.values()) + len(counts)
+    for name, count in counts.items():
+        metrics.EXPECTED_SHARE.labels(feature, name).set((count + 1) / total)

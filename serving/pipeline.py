@@ -1,0 +1,112 @@
+"""From a request to what is answered: read, decode, classify, reply."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from model import explain
+from model.artifact import Outputs
+from model.batching import Batcher
+from model.classifier import Classifier
+from model.preprocess import Header, Pixels, decode, inspect, render, resize
+from serving import metrics
+from serving.errors import ApiError, from_exception
+from serving.replies import Replies
+from serving.requests import Item, read_image, read_images, read_options
+from settings import Settings
+
+LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
+"""From here on decoding takes longer than handing it to a thread; a small file may well hold a large image."""
+JSON, PNG = "application/json", "image/png"
+
+
+class Pipeline:
+    """Every stage of a request; ``infer`` and ``evidence`` are the queues before the engine."""
+
+    def __init__(
+        self, settings: Settings, classifier: Classifier, replies: Replies, infer: Batcher, evidence: Batcher
+    ) -> None:
+        self._settings, self._classifier, self._replies = settings, classifier, replies
+        self._infer, self._evidence = infer, evidence
+        self._size = classifier.config.input_size
+        self._decoders = ThreadPoolExecutor(2, "decode")
+
+    async def classify(self, request: Request) -> Response:
+        options = read_options(request)
+        with metrics.timed("read"):
+            data = await read_image(request, self._settings)
+        with metrics.timed("decode"):
+            image = await self._decode(data)
+        outputs = await self._outputs(image[None])
+        with metrics.timed("reply"):
+            return _json(self._replies(self._classifier(outputs)[0], options))
+
+    async def classify_batch(self, request: Request) -> Response:
+        options = read_options(request)
+        with metrics.timed("read"):
+            items = await read_images(request, self._settings)
+        with metrics.timed("decode"):
+            decoded = [await self._attempt(item) for item in items]
+        images = [image for image in decoded if not isinstance(image, ApiError)]
+        predictions = iter(self._classifier(await self._outputs(np.stack(images))) if images else ())
+        with metrics.timed("reply"):
+            return _json(
+                {
+                    "results": [
+                        item.body() if isinstance(item, ApiError) else self._replies(next(predictions), options)
+                        for item in decoded
+                    ]
+                }
+            )
+
+    async def explain(self, request: Request) -> Response:
+        """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
+        options = read_options(request)
+        data = await read_image(request, self._settings)
+        loop = asyncio.get_running_loop()
+        original = await loop.run_in_executor(self._decoders, decode, data, inspect(data, self._settings.max_pixels))
+        image = resize(original, self._size)
+        prediction = self._classifier(await self._outputs(image[None]))[0]
+        evidence = await self._evidence(explain.views(image))
+        heat = explain.evidence_map(evidence, prediction.class_index, self._size)
+        if JSON in request.headers.get("accept", ""):
+            return _json({**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()})
+        return Response(await loop.run_in_executor(self._decoders, explain.overlay, original, heat), media_type=PNG)
+
+    async def _outputs(self, images: Pixels) -> Outputs:
+        with metrics.timed("classify"):
+            try:
+                return await self._infer(images)
+            finally:  # who gave up has left the queue too
+                metrics.QUEUE_IMAGES.set(self._infer.waiting)
+
+    async def _decode(self, data: bytes) -> Pixels:
+        header = inspect(data, self._settings.max_pixels)
+        if _is_small(data, header):
+            return render(data, header, self._size)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, render, data, header, self._size)
+
+    async def _attempt(self, item: Item) -> Pixels | ApiError:
+        """One image of a batch, or what is wrong with it: it fails alone."""
+        if isinstance(item, bytes):
+            try:
+                return await self._decode(item)
+            except ValueError as error:
+                item = from_exception(error)
+        metrics.REJECTED.labels(item.code).inc()
+        return item
+
+
+def _is_small(data: bytes, header: Header) -> bool:
+    return len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(document), media_type=JSON)

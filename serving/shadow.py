@@ -1,0 +1,55 @@
+"""A second model that sees what the served one sees: its disagreement is counted, its answer never sent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from model.artifact import Outputs
+from model.preprocess import Pixels
+from model.runtimes import Runtime
+from serving import metrics
+
+logger = logging.getLogger("classifier.shadow")
+LOWEST_PRIORITY = 19
+
+
+class Shadowed:
+    """An engine that shows every batch to a shadow engine too, as long as that one keeps up.
+
+    The shadow computes in a thread of the lowest priority and takes one batch at a time; what comes meanwhile is
+    counted as ``dropped``, so that the served engine never waits for it.
+    """
+
+    def __init__(self, engine: Runtime, shadow: Runtime) -> None:
+        self._engine, self._shadow = engine, shadow
+        self.name = engine.name
+        self.evidence = engine.evidence
+        self._thread = ThreadPoolExecutor(1, "shadow", initializer=_yield_to_others)
+        self._busy: Future[None] | None = None
+
+    def __call__(self, images: Pixels) -> Outputs:
+        outputs = self._engine(images)
+        if self._busy is None or self._busy.done():
+            self._busy = self._thread.submit(self._compare, images, outputs)
+        else:
+            metrics.SHADOW_IMAGES.labels("dropped").inc(len(images))
+        return outputs
+
+    def _compare(self, images: Pixels, outputs: Outputs) -> None:
+        try:
+            shadowed = self._shadow(images)
+        except Exception:
+            logger.exception("the shadow failed")
+            metrics.SHADOW_IMAGES.labels("failed").inc(len(images))
+            return
+        same = int((shadowed[:, :-1].argmax(axis=1) == outputs[:, :-1].argmax(axis=1)).sum())
+        metrics.SHADOW_IMAGES.labels("same").inc(same)
+        metrics.SHADOW_IMAGES.labels("different").inc(len(images) - same)
+
+
+def _yield_to_others() -> None:
+    # On Linux a thread has a priority of its own.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

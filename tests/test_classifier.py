@@ -1,0 +1,122 @@
+"""What is concluded from outputs: probabilities, sets with a promised coverage, foreign images, ensembles."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.artifact import Artifact, Reference, seal
+from model.classifier import Classifier, calibrated
+from model.config import ModelConfig
+from model.ensemble import Ensemble, EnsembleError
+from model.runtimes import ONNX, ONNX_INT8
+from model.statistics import edges
+from tests import toy
+
+CONFIG = ModelConfig(
+    name="made", classes=("a", "b", "c"), input_size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), widths=(1,), temperature=2
+)
+
+
+def sample(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs of a classifier whose calibrated probabilities are true, and labels drawn from them."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 4, (count, 3))
+    outputs = np.concatenate([logits, rng.uniform(0, 1, (count, 1))], axis=1).astype(np.float32)
+    probabilities = calibrated(outputs, 2.0)
+    labels = (probabilities.cumsum(axis=1) < rng.uniform(0, 1, (count, 1))).sum(axis=1).clip(0, 2)
+    return outputs, labels
+
+
+@pytest.fixture(scope="module")
+def made() -> Classifier:
+    outputs, labels = sample(4000, seed=0)
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    return Classifier(CONFIG, Reference(images, outputs[:1], outputs, labels, edges(images)), 0.1)
+
+
+def test_probabilities_are_a_stable_tempered_softmax_of_all_but_the_last() -> None:
+    outputs = np.array([[1000.0, 1001.0, 7.0], [0.0, 0.0, 9.0]], np.float32)
+    assert calibrated(outputs, 1.0)[0] == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e)], rel=1e-5)
+    assert calibrated(outputs, 1.0)[1].tolist() == [0.5, 0.5]
+    assert calibrated(outputs, 2.0)[0, 1] == pytest.approx(1 / (1 + np.exp(-0.5)), rel=1e-5)
+
+
+def test_predictions_name_the_class_and_foreign_images(made: Classifier) -> None:
+    first, second = made(np.array([[0, 5, 0, 0.9], [5, 0, 0, 0.05]], np.float32))
+    assert (first.class_index, first.class_name, first.in_distribution) == (1, "b", True)
+    assert (second.class_name, second.in_distribution) == ("a", False)
+    assert first.confidence == first.probabilities.max()
+
+
+def test_the_promised_share_of_ordinary_images_is_called_foreign(made: Classifier) -> None:
+    outputs, _ = sample(4000, seed=1)
+    assert np.mean([not p.in_distribution for p in made(outputs)]) == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])
+def test_sets_hold_the_true_class_as_often_as_promised(level: float, made: Classifier) -> None:
+    outputs, labels = sample(4000, seed=2)
+    predictions = made(outputs)
+    sets = [made.prediction_set(p.probabilities, level) for p in predictions]
+    coverage = np.mean([label in s for label, s in zip(labels.tolist(), sets, strict=True)])
+    assert all(p.class_index in s for p, s in zip(predictions, sets, strict=True))
+    # The likeliest class is kept even where it makes more than is needed.
+    right = np.mean([p.class_index == label for p, label in zip(predictions, labels.tolist(), strict=True)])
+    assert coverage == pytest.approx(max(level, right), abs=0.02)
+
+
+def test_more_certainty_takes_more_classes_and_too_much_takes_all(made: Classifier) -> None:
+    probabilities = np.array([0.6, 0.3, 0.1], np.float32)
+    sizes = [len(made.prediction_set(probabilities, level)) for level in (0.5, 0.9, 0.97, 0.99999)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
+    assert made.prediction_set(probabilities, 0.99999) == [0, 1, 2]
+
+
+class TestEnsemble:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def other(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+        """The same network under another name, less sure of itself."""
+        path = shutil.copytree(toy_artifact.path, tmp_path_factory.mktemp("other") / "artifact")
+        changes = {"name": "other", "temperature": 10 * toy_artifact.config.temperature}
+        toy_artifact.config.model_copy(update=changes).save(path / "config.json")
+        return seal(path, {key: value for key, value in toy_artifact.card.items() if key != "files"})
+
+    @pytest.mark.parametrize("name", [ONNX, ONNX_INT8])
+    def test_its_probabilities_are_the_mean_of_its_members(
+        self, name: str, toy_artifact: Artifact, other: Artifact
+    ) -> None:
+        ensemble = Ensemble([toy_artifact, other])
+        images = toy_artifact.reference(quantised=False).images
+        together = calibrated(ensemble.engine(name)(images), ensemble.config.temperature)
+        alone = [calibrated(Ensemble([a]).engine(name)(images), a.config.temperature) for a in (toy_artifact, other)]
+        assert np.abs(alone[0] - alone[1]).max() > 0.1
+        assert np.abs(together - np.mean(alone, axis=0)).max() < 1e-4
+
+    def test_it_is_verified_and_calibrated_as_one(self, toy_artifact: Artifact, other: Artifact) -> None:
+        ensemble = Ensemble([toy_artifact, other])
+        reference = ensemble.reference(ONNX)
+        assert np.abs(ensemble.engine(ONNX)(reference.images) - reference.outputs).max() < 0.01
+        assert reference.validation.shape == (len(reference.labels), 4)
+        maps = [Ensemble(a).engine(ONNX).evidence(reference.images) for a in ([toy_artifact], [toy_artifact, other])]
+        assert np.abs(maps[0] - maps[1]).max() < 1e-5  # the same network twice
+
+    def test_members_of_other_data_are_refused(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+        path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+        training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
+        stranger = seal(path, {"training": training})
+        with pytest.raises(EnsembleError, match="trained on other data"):
+            Ensemble([toy_artifact, stranger])
+
+    def test_a_shadow_must_take_and_give_the_same(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+        path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+        toy_artifact.config.model_copy(update={"classes": ("x", "y", "z")}).save(path / "config.json")
+        stranger = Ensemble([seal(path, {"training": toy_artifact.card["training"]})])
+        with pytest.raises(EnsembleError, match="expected those of the model"):
+            Ensemble([toy_artifact]).expect_interchangeable(stranger)
+        assert toy_artifact.config.classes == toy.CLASSES

@@ -1,0 +1,110 @@
+"""What a caller may ask for besides the verdict: sets, abstaining, explanations."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from tests.golden import IMAGES
+from tests.live import Server, encode, picture, samples, total
+
+DOG = next(path for path in IMAGES if path.stem == "dog").read_bytes()
+NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)))
+
+
+def classify(server: Server, data: bytes, path: str = "/classify", **query: Any) -> requests.Response:
+    return requests.post(f"{server.url}{path}", params=query, files={"image": data}, timeout=60)
+
+
+def test_a_set_grows_with_its_level_and_begins_with_the_verdict(server: Server) -> None:
+    plain = classify(server, DOG).json()
+    assert "prediction_set" not in plain
+    sets = [classify(server, DOG, prediction_set=level).json()["prediction_set"] for level in (0.5, 0.99, 0.99999)]
+    assert sets[0][0] == "dog"
+    assert set(sets[0]) <= set(sets[1]) <= set(sets[2])
+    assert len(sets[2]) == 10  # more than 2,500 validation images can promise
+
+
+def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
+    plain = classify(server, DOG).json()
+    before = total(samples(server.url), "classifier_abstained_images_total")
+    sure = classify(server, DOG, abstain_below=0.01).json()
+    unsure = classify(server, DOG, abstain_below=0.999999).json()
+    assert (sure["abstained"], sure["class_name"]) == (False, "dog")
+    assert (unsure["abstained"], unsure["class_name"], unsure["predicted_class"]) == (True, None, None)
+    assert unsure["all_probabilities"] == plain["all_probabilities"]
+    assert total(samples(server.url), "classifier_abstained_images_total") == before + 1
+
+
+def test_foreign_images_are_told_counted_and_refused_on_request(server: Server) -> None:
+    before = total(samples(server.url), "classifier_foreign_images_total")
+    assert classify(server, DOG).json()["in_distribution"] is True
+    assert classify(server, NOISE).json()["in_distribution"] is False
+    assert classify(server, DOG, abstain_foreign="true").json()["abstained"] is False
+    assert classify(server, NOISE, abstain_foreign="true").json()["class_name"] is None
+    assert total(samples(server.url), "classifier_foreign_images_total") == before + 2
+
+
+def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
+    parts = [("images", image) for image in (DOG, b"no image", NOISE)]
+    query = {"prediction_set": "0.9", "abstain_foreign": "true"}
+    reply = requests.post(f"{server.url}/classify/batch", params=query, files=parts, timeout=60).json()
+    good, bad, foreign = reply["results"]
+    assert good["prediction_set"][0] == good["class_name"] == "dog"
+    assert bad["error"]["code"] == "unsupported_media_type"
+    assert foreign["abstained"] is True
+    assert foreign["prediction_set"]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ({"prediction_set": "1"}, "prediction_set='1'; expected a number between 0 and 1"),
+        ({"prediction_set": "nan"}, "expected a number between 0 and 1"),
+        ({"abstain_below": "-0.5"}, "expected a number between 0 and 1"),
+        ({"abstain_foreign": "yes"}, "abstain_foreign='yes'; expected true or false"),
+        ({"abstain_bellow": "0.9"}, "query parameter 'abstain_bellow'; expected one of"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/classify", "/explain"])
+def test_an_option_that_makes_no_sense_is_refused(
+    server: Server, path: str, query: dict[str, str], expected: str
+) -> None:
+    response = classify(server, DOG, path, **query)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_request"
+    assert expected in response.json()["error"]["message"]
+
+
+def test_an_explanation_is_a_picture_of_the_image_sent(server: Server) -> None:
+    photo = picture(3, 480, 640)
+    response = classify(server, encode(photo, "JPEG"), "/explain")
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "image/png"
+    assert response.headers["X-Request-ID"]
+    shown = Image.open(io.BytesIO(response.content))
+    assert shown.size == photo.size
+    assert np.corrcoef(np.asarray(shown).mean(axis=2).ravel(), np.asarray(photo).mean(axis=2).ravel())[0, 1] > 0.3
+
+
+def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None:
+    response = requests.post(
+        f"{server.url}/explain", files={"image": DOG}, headers={"Accept": "application/json"}, timeout=60
+    )
+    reply = response.json()
+    evidence = np.array(reply["evidence"])
+    assert reply["class_name"] == "dog"
+    assert evidence.shape == (32, 32)
+    assert evidence.min() >= 0
+    assert evidence.sum() == pytest.approx(1, abs=1e-3)
+    assert evidence.max() > 2 * evidence.mean()  # some places count more than others
+
+
+def test_an_image_that_cannot_be_explained_is_refused_like_any_other(server: Server) -> None:
+    assert classify(server, b"no image", "/explain").status_code == 415
+    assert classify(server, DOG[:-200], "/explain").status_code == 400

@@ -1,0 +1,147 @@
+"""Several models at once, by settings alone: an ensemble, and a shadow that is never heard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import requests
+
+from model.artifact import Artifact, seal
+from model.ensemble import Ensemble
+from model.tuning import compare
+from tests import toy
+from tests.live import LOG, environment, samples, serve, total
+
+
+class Store(NamedTuple):
+    """A BentoML home with two models of the same data: a good one and one that has hardly learned."""
+
+    home: Path
+    good: str
+    poor: str
+    images: list[bytes]
+
+
+@pytest.fixture(scope="module")
+def stored(toy_folder: Path, toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    root = tmp_path_factory.mktemp("several")
+    recipe = ("--epochs", 1, "--batch-size", 64, "--widths", "8,32", "--depth", 2, "--seed", 7)
+    toy.run("train.fit", toy_folder, "--name", "poor", "--out", root / "run", *recipe)
+    toy.run("train.export", root / "run", toy_folder, "--out", root / "poor")
+    tags = [
+        subprocess.run(
+            [sys.executable, "-m", "model.store", "import", str(path)],
+            cwd=toy.ROOT,
+            env={**os.environ, "BENTOML_HOME": str(root / "home")},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for path in (toy_artifact.path, root / "poor")
+    ]
+    images = [path.read_bytes() for path in sorted(toy_folder.glob("*/00?.png"))]
+    return Store(root / "home", tags[0], tags[1], images)
+
+
+def probabilities(url: str, images: list[bytes]) -> np.ndarray:
+    reply = requests.post(f"{url}/classify/batch", files=[("images", i) for i in images], timeout=60).json()
+    return np.array([list(result["all_probabilities"].values()) for result in reply["results"]])
+
+
+@pytest.mark.parametrize("topology", ["embedded", "runner"])
+def test_an_ensemble_answers_with_the_mean_and_a_shadow_is_counted(
+    topology: str, stored: Store, tmp_path: Path
+) -> None:
+    home = shutil.copytree(stored.home, tmp_path / "home")
+    both = f"{stored.good},{stored.poor}"
+    with serve(topology, home, MODEL=stored.good, SHADOW=stored.poor, WORKERS=1) as url:
+        good = probabilities(url, stored.images)
+        for image in stored.images:  # one by one, so that the shadow keeps up
+            requests.post(f"{url}/classify", files={"image": image}, timeout=60)
+            time.sleep(0.02)
+        card = requests.get(f"{url}/model", timeout=60).json()
+        counted = samples(url)
+    assert (card["name"], card["shadow"]) == ("toy", stored.poor)
+    outcomes = {
+        o: total(counted, "classifier_shadow_images_total", outcome=o) for o in ("same", "different", "dropped")
+    }
+    assert sum(outcomes.values()) >= 2 * len(stored.images)  # the reference images too
+    assert outcomes["same"] > 0
+    assert outcomes["different"] > 0
+
+    shutil.rmtree(home)
+    shutil.copytree(stored.home, home)
+    with serve(topology, home, MODEL=stored.poor, WORKERS=1) as url:
+        poor = probabilities(url, stored.images)
+    shutil.rmtree(home)
+    shutil.copytree(stored.home, home)
+    with serve(topology, home, MODEL=both, WORKERS=1) as url:
+        together = probabilities(url, stored.images)
+        card = requests.get(f"{url}/model", timeout=60).json()
+        answer = requests.post(f"{url}/classify", files={"image": stored.images[0]}, timeout=60).json()
+        explained = requests.post(f"{url}/explain", files={"image": stored.images[0]}, timeout=60)
+    assert np.abs(good - poor).max() > 0.1
+    np.testing.assert_allclose(together, (good + poor) / 2, atol=1e-5)
+    assert [member["name"] for member in card["members"]] == ["toy", "poor"]
+    assert answer["model"] == both
+    assert explained.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"MODEL": "toy,nope"}, "MODEL='nope' is not in the model store"),
+        ({"MODEL": "toy,cifar10_cnn"}, "cifar10_cnn was trained on other data than toy"),
+        ({"MODEL": "toy", "SHADOW": "cifar10_cnn"}, "expected those of the model"),
+    ],
+)
+def test_models_that_do_not_go_together_stop_the_start_with_one_line(
+    settings: dict[str, str], expected: str, stored: Store
+) -> None:
+    code = "import service"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=toy.ROOT,
+        env=environment(stored.home, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_fastest_runtime_that_is_right_is_served_and_shown(stored: Store, tmp_path: Path) -> None:
+    home = shutil.copytree(stored.home, tmp_path / "home")
+    with serve("embedded", home, MODEL=stored.good, RUNTIME="fastest", WORKERS=2) as url:
+        card = requests.get(f"{url}/model", timeout=60).json()
+    rates = card["measured"]["images_per_second"]
+    assert set(rates) == {"onnx", "onnx-int8"}
+    assert card["runtime"] == max(rates, key=rates.__getitem__)
+    assert f'"runtime":"{card["runtime"]}"' in (home / LOG).read_text()
+
+
+def test_a_runtime_that_is_wrong_is_never_the_fastest(toy_artifact: Artifact, tmp_path: Path) -> None:
+    path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+    shutil.copyfile(
+        toy_artifact.path / "model.onnx", path / "model.int8.onnx"
+    )  # gives other outputs than its reference
+    with np.load(path / "reference.npz") as arrays:
+        changed = dict(arrays)
+    changed["outputs_int8"] = changed["outputs_int8"] + 1
+    np.savez_compressed(path / "reference.npz", **changed)
+    altered = Ensemble([seal(path, {key: value for key, value in toy_artifact.card.items() if key != "files"})])
+    rates, failed = compare(altered, ("onnx", "onnx-int8", "tpu"))
+    assert list(rates) == ["onnx"]
+    assert rates["onnx"] > 0
+    assert "differs from the reference" in failed["onnx-int8"]
+    assert "expected one of" in failed["tpu"]
