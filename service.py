@@ -37,7 +37,7 @@ from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
 from model.preprocess import Pixels
 from model.runtimes import Runtime
-from model.tuning import compare
+from model.tuning import BATCHES, best_batch, compare, images_per_second
 from serving import logs, metrics
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
@@ -45,6 +45,7 @@ from serving.gateway import Gateway
 from serving.openapi import describe
 from serving.pipeline import Pipeline
 from serving.replies import Replies
+from serving.requests import read_timeout
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
 from serving.shadow import Shadowed
 
@@ -84,6 +85,8 @@ os.environ.update({"MODEL": TAG, "SHADOW": SHADOW or "", "RUNTIME": RUNTIME})
 TOPOLOGY = settings.resolved_topology()
 GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
 
+DEFAULT_BATCH = 32
+"""Until the best one has been measured; and of a hop to the runner."""
 RUNNER_MAX_BATCH = 256
 """Images of one batch of the runner, gathered over all workers."""
 RUNNER_HOPS = 4
@@ -128,12 +131,12 @@ class Runner:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
-        self._engine = start_engine(worker)
+        self._engine, self._answer = start_engine(worker)
 
     @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
     def infer(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 pixels to (N, K + 1) float32 outputs."""
-        return self._engine(images)
+        return self._answer(images)
 
     @bentoml.api
     def evidence(self, images: np.ndarray) -> np.ndarray:
@@ -141,13 +144,13 @@ class Runner:
         return self._engine.evidence(images)
 
 
-def start_engine(worker: int) -> Runtime:
-    """The verified engine of a worker, with the shadow that it may have."""
+def start_engine(worker: int) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
+    """The verified engine of a worker, and how it answers: with a shadow behind it where there is one."""
     served, shadow = load_models()
     device = (worker - 1) % max(1, GPUS)
     engine = served.engine(RUNTIME, settings.threads, device)
     verify(engine, served.reference(RUNTIME))
-    return Shadowed(engine, shadow.engine(RUNTIME, settings.threads, device)) if shadow else engine
+    return engine, Shadowed(engine, shadow.engine(RUNTIME, settings.threads, device)) if shadow else engine
 
 
 def json_response(document: bytes) -> Response:
@@ -206,7 +209,7 @@ class Classifier:
         infer, evidence, hops = self._remote() if TOPOLOGY == "runner" else self._local(worker)
         self._queue = Batcher(
             self._timed(infer),
-            max_batch=settings.max_batch,
+            max_batch=DEFAULT_BATCH if settings.max_batch == "auto" else settings.max_batch,
             max_queue=settings.max_queue,
             concurrency=hops,
             observe=metrics.BATCH_IMAGES.observe,
@@ -224,13 +227,14 @@ class Classifier:
 
     def _local(self, worker: int) -> tuple[Engine, Engine, int]:
         """How the engine of this process infers and explains, in a thread of its own, and how many batches at once."""
-        engine, thread = start_engine(worker), ThreadPoolExecutor(1, "engine")
+        self._engine, answer = start_engine(worker)
+        self._engine_thread = ThreadPoolExecutor(1, "engine")
 
         async def infer(images: Pixels) -> Outputs:
-            return await asyncio.get_running_loop().run_in_executor(thread, engine, images)
+            return await asyncio.get_running_loop().run_in_executor(self._engine_thread, answer, images)
 
         async def evidence(images: Pixels) -> Outputs:
-            return await asyncio.get_running_loop().run_in_executor(thread, engine.evidence, images)
+            return await asyncio.get_running_loop().run_in_executor(self._engine_thread, self._engine.evidence, images)
 
         return infer, evidence, 1
 
@@ -280,12 +284,26 @@ class Classifier:
                 return False
             self._verified = True
             logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
+            if settings.max_batch == "auto" and TOPOLOGY == "embedded":
+                self._tuning = asyncio.create_task(self._tune())
             return True
+
+    async def _tune(self) -> None:
+        """Measure batch sizes between the first requests, one at a time, and keep to the best."""
+        rates = {}
+        for size in BATCHES:
+            images = np.resize(self._reference.images, (size, *self._reference.images.shape[1:]))
+            rates[size] = await asyncio.get_running_loop().run_in_executor(
+                self._engine_thread, images_per_second, self._engine, images
+            )
+        self._queue.max_batch = best_batch(rates)
+        metrics.BATCH_LIMIT.set(self._queue.max_batch)
+        logger.info("measured batches", extra={"images_per_s": rates, "max_batch": self._queue.max_batch})
 
     async def _reference_outputs(self) -> Outputs:
         """Outputs for the reference images, in batches that the smallest queue admits."""
         images = self._reference.images
-        size = min(settings.max_batch, settings.max_queue)
+        size = min(self._queue.max_batch, settings.max_queue)
         return np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
 
     def card(self) -> Response:
@@ -312,7 +330,7 @@ class Classifier:
 
     async def _answer(self, work: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
         try:
-            async with asyncio.timeout(settings.request_timeout):
+            async with asyncio.timeout(read_timeout(request, settings.request_timeout)):
                 if not self._verified and not await self.__is_ready__():
                     raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
                 return await work(request)

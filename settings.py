@@ -42,14 +42,15 @@ class Settings(BaseSettings):
     """API worker processes."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one engine."""
-    max_batch: int = Field(default=32, ge=1)
-    """Images in one batch of an engine."""
+    max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Images in one batch of an engine; ``auto`` takes what was measured to be fastest, for on a CPU more is slower."""
     max_queue: int = Field(default=512, ge=1)
     """Images that may wait in one API worker; beyond it requests are answered 429."""
     max_request_images: int = Field(default=256, ge=1)
     """Images in one ``/classify/batch`` request."""
     request_timeout: float = Field(default=10.0, gt=0)
-    """Deadline of a request; one that waits longer is answered 504 and never computed."""
+    """Deadline of a request; one that waits longer is answered 504 and never computed. A caller may ask for a shorter
+    one by the header ``X-Request-Timeout``."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)

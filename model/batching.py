@@ -34,10 +34,15 @@ class QueueFullError(RuntimeError):
         self.retry_after = retry_after
 
 
+class GoneError(RuntimeError):
+    """The caller's client hung up before its images were taken."""
+
+
 @dataclass(eq=False)
 class _Job:
     images: Pixels
     result: asyncio.Future[Outputs]
+    is_wanted: Callable[[], bool]
 
 
 class Batcher:
@@ -56,7 +61,7 @@ class Batcher:
         concurrency: int = 1,
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self._engine, self._max_batch, self._max_queue = engine, max_batch, max_queue
+        self._engine, self.max_batch, self._max_queue = engine, max_batch, max_queue
         self._concurrency, self._observe = concurrency, observe
         self._jobs: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
@@ -64,18 +69,18 @@ class Batcher:
         self.waiting = 0
         """Images that no engine has taken yet."""
 
-    async def __call__(self, images: Pixels) -> Outputs:
+    async def __call__(self, images: Pixels, is_wanted: Callable[[], bool] = lambda: True) -> Outputs:
         """Outputs (N, ...) for ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
 
-        A caller that is cancelled, because it ran out of time, is never computed unless its batch is
-        already under way. Raises ``QueueFullError`` when the images do not fit into the queue, and whatever the engine
-        raised for their batch.
+        Unless its batch is already under way, nothing is computed for a caller that was cancelled, because it ran out
+        of time, or for images that by then are no longer wanted: ``GoneError``. Raises ``QueueFullError`` when the
+        images do not fit into the queue, and whatever the engine raised for their batch.
         """
         if self.waiting + len(images) > self._max_queue:
             raise QueueFullError(self.waiting, self._max_queue, self._retry_after())
         loop = asyncio.get_running_loop()
-        parts = [images[i : i + self._max_batch] for i in range(0, len(images), self._max_batch)]
-        jobs = [_Job(part, loop.create_future()) for part in parts]
+        parts = [images[i : i + self.max_batch] for i in range(0, len(images), self.max_batch)]
+        jobs = [_Job(part, loop.create_future(), is_wanted) for part in parts]
         self._jobs.extend(jobs)
         self.waiting += len(images)
         self._start()
@@ -132,10 +137,12 @@ class Batcher:
     def _take(self) -> list[_Job]:
         """The next batch: jobs in order of arrival while they fit, without those whose caller has gone."""
         batch: list[_Job] = []
-        room = self._max_batch
-        while self._jobs and len(self._jobs[0].images) <= room:
+        room = self.max_batch
+        while self._jobs and (len(self._jobs[0].images) <= room or not batch):
             job = self._jobs.popleft()
             self.waiting -= len(job.images)
+            if not job.is_wanted():
+                _settle(job, GoneError("the client hung up"))
             if not job.result.done():
                 batch.append(job)
                 room -= len(job.images)

@@ -1,12 +1,17 @@
-"""The id of the request at hand, for replies and log lines of everything that runs on its behalf."""
+"""What everything that runs on behalf of a request may know of it: its id, and whether its client still waits."""
 
 from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable
 from contextvars import ContextVar
 
+from starlette.types import Receive
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+_connection: ContextVar[object] = ContextVar("connection", default=None)
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -16,3 +21,14 @@ def choose_request_id(sent: str | None) -> str:
     if sent and _ACCEPTABLE.fullmatch(sent):
         return sent
     return uuid.uuid4().hex
+
+
+def watch(receive: Receive) -> None:
+    """Remember the connection of the request at hand, of which ``receive`` is a method where uvicorn serves."""
+    _connection.set(getattr(receive, "__self__", None))
+
+
+def client_waits() -> Callable[[], bool]:
+    """Tells at any later moment whether the client is still there; asking ``receive`` would take a task a request."""
+    connection = _connection.get()
+    return lambda: not getattr(connection, "disconnected", False)

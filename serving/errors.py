@@ -8,7 +8,7 @@ import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from model.batching import QueueFullError
+from model.batching import GoneError, QueueFullError
 from model.preprocess import ImageError, TooManyPixelsError, UnsupportedFormatError
 from serving.context import request_id
 
@@ -47,7 +47,7 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", str(error), retry)
         case TimeoutError():
             return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "the request was not answered in time")
-        case ClientDisconnect():
+        case ClientDisconnect() | GoneError():
             return ApiError(HTTPStatus.BAD_REQUEST, "disconnected", "the connection ended before the request did")
         case _:
             return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the server failed; see its log")

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import metrics
-from serving.context import choose_request_id, request_id
+from serving.context import choose_request_id, request_id, watch
 from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
 
 logger = logging.getLogger("classifier.access")
@@ -43,6 +43,7 @@ class Gateway:
         started = time.perf_counter()
         chosen = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
         token = request_id.set(chosen)
+        watch(receive)
         reply = _Reply(scope, receive, send, chosen)
         try:
             if scope["path"] in self._paths:

@@ -47,6 +47,9 @@ EXPECTED_SHARE = Gauge(
 )
 REJECTED = Counter("classifier_rejected_total", "Requests and images answered with an error, by its code.", ["reason"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
+BATCH_LIMIT = Gauge(
+    "classifier_batch_limit_images", "Images that one batch may hold, as measured.", multiprocess_mode="livemax"
+)
 MODEL_INFO = Gauge(
     "classifier_model_info",
     "Constant 1; the labels say what is served.",

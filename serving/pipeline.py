@@ -17,6 +17,7 @@ from model.batching import Batcher
 from model.classifier import Classifier
 from model.preprocess import Header, Pixels, decode, inspect, render, resize
 from serving import metrics
+from serving.context import client_waits
 from serving.errors import ApiError, from_exception
 from serving.replies import Replies
 from serving.requests import Item, read_image, read_images, read_options
@@ -74,7 +75,7 @@ class Pipeline:
         original = await loop.run_in_executor(self._decoders, decode, data, inspect(data, self._settings.max_pixels))
         image = resize(original, self._size)
         prediction = self._classifier(await self._outputs(image[None]))[0]
-        evidence = await self._evidence(explain.views(image))
+        evidence = await self._evidence(explain.views(image), client_waits())
         heat = explain.evidence_map(evidence, prediction.class_index, self._size)
         if JSON in request.headers.get("accept", ""):
             return _json({**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()})
@@ -83,7 +84,7 @@ class Pipeline:
     async def _outputs(self, images: Pixels) -> Outputs:
         with metrics.timed("classify"):
             try:
-                return await self._infer(images)
+                return await self._infer(images, client_waits())
             finally:  # who gave up has left the queue too
                 metrics.QUEUE_IMAGES.set(self._infer.waiting)
 

@@ -80,6 +80,20 @@ def _flag(name: str, value: str) -> bool:
     return value == "true"
 
 
+def read_timeout(request: Request, limit: float) -> float:
+    """Seconds that the caller is willing to wait, by ``X-Request-Timeout``: ``limit`` at most, and by default."""
+    asked = request.headers.get("x-request-timeout")
+    if asked is None:
+        return limit
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise bad_request(f"X-Request-Timeout {asked[:40]!r}; expected a number of seconds above 0")
+    return min(seconds, limit)
+
+
 async def read_image(request: Request, settings: Settings) -> bytes:
     """The one image of a ``/classify`` request; raises ``ApiError``."""
     media_type, options = _content_type(request)

@@ -25,8 +25,6 @@ class Shadowed:
 
     def __init__(self, engine: Runtime, shadow: Runtime) -> None:
         self._engine, self._shadow = engine, shadow
-        self.name = engine.name
-        self.evidence = engine.evidence
         self._thread = ThreadPoolExecutor(1, "shadow", initializer=_yield_to_others)
         self._busy: Future[None] | None = None
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batching import Batcher, Outputs, QueueFullError
+from model.batching import Batcher, GoneError, Outputs, QueueFullError
 from model.preprocess import Pixels
 
 PATIENCE = 10.0
@@ -289,6 +289,48 @@ def test_a_request_that_can_never_fit_is_refused_by_an_idle_batcher() -> None:
         await settle()
         assert engine.seen == []
         assert batcher.waiting == 0
+
+    run(scenario())
+
+
+def test_images_that_nobody_waits_for_any_more_are_never_computed() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=64)
+        first = asyncio.create_task(batcher(images(1)))
+        await settle()
+        waits = {2: True, 3: True}
+        gone = asyncio.create_task(batcher(images(2), lambda: waits[2]))
+        there = asyncio.create_task(batcher(images(3), lambda: waits[3]))
+        await settle()
+        waits[2] = False
+        engine.release(0)
+        await settle()
+        engine.release(1)
+        assert engine.seen == [[1], [3]]
+        assert values(await first) == [1]
+        assert values(await there) == [3]
+        with pytest.raises(GoneError):
+            await gone
+        assert batcher.waiting == 0
+
+    run(scenario())
+
+
+def test_a_smaller_limit_holds_at_once_and_loses_nothing_that_waits() -> None:
+    async def scenario() -> None:
+        engine = HeldEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=64)
+        callers = [asyncio.create_task(batcher(images(1)))]
+        await settle()
+        callers += [asyncio.create_task(batcher(images(2, 3, 4))), asyncio.create_task(batcher(images(5)))]
+        await settle()
+        batcher.max_batch = 2
+        for number in range(3):
+            engine.release(number)
+            await settle()
+        assert engine.seen == [[1], [2, 3, 4], [5]]
+        assert [values(outputs) for outputs in await asyncio.gather(*callers)] == [[1], [2, 3, 4], [5]]
 
     run(scenario())
 

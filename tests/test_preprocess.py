@@ -398,3 +398,31 @@ def test_the_size_is_exactly_what_was_asked(size: tuple[int, int]) -> None:
     assert pixels.dtype == np.uint8
     if size == (HEIGHT, WIDTH):
         np.testing.assert_array_equal(pixels, COLOUR)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("side", "reduction"), [(32, 1), (127, 1), (128, 2), (300, 4), (512, 8), (1100, 8)])
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_looks_the_same(
+    mode: str, side: int, reduction: int
+) -> None:
+    picture = Image.fromarray(gradient()).resize((side, side + 9), Image.Resampling.BICUBIC)
+    data = encode(picture.convert(mode), "JPEG", quality=95)
+    header = inspect(data)
+    assert module._reduction(header, (32, 32)) == reduction
+    assert module.decode(data, header, reduction).shape == (-(-(side + 9) // reduction), -(-side // reduction), 3)
+    whole = resize(decode(data), (32, 32))
+    assert np.abs(whole.astype(int) - preprocess(data, (32, 32))).max() <= 4
+
+
+def test_a_reduced_jpeg_is_turned_upright_too() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture = Image.fromarray(gradient()).resize((640, 480), Image.Resampling.BICUBIC)
+    plain, turned = encode(picture, "JPEG", quality=95), encode(picture, "JPEG", quality=95, exif=exif)
+    upright = np.rot90(preprocess(plain, (32, 32)), 3)
+    assert np.abs(upright.astype(int) - preprocess(turned, (32, 32))).mean() < 3
+
+
+def test_other_formats_are_decoded_whole() -> None:
+    header = inspect(encode(Image.fromarray(gradient()).resize((640, 480)), "PNG"))
+    assert module._reduction(header, (32, 32)) == 1

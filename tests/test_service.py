@@ -591,6 +591,40 @@ def test_a_burst_right_after_the_start_is_answered(tmp_path: Path) -> None:
     assert "/classify" not in (tmp_path / LOG).read_text()
 
 
+def test_a_caller_may_ask_for_a_shorter_deadline(embedded: Server) -> None:
+    images = files([encode(picture(i, 600, 600)) for i in range(32)])
+    assert_error(
+        post(embedded.url, "/classify/batch", files=images, headers={"X-Request-Timeout": "0.001"}),
+        504,
+        "deadline_exceeded",
+    )
+    assert post(embedded.url, "/classify/batch", files=images, headers={"X-Request-Timeout": "50"}).status_code == 200
+    for nonsense in ("soon", "0", "-1", "nan"):
+        refused = post(embedded.url, files={"image": JPEG}, headers={"X-Request-Timeout": nonsense})
+        assert_error(refused, 400, "invalid_request")
+        assert nonsense in refused.json()["error"]["message"]
+
+
+def test_nothing_is_computed_for_a_client_that_hung_up(tmp_path: Path) -> None:
+    """Its request was read, and waited while the engine was busy with a large one."""
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
+    large = files([JPEG] * 256)
+    with serve("embedded", tmp_path, WORKERS=1, MAX_BATCH=256) as url, ThreadPoolExecutor(1) as background:
+        port = int(url.rpartition(":")[2])
+        for _ in range(20):
+            answer = background.submit(post, url, "/classify/batch", files=large)
+            time.sleep(0.05)
+            for _ in range(8):
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(head + JPEG)
+                time.sleep(0.005)
+            assert answer.result().status_code == 200
+            values = samples(url)
+            if total(values, "classifier_rejected_total", reason="disconnected"):
+                break
+        assert total(values, "classifier_rejected_total", reason="disconnected") > 0
+
+
 def test_a_missed_deadline_is_504(tmp_path: Path) -> None:
     with serve("embedded", tmp_path, REQUEST_TIMEOUT=0.0001) as url:
         images = files([encode(picture(i)) for i in range(64)])
