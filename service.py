@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -30,18 +29,19 @@ from starlette.types import ASGIApp
 import settings as configuration
 from model import runtimes, store
 from model.artifact import Artifact, ArtifactError, Outputs
-from model.batching import Batcher, Engine
+from model.batching import Batcher
 from model.classifier import Classifier as Calibrated
 from model.classifier import VerificationError, check, verify
 from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
 from model.preprocess import Pixels
 from model.runtimes import Runtime
-from model.tuning import BATCHES, best_batch, compare, images_per_second
+from model.tuning import BATCHES, best_batch, compare
 from serving import logs, metrics
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
+from serving.hosts import Host, Local, Remote
 from serving.openapi import describe
 from serving.pipeline import Pipeline
 from serving.replies import Replies
@@ -89,8 +89,6 @@ DEFAULT_BATCH = 32
 """Until the best one has been measured; and of a hop to the runner."""
 RUNNER_MAX_BATCH = 256
 """Images of one batch of the runner, gathered over all workers."""
-RUNNER_HOPS = 4
-"""Batches that one worker keeps on their way to the runner."""
 PATHS = (
     "/classify",
     "/classify/batch",
@@ -206,16 +204,16 @@ class Classifier:
         self._drift = Drift(self._served.config, self._reference)
         self._verified = False
         self._verifying = asyncio.Lock()
-        infer, evidence, hops = self._remote() if TOPOLOGY == "runner" else self._local(worker)
+        self._host: Host = Remote(self.runner) if TOPOLOGY == "runner" else Local(*start_engine(worker))
         self._queue = Batcher(
-            self._timed(infer),
+            self._infer,
             max_batch=DEFAULT_BATCH if settings.max_batch == "auto" else settings.max_batch,
             max_queue=settings.max_queue,
-            concurrency=hops,
+            concurrency=self._host.concurrency,
             observe=metrics.BATCH_IMAGES.observe,
         )
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
-        explanations = Batcher(evidence, max_batch=VIEWS, max_queue=settings.max_queue)
+        explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=settings.max_queue)
         classifier = Calibrated(self._served.config, self._reference, settings.foreign_rate)
         replies = Replies(TAG, classifier, self._drift)
         self._pipeline = Pipeline(settings, classifier, replies, self._queue, explanations)
@@ -225,47 +223,13 @@ class Classifier:
         loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
         logger.info("loaded", extra=loaded)
 
-    def _local(self, worker: int) -> tuple[Engine, Engine, int]:
-        """How the engine of this process infers and explains, in a thread of its own, and how many batches at once."""
-        self._engine, answer = start_engine(worker)
-        self._engine_thread = ThreadPoolExecutor(1, "engine")
-
-        async def infer(images: Pixels) -> Outputs:
-            return await asyncio.get_running_loop().run_in_executor(self._engine_thread, answer, images)
-
-        async def evidence(images: Pixels) -> Outputs:
-            return await asyncio.get_running_loop().run_in_executor(self._engine_thread, self._engine.evidence, images)
-
-        return infer, evidence, 1
-
-    def _remote(self) -> tuple[Engine, Engine, int]:
-        """The same of the runner's engine."""
-
-        async def infer(images: Pixels) -> Outputs:
-            return await self._ask_runner(self.runner.to_async.infer, images)
-
-        async def evidence(images: Pixels) -> Outputs:
-            return await self._ask_runner(self.runner.to_async.evidence, images)
-
-        return infer, evidence, RUNNER_HOPS
-
-    async def _ask_runner(self, method: Callable[[Pixels], Awaitable[Any]], images: Pixels) -> Outputs:
-        try:
-            return np.asarray(await method(images), np.float32)
-        except Exception as error:
-            logger.error("the runner failed", extra={"reason": repr(error)})
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
-
-    def _timed(self, infer: Engine) -> Engine:
-        async def timed(images: Pixels) -> Outputs:
-            metrics.QUEUE_IMAGES.set(self._queue.waiting)
-            with metrics.timed("infer"):
-                outputs = await infer(images)
-            if self._verified:  # the reference images are no traffic
-                self._drift.see(images)
-            return outputs
-
-        return timed
+    async def _infer(self, images: Pixels) -> Outputs:
+        metrics.QUEUE_IMAGES.set(self._queue.waiting)
+        with metrics.timed("infer"):
+            outputs = await self._host.infer(images)
+        if self._verified:  # the reference images are no traffic
+            self._drift.see(images)
+        return outputs
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take."""
@@ -284,18 +248,16 @@ class Classifier:
                 return False
             self._verified = True
             logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
-            if settings.max_batch == "auto" and TOPOLOGY == "embedded":
-                self._tuning = asyncio.create_task(self._tune())
+            if settings.max_batch == "auto" and isinstance(self._host, Local):
+                self._tuning = asyncio.create_task(self._tune(self._host))
             return True
 
-    async def _tune(self) -> None:
+    async def _tune(self, host: Local) -> None:
         """Measure batch sizes between the first requests, one at a time, and keep to the best."""
-        rates = {}
-        for size in BATCHES:
-            images = np.resize(self._reference.images, (size, *self._reference.images.shape[1:]))
-            rates[size] = await asyncio.get_running_loop().run_in_executor(
-                self._engine_thread, images_per_second, self._engine, images
-            )
+        shape = self._reference.images.shape[1:]
+        rates = {
+            size: await host.images_per_second(np.resize(self._reference.images, (size, *shape))) for size in BATCHES
+        }
         self._queue.max_batch = best_batch(rates)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
         logger.info("measured batches", extra={"images_per_s": rates, "max_batch": self._queue.max_batch})
