@@ -105,7 +105,7 @@ class TestAugmentation:
             plain = {image.tobytes(): False for image in loaded.train.images}
             plain.update({image[:, ::-1].tobytes(): True for image in loaded.train.images})
             flips: dict[bytes, bool] = {}
-            for images, _ in batches.epoch(epoch):
+            for images, _, _ in batches.epoch(epoch):
                 for image in images.numpy():
                     flipped = plain[image.tobytes()]
                     flips[(image[:, ::-1] if flipped else image).tobytes()] = flipped
@@ -118,7 +118,7 @@ class TestAugmentation:
 
     def test_translation_reflects_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=204, translate=0.25, cutout=0.25, zoom=1, low_res=0)
-        (images, _), *_ = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
+        (images, *_), *_ = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
         originals = {pixel.tobytes() for pixel in loaded.train.images.reshape(-1, 3)}
         blanked = [sum(p.tobytes() not in originals for p in image.reshape(-1, 3)) for image in images.numpy()]
         assert 0 < np.mean(blanked) <= 36

@@ -9,6 +9,7 @@ SOURCE is ``cifar10`` (downloaded and verified by torchvision), a folder, or a t
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import statistics
 import tarfile
@@ -125,7 +126,11 @@ def _load_cifar10() -> Data:
     from torchvision import datasets
 
     try:
-        train, test = (datasets.CIFAR10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
+        DOWNLOADS.mkdir(exist_ok=True)
+        # The first process to come downloads; the others of this machine wait, and find the files.
+        with (DOWNLOADS / "cifar10.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            train, test = (datasets.CIFAR10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"cifar10: cannot be downloaded ({error}); expected a network connection, the extracted archive in "

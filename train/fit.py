@@ -1,6 +1,7 @@
 """Train the network on a source of labelled images.
 
     python -m train.fit SOURCE --name cifar10_cnn --out runs/cifar10_cnn [--resume]
+    torchrun --nproc-per-node=4 -m train.fit …      # on four GPUs, with the same result: see train/parallel.py
 
 Writes to ``--out``: ``config.json``, ``checkpoint.safetensors`` after every epoch (weights, momentum and position, no
 pickle) and ``run.json`` (the command, data, figures of each epoch, wall time). Ctrl-C or a kill loses the unfinished
@@ -39,6 +40,7 @@ from model.network import ConvNet
 from train import command
 from train.data import Data, DataError, Split, load
 from train.muon import Muon
+from train.parallel import ALONE, Group, join
 
 CONFIG, CHECKPOINT, RUN = "config.json", "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
@@ -52,6 +54,7 @@ class Recipe:
 
     epochs: int = 25
     batch_size: int = 512
+    """Of all processes together."""
     lr: float = 0.25
     """Of BatchNorm and the head."""
     momentum: float = 0.9
@@ -99,17 +102,41 @@ def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
     )
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers for a batch of ``count`` images. Every process draws them all and keeps those of its share."""
+
+    generator: torch.Generator
+    count: int
+    share: slice
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """One of ``low`` to ``high - 1`` for each image of the share, as a column."""
+        return torch.randint(low, high, (self.count, 1), generator=self.generator)[self.share]
+
+    def uniform(self, reach: float) -> Tensor:
+        """A number between ``-reach`` and ``reach`` for each image of the share."""
+        return (torch.rand(self.count, generator=self.generator)[self.share] * 2 - 1) * reach
+
+
 class Augmented:
-    """Shuffled, augmented batches of a training split, on a device.
+    """A process's share of the shuffled, augmented batches of a training split, on a device.
+
+    Order and augmentation of a batch do not depend on the number of processes: together they see what one would.
 
     Flip and translation are one gather of row and column indexes, so that they cost no interpolation. The flip
     alternates: an image flipped in one epoch is not in the next (Jordan, 2024).
     """
 
-    def __init__(self, split: Split, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device, group: Group = ALONE) -> None:
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.group = recipe, device, group
+        if min(len(split), recipe.batch_size) < 2 * group.size:
+            raise DataError(
+                f"--batch-size {recipe.batch_size} of {len(split)} training images for {group.size} processes; "
+                f"expected at least {2 * group.size} of both, two for each process"
+            )
         self.flip_parity = torch.randint(0, 2, (len(split),), generator=self._generator(-1))
 
     def __len__(self) -> int:
@@ -118,36 +145,38 @@ class Augmented:
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch + 1)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images (B, H, W, 3) uint8 and labels (B,)."""
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Images (B, H, W, 3) uint8 and labels (B,) of the share, and the number of images in the whole batch."""
         generator = self._generator(epoch)
-        for index in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
+        for batch in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
+            share = self.group.share(len(batch))
+            draw, index = Draw(generator, len(batch), share), batch[share]
             flip = (self.flip_parity[index] + epoch) % 2 == 1
-            images = self._shift(index.to(self.device), flip, generator)
+            images = self._shift(index.to(self.device), flip, draw)
             if self.recipe.zoom > 1:
-                images[::2] = self._zoom(images[::2], generator)
-            images = self._cutout(images, generator)
+                reach = math.log(self.recipe.zoom)
+                scale, stretch = draw.uniform(reach), draw.uniform(reach)
+                every_other = slice(share.start % 2, None, 2)
+                images[every_other] = self._zoom(images[every_other], scale[every_other], stretch[every_other])
+            images = self._cutout(images, draw)
             if epoch < int(self.recipe.low_res * self.recipe.epochs):
                 images = self._shrink(images)
-            yield images, self.labels[index.to(self.device)]
+            yield images, self.labels[index.to(self.device)], len(batch)
 
-    def _shift(self, index: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
+    def _shift(self, index: Tensor, flip: Tensor, draw: Draw) -> Tensor:
         height, width = self.images.shape[1:3]
-        rows = self._shifted(len(index), height, generator)
-        columns = self._shifted(len(index), width, generator)
+        rows = self._shifted(height, draw)
+        columns = self._shifted(width, draw)
         columns = torch.where(flip[:, None], width - 1 - columns, columns)
         rows, columns = rows.to(self.device), columns.to(self.device)
         return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-    def _shifted(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+    def _shifted(self, side: int, draw: Draw) -> Tensor:
         reach = int(self.recipe.translate * side)
-        shift = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
-        index = (torch.arange(side) + shift).abs()
+        index = (torch.arange(side) + draw.integers(-reach, reach + 1)).abs()
         return torch.where(index >= side, 2 * (side - 1) - index, index)
 
-    def _zoom(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        reach = math.log(self.recipe.zoom)
-        scale, stretch = (torch.rand((2, len(images)), generator=generator) * 2 - 1) * reach
+    def _zoom(self, images: Tensor, scale: Tensor, stretch: Tensor) -> Tensor:
         theta = torch.zeros(len(images), 2, 3)
         theta[:, 0, 0] = torch.exp(scale + stretch / 4)
         theta[:, 1, 1] = torch.exp(scale - stretch / 4)
@@ -161,13 +190,12 @@ class Augmented:
         shrunk = F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True)
         return shrunk.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-    def _cutout(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        count, height, width = images.shape[:3]
+    def _cutout(self, images: Tensor, draw: Draw) -> Tensor:
+        height, width = images.shape[1:3]
 
         def band(side: int) -> Tensor:
             size = int(self.recipe.cutout * side)
-            start = torch.randint(-size // 2, side - size // 2 + 1, (count, 1), generator=generator)
-            position = torch.arange(side) - start
+            position = torch.arange(side) - draw.integers(-size // 2, side - size // 2 + 1)
             return ((position >= 0) & (position < size)).to(self.device)
 
         hole = band(height)[:, :, None] & band(width)[:, None, :]
@@ -176,17 +204,17 @@ class Augmented:
 
 
 @torch.no_grad()
-def accuracy(network: ConvNet, split: Split, device: torch.device, batch_size: int = 500) -> float:
-    """Share of ``split`` that ``network`` gets right, evaluated as it was trained (mixed precision)."""
+def count_hits(network: ConvNet, split: Split, device: torch.device, batch_size: int = 500) -> Tensor:
+    """How many images of ``split`` ``network`` gets right, evaluated as it was trained (mixed precision)."""
     network.eval()
-    hits = 0
+    hits = torch.zeros((), device=device)
     for start in range(0, len(split), batch_size):
         images = torch.from_numpy(split.images[start : start + batch_size]).to(device)
         labels = torch.from_numpy(split.labels[start : start + batch_size]).to(device)
         with autocast(device):
-            hits += int((network(images).argmax(1) == labels).sum())
+            hits += (network(images).argmax(1) == labels).sum()
     network.train()
-    return hits / len(split)
+    return hits
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -197,17 +225,19 @@ def autocast(device: torch.device) -> torch.autocast:
 class Fit:
     """One training run: a network, its optimiser, and where in the schedule it stands."""
 
-    def __init__(self, config: ModelConfig, data: Data, recipe: Recipe, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, data: Data, recipe: Recipe, out: Path, device: torch.device, group: Group
+    ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.data, self.out, self.device = recipe, data, out, device
+        self.recipe, self.data, self.out, self.device, self.group = recipe, data, out, device, group
         self.network = ConvNet(config).to(device)
         self.network.init_whitening(
             torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device)
         )
-        self.batches = Augmented(data.train, recipe, device)
-        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        filters = [p for p in trained.values() if p.ndim == 4]
-        rest = [p for p in trained.values() if p.ndim == 1]
+        self.batches = Augmented(data.train, recipe, device, group)
+        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        filters = [p for p in self.trained.values() if p.ndim == 4]
+        rest = [p for p in self.trained.values() if p.ndim == 1]
         groups: list[dict[str, Any]] = [
             {"params": [self.network.head.weight], "weight_decay": recipe.weight_decay},
             {"params": rest},
@@ -217,7 +247,7 @@ class Fit:
             (torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True), recipe.lr),
         ]
         self.states: dict[str, dict[str, Any]] = {
-            name: self.optimizers[0 if p.ndim == 4 else 1][0].state[p] for name, p in trained.items()
+            name: self.optimizers[0 if p.ndim == 4 else 1][0].state[p] for name, p in self.trained.items()
         }
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.data_sha256 = data.sha256()
@@ -242,7 +272,7 @@ class Fit:
                     "epoch": self.epochs_done,
                     "loss": round(loss, 4),
                     "train_accuracy": round(hits, 4),
-                    "val_accuracy": round(accuracy(self.network, self.data.val, self.device), 4),
+                    "val_accuracy": round(self._validate(), 4),
                     "images_per_s": round(len(self.data.train) / seconds, 1),
                     "seconds": round(seconds, 1),
                 }
@@ -252,36 +282,60 @@ class Fit:
 
     def _epoch(self, progress: tqdm[Any]) -> tuple[float, float]:
         self.network.train()
-        losses, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        done = 0
+        sums = torch.zeros(3, device=self.device)
         first_step = self.epochs_done * len(self.batches)
-        for step, (images, labels) in enumerate(self.batches.epoch(self.epochs_done), first_step):
+        for step, (images, labels, count) in enumerate(self.batches.epoch(self.epochs_done), first_step):
             for optimizer, rate in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * self._pace(step)
                 optimizer.zero_grad(set_to_none=True)
-            with autocast(self.device):
-                logits = self.network(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            sums += self.backward(images, labels, count)
+            # The gradients are the same in every process, and so is a step, or that the scaler skips it.
             for optimizer, _ in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
-            losses += loss.detach() * len(labels)
-            hits += (logits.detach().argmax(1) == labels).sum()
-            done += len(labels)
-            progress.update(len(labels))
+            progress.update(count)
+            loss, hits, done = sums.tolist()
             progress.set_postfix(
-                epoch=self.epochs_done + 1, loss=f"{losses / done:.3f}", acc=f"{hits / done:.3f}", refresh=False
+                epoch=self.epochs_done + 1, loss=f"{loss / done:.3f}", acc=f"{hits / done:.3f}", refresh=False
             )
-        return float(losses / done), float(hits / done)
+        self.group.add_up([sums])
+        self._average_statistics()
+        loss, hits, done = sums.tolist()
+        return loss / done, hits / done
 
-    def save(self) -> None:
-        """Write the checkpoint; a kill in mid-write leaves the previous checkpoint whole."""
-        tensors = {f"network.{n}": t.contiguous() for n, t in self.network.state_dict().items()}
+    def backward(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """Set the gradients of the mean loss over a batch of ``count`` images, of which these are the share.
+
+        Returns the share's sum of losses, number of hits and number of images.
+        """
+        with autocast(self.device):
+            logits = self.network(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="sum")
+        self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+        self.group.add_up(p.grad for p in self.trained.values() if p.grad is not None)
+        hits = (logits.detach().argmax(1) == labels).sum()
+        return torch.stack([loss.detach(), hits, torch.full_like(hits, len(labels))])
+
+    def _average_statistics(self) -> None:
+        statistics = [buffer for name, buffer in self.network.named_buffers() if "running_" in name]
+        self.group.add_up(statistics)
+        for buffer in statistics:
+            buffer /= self.group.size
+
+    def _validate(self) -> float:
+        split = self.data.val
+        share = self.group.share(len(split))
+        hits = count_hits(self.network, Split(split.images[share], split.labels[share]), self.device)
+        self.group.add_up([hits])
+        return float(hits) / len(split)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: the tensors, and the position in the schedule."""
+        tensors = {f"network.{n}": t for n, t in self.network.state_dict().items()}
         for name, state in self.states.items():
             if "momentum_buffer" in state:
-                tensors[f"momentum.{name}"] = state["momentum_buffer"].contiguous()
+                tensors[f"momentum.{name}"] = state["momentum_buffer"]
         position = {
             "recipe": asdict(self.recipe),
             "epochs_done": self.epochs_done,
@@ -289,9 +343,35 @@ class Fit:
             "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, position
+
+    def restore(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        self.network.load_state_dict(
+            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+        )
+        for name, state in self.states.items():
+            if f"momentum.{name}" in tensors:
+                state["momentum_buffer"] = tensors[f"momentum.{name}"].to(self.device)
+        self.epochs_done, self.history = position["epochs_done"], position["history"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(position["scaler"])
+
+    def save(self) -> None:
+        """Write the checkpoint, by the first process; a kill in mid-write leaves the previous checkpoint whole."""
+        if self.group.rank > 0:
+            return
+        tensors, position = self.state()
         partial = self.out / (CHECKPOINT + ".partial")
         save_file(tensors, partial, metadata={"position": json.dumps(position)})
         partial.replace(self.out / CHECKPOINT)
+
+    def begin_alike(self) -> None:
+        """Take up the first process's state, in every process: its weights, and where it resumes."""
+        tensors, position = self.group.from_first(self.state())
+        if position["data_sha256"] != self.data_sha256:
+            raise DataError(f"{self.data.source}: process {self.group.rank} found other data there than the first one")
+        self.restore(tensors, position)
 
     def take_weights(self, path: Path) -> None:
         """Begin with the weights of another run's checkpoint instead of random ones."""
@@ -302,24 +382,17 @@ class Fit:
 
     def resume(self) -> None:
         """Take up the checkpoint in ``out``; raises ``DataError`` when its recipe is another."""
-        if not (self.out / CHECKPOINT).exists():
+        path = self.out / CHECKPOINT
+        if not path.exists():
             raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
-        with safe_open(self.out / CHECKPOINT, "pt", device=str(self.device)) as checkpoint:
+        with safe_open(path, "pt") as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
-            if position["recipe"] != asdict(self.recipe):
-                raise DataError(
-                    f"{self.out / CHECKPOINT}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}"
-                )
-            if position["data_sha256"] != self.data_sha256:
-                raise DataError(f"{self.out / CHECKPOINT}: was trained on other data than {self.data.source}")
-            held = set(checkpoint.keys())
-            for name, state in self.states.items():
-                if f"momentum.{name}" in held:
-                    state["momentum_buffer"] = checkpoint.get_tensor(f"momentum.{name}")
-        self.network.load_state_dict(read_weights(self.out / CHECKPOINT))
-        self.epochs_done, self.history = position["epochs_done"], position["history"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(position["scaler"])
+            tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
+        if position["recipe"] != asdict(self.recipe):
+            raise DataError(f"{path}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}")
+        if position["data_sha256"] != self.data_sha256:
+            raise DataError(f"{path}: was trained on other data than {self.data.source}")
+        self.restore(tensors, position)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -342,6 +415,7 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "device": torch.cuda.get_device_name()
         if fit.device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
+        "processes": fit.group.size,
         "torch": torch.__version__,
         "wall_seconds": round(time.time() - started, 1),
         "training_seconds": round(sum(epoch["seconds"] for epoch in fit.history), 1),
@@ -363,28 +437,34 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     return options, Recipe(**{name: getattr(options, name) for name in asdict(Recipe())})
 
 
-def main() -> None:
-    options, recipe = parse_arguments()
+def begin(fit: Fit, config: ModelConfig, options: argparse.Namespace) -> None:
+    """Resume the run in ``--out``, or write down a new one."""
+    if options.resume:
+        fit.resume()
+    elif (fit.out / CHECKPOINT).exists():
+        raise DataError(f"{fit.out}: holds a run already; --resume it, or choose another --out")
+    elif options.start:
+        fit.take_weights(options.start / CHECKPOINT)
+    fit.save()
+    config.save(fit.out / CONFIG)
+
+
+def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
+    """All of a run, in each of its processes; the first one writes its files."""
     started = time.time()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     data = load(options.source, (options.size,) * 2 if options.size else None)
     for line in data.skipped:
         print(f"skipped {line}", file=sys.stderr)
     config = build_config(options.name, data, recipe)
-    fit = Fit(config, data, recipe, options.out, device)
-    if options.resume:
-        fit.resume()
-    elif (options.out / CHECKPOINT).exists():
-        raise DataError(f"{options.out}: holds a run already; --resume it, or choose another --out")
-    else:
-        if options.start:
-            fit.take_weights(options.start / CHECKPOINT)
-        fit.save()
-    config.save(options.out / CONFIG)
+    fit = Fit(config, data, recipe, options.out, device, group)
+    if group.rank == 0:
+        begin(fit, config, options)
+    fit.begin_alike()
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
     print(
-        f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, on {device}"
+        f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, "
+        f"on {group.size} x {device.type}"
     )
     try:
         # Without a terminal (a log file) a bar once a minute is plenty.
@@ -392,7 +472,15 @@ def main() -> None:
         with tqdm(total=total, initial=done, unit="img", mininterval=interval, maxinterval=interval) as progress:
             fit.run(progress)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; {options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs: go on with --resume")
+        held = f"{options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs"
+        print(f"\nstopped; {held}: go on with --resume", file=sys.stderr)
+        sys.exit(1)
+    if group.rank == 0:
+        write_run(fit, options, started)
+
+
+def write_run(fit: Fit, options: argparse.Namespace, started: float) -> None:
+    """``run.json``, which makes the run a finished one."""
     # The card is public: what it tells of paths is their last part.
     typed = shlex.join(
         ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
@@ -401,6 +489,12 @@ def main() -> None:
     if options.start:
         about["start"] = json.loads((options.start / RUN).read_text())
     (options.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def main() -> None:
+    options, recipe = parse_arguments()
+    with join() as (group, device):
+        train(options, recipe, device, group)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""What test_parallel.py starts in several processes: the gradients of the first batch, and a step that overflows.
+
+torchrun --nproc-per-node=2 -m tests.first_step SOURCE OUT     # OUT/<rank>.safetensors, from each process
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from train import data
+from train.fit import Fit, Recipe, build_config
+from train.parallel import Group, join
+
+RECIPE = Recipe(batch_size=34, widths="8,32", depth=2)
+
+
+def build(source: str, group: Group) -> Fit:
+    loaded = data.load(source)
+    return Fit(build_config("toy", loaded, RECIPE), loaded, RECIPE, Path(), torch.device("cpu"), group)
+
+
+def gradients(fit: Fit) -> dict[str, Tensor]:
+    """Of the first batch, with BatchNorm by its running statistics, which no share of a batch changes."""
+    fit.network.eval()
+    fit.backward(*next(fit.batches.epoch(0)))
+    return {name: p.grad.contiguous() for name, p in fit.trained.items() if p.grad is not None}
+
+
+def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
+    """The loss scale after a batch whose gradients overflow in this process, or in another one."""
+    fit.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    images, labels, count = next(fit.batches.epoch(0))
+    fit.backward(images * torch.inf if overflows else images, labels, count)
+    for optimizer, _ in fit.optimizers:
+        fit.scaler.step(optimizer)
+    fit.scaler.update()
+    return torch.tensor(fit.scaler.get_scale())
+
+
+def main() -> None:
+    source, out = sys.argv[1:]
+    with join() as (group, _):
+        fit = build(source, group)
+        tensors = gradients(fit)
+        before = fit.network.head.weight.detach().clone()
+        tensors["scale"] = scale_after_overflow(fit, group.rank == 1)
+        tensors["moved"] = (fit.network.head.weight.detach() - before).abs().sum()
+        save_file(tensors, Path(out) / f"{group.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Training in two processes, started by torchrun: the same run as in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import first_step, toy
+from train import data
+from train.fit import CHECKPOINT, CONFIG, RUN, Augmented, Recipe
+from train.parallel import ALONE, Group
+
+# --standalone: a free port, where torchrun's own default is a fixed one.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, *map(str, arguments)], cwd=toy.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stdout
+    assert any(line.startswith(beginning) for line in process.stdout)
+
+
+def finish(process: subprocess.Popen[str], code: int) -> str:
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == code, printed + errors
+    return printed + errors
+
+
+def test_processes_see_together_what_one_would_see(toy_folder: Path) -> None:
+    split, recipe = data.load(str(toy_folder)).train, Recipe(batch_size=34)
+    alone, *parts = (
+        Augmented(split, recipe, torch.device("cpu"), group).epoch(0)
+        for group in (ALONE, Group(0, 3), Group(1, 3), Group(2, 3))
+    )
+    for (images, labels, count), *shares in zip(alone, *parts, strict=True):
+        assert [len(share[1]) for share in shares] == [11, 11, 12]
+        assert torch.equal(torch.cat([share[0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+        assert {share[2] for share in shares} == {count} == {len(labels)}
+
+
+def test_a_batch_too_small_for_the_processes_is_one_clear_line(toy_folder: Path) -> None:
+    with pytest.raises(data.DataError, match="--batch-size 32 of 204 training images for 17 processes; expected at"):
+        Augmented(data.load(str(toy_folder)).train, Recipe(batch_size=32), torch.device("cpu"), Group(0, 17))
+
+
+def test_gradients_are_those_of_one_process_and_an_overflow_is_skipped_by_all(toy_folder: Path, tmp_path: Path) -> None:
+    finish(start("tests.first_step", toy_folder, tmp_path), code=0)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    expected = first_step.gradients(first_step.build(str(toy_folder), ALONE))
+    for name, gradient in expected.items():
+        assert torch.equal(first[name], second[name])
+        # bfloat16 keeps 8 bits, and each process rounds its own part.
+        assert float((first[name] - gradient).norm() / gradient.norm()) < 0.01, name
+    for tensors in (first, second):
+        assert (float(tensors["scale"]), float(tensors["moved"])) == (512, 0)
+
+
+def test_two_processes_resume_after_a_kill_and_end_where_one_does(
+    toy_folder: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    arguments = ["train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *toy.RECIPE]
+    process = start(*arguments)
+    wait_for(process, "epoch 2 ")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)  # torchrun then ends the other
+    assert "epoch 6 " not in finish(process, code=1)
+    printed = finish(start(*arguments, "--resume"), code=0)
+    assert [printed.count(f"epoch {n} ") for n in (1, 2, 5, 6)] == [0, 0, 1, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, CONFIG, RUN}
+    two, one = (json.loads((run / RUN).read_text()) for run in (tmp_path, toy_run))
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert [epoch["epoch"] for epoch in two["history"]] == [1, 2, 3, 4, 5, 6]
+    last, expected = two["history"][-1], one["history"][-1]
+    assert last["loss"] == pytest.approx(expected["loss"], abs=0.05)
+    assert last["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=0.05)
+    assert last["val_accuracy"] == pytest.approx(expected["val_accuracy"], abs=0.1)
+
+
+def test_interrupting_two_processes_is_one_clear_line(toy_folder: Path, tmp_path: Path) -> None:
+    process = start("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *toy.RECIPE, "--epochs", 500)
+    wait_for(process, "epoch 1 ")
+    process.send_signal(signal.SIGINT)  # which torchrun hands on, before a traceback of its own
+    printed = finish(process, code=1)
+    assert printed.count("go on with --resume") == 1
+    assert "train/fit.py" not in printed
+    assert (tmp_path / CHECKPOINT).exists()
