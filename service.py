@@ -47,7 +47,7 @@ settings = configuration.load()
 try:
     TAG = store.resolve(settings.model)
 except (store.StoreError, ArtifactError) as error:
-    raise configuration.SettingsError(f"error: {error}") from None
+    raise configuration.SettingsError(f"error: MODEL={settings.model!r}: {error}") from None
 os.environ["MODEL"] = TAG  # so that a worker that is started later serves the same version
 RUNTIME = settings.resolved_runtime()
 TOPOLOGY = settings.resolved_topology()

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
 
     model: str = "cifar10_cnn"
-    """``name`` or ``name:version`` in the model store; without a version the newest."""
+    """``name`` or ``name:version`` in the model store; without a version the promoted one."""
     runtime: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
     """Engine: ``torch`` where it is installed and there is an NVIDIA GPU, else ``onnx-int8``."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
