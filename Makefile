@@ -18,7 +18,7 @@ IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean
+.PHONY: help serve test check lock train export evaluate store models compare promote rollback build image-cpu image-gpu e2e clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,8 +57,20 @@ export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figures into the artifact's card
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(DATA)
 
-store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NAME make serve then serves it
+store: $(VENV)/.serve ## put the artifact of NAME into the model store; the first of a name is promoted
 	$(BIN)/python -m model.store import $(RUN)/artifact
+
+models: $(VENV)/.serve ## list the model store: figures, what is served, promotions
+	@$(BIN)/python -m model.store list
+
+compare: $(VENV)/.serve ## figures of two models of the store, A and B, side by side
+	@$(BIN)/python -m model.store compare $(A) $(B)
+
+promote: $(VENV)/.serve ## serve MODEL=NAME:VERSION as NAME from the next start; FORCE=1 whatever speaks against it
+	@$(BIN)/python -m model.store promote $(MODEL) $(if $(FORCE),--force)
+
+rollback: $(VENV)/.serve ## serve the version of NAME promoted before, from the next start
+	@$(BIN)/python -m model.store rollback $(NAME)
 
 build: $(VENV)/.dev ## build a Bento from this checkout
 	$(BIN)/bentoml build

@@ -71,7 +71,7 @@ try:
     if len(TAGS) > 1 or SHADOW:
         load_models()  # one clear line now instead of a traceback from every worker
 except (store.StoreError, ArtifactError, EnsembleError) as error:
-    raise configuration.SettingsError(f"error: {error}") from None
+    raise configuration.SettingsError(f"error: MODEL={settings.model!r}, SHADOW={settings.shadow!r}: {error}") from None
 TAG = ",".join(TAGS)
 RUNTIME = settings.resolved_runtime()
 if RUNTIME == "fastest":

@@ -28,7 +28,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
 
     model: str = "cifar10_cnn"
-    """``name`` or ``name:version`` in the model store. Several, with commas between, answer together as an ensemble."""
+    """``name`` or ``name:version`` in the model store; without a version the promoted one. Several, with commas
+    between, answer together as an ensemble."""
     shadow: str | None = None
     """``name:version`` of a model that sees the same images; its disagreement is counted, its answer never sent."""
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)

@@ -99,15 +99,19 @@ class Artifact:
             shutil.copyfile(self.path / name, directory / name)
 
     def reference(self, quantised: bool) -> Reference:
+        """What the FP32 or the INT8 format must reproduce; raises ``ArtifactError`` for an artifact of another time."""
         suffix = QUANTISED if quantised else ""
         with np.load(self.path / REFERENCE, allow_pickle=False) as arrays:
-            return Reference(
-                arrays["images"],
-                arrays["outputs" + suffix],
-                arrays["validation" + suffix].astype(np.float32),
-                arrays["labels"].astype(np.int64),
-                arrays["edges"],
-            )
+            try:
+                return Reference(
+                    arrays["images"],
+                    arrays["outputs" + suffix],
+                    arrays["validation" + suffix].astype(np.float32),
+                    arrays["labels"].astype(np.int64),
+                    arrays["edges"],
+                )
+            except KeyError as error:
+                raise ArtifactError(f"{self.path / REFERENCE}: {error.args[0]}; expected it: export anew") from error
 
 
 def save_reference(path: Path, full: Reference, quantised: Reference) -> None:

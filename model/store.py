@@ -1,29 +1,43 @@
-"""Artifacts in and out of the BentoML model store.
+"""Artifacts in and out of the BentoML model store, and which version ``MODEL=name`` serves.
 
-python -m model.store import DIRECTORY     # put an artifact into the store
-python -m model.store list
+python -m model.store import DIRECTORY            # put an artifact into the store
+python -m model.store list                        # every version, which ones are served, and the last promotions
+python -m model.store compare NAME:A NAME:B       # figures side by side
+python -m model.store promote NAME:VERSION        # MODEL=NAME serves it from the next start
+python -m model.store rollback NAME               # MODEL=NAME serves the version promoted before
+
+The first version of a name is promoted as it comes in, a later one only by ``promote``: putting a model into the store
+changes nothing that is served. A version may be shortened to what tells it from the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import bentoml
-from bentoml.exceptions import BentoMLException
+from bentoml.exceptions import BentoMLException, NotFound
 
+from model import comparison, promotions
 from model.artifact import CARD, Artifact, ArtifactError
+from model.classifier import verify
+from model.config import ConfigError
+from model.runtimes import ONNX, ONNX_INT8, create
 
 SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships; a built Bento holds it as a model instead."""
 BENTO = Path(__file__).parents[2]
 """The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
+SHOWN_PROMOTIONS = 10
+"""Of each name, by ``list``."""
 
 
 class StoreError(RuntimeError):
-    """A model that the store does not hold."""
+    """A model that the store does not hold, or a promotion that it refuses."""
 
 
 def put(directory: Path) -> str:
@@ -33,58 +47,184 @@ def put(directory: Path) -> str:
     """
     artifact = Artifact.load(directory)
     tag = f"{artifact.config.name}:{artifact.version}"
+    _adopt(artifact.config.name)
     if _find(tag) is None:
-        card = artifact.card
-        labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
-        metadata: dict[str, Any] = {
-            key: card[key] for key in ("metrics", "training", "git_commit", "versions") if key in card
-        }
-        try:
-            with bentoml.models.create(tag, labels=labels, metadata=metadata) as model:
-                artifact.copy_to(Path(model.path))
-        except BentoMLException:
-            if _find(tag) is None:  # not just another process that put the same content first
-                raise
+        _create(artifact, tag)
+        _adopt(artifact.config.name)
     return tag
+
+
+def _create(artifact: Artifact, tag: str) -> None:
+    card = artifact.card
+    labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
+    metadata: dict[str, Any] = {
+        key: card[key] for key in ("metrics", "training", "git_commit", "versions") if key in card
+    }
+    try:
+        with bentoml.models.create(tag, labels=labels, metadata=metadata) as model:
+            artifact.copy_to(Path(model.path))
+    except BentoMLException:
+        if _find(tag) is None:  # not just another process that put the same content first
+            raise
 
 
 def resolve(reference: str) -> str:
     """``name`` or ``name:version`` to the full tag in the store; the shipped artifact is imported when it is missing.
 
-    Without a version the one counts that the Bento was built with; in a checkout, the newest of that name.
+    Without a version the one counts that the Bento was built with; in a checkout, the promoted one.
     Raises ``StoreError`` naming what the store holds.
     """
-    model = _find(_pinned(reference))
-    if model is None and (SHIPPED / CARD).exists():
+    if _find(_versioned(reference)) is None and (SHIPPED / CARD).exists():
         put(SHIPPED)
-        model = _find(_pinned(reference))
-    if model is None:
-        held = ", ".join(str(m.tag) for m in bentoml.models.list()) or "nothing"
-        raise StoreError(f"MODEL={reference!r} is not in the model store; it holds {held}")
-    return str(model.tag)
+    return str(_held(reference).tag)
 
 
 def get(tag: str) -> Artifact:
     """The verified artifact of ``tag``; raises ``StoreError`` or ``ArtifactError``."""
+    return Artifact.load(Path(_held(tag).path))
+
+
+def promote(tag: str, force: bool = False) -> str:
+    """Let ``MODEL=name`` serve ``tag`` from its next start; returns its whole ``name:version``.
+
+    Raises ``StoreError`` with all that speaks against it, unless ``force``.
+    """
+    if ":" not in tag:
+        raise StoreError(f"{tag!r} names no version; expected NAME:VERSION")
+    model = _held(tag)
+    name, version = model.tag.name, str(model.tag.version)
+    _adopt(name)
+    served = _promoted(name)
+    if version == served:
+        return str(model.tag)
+    if not force and (objections := "; ".join(_objections(model, f"{name}:{served}"))):
+        raise StoreError(f"{model.tag} is not promoted: {objections}")
+    promotions.append(_folder(model), "promote", version)
+    return str(model.tag)
+
+
+def _objections(model: bentoml.Model, served: str) -> Iterator[str]:
+    """What speaks against serving ``model`` in the place of ``served``."""
+    try:
+        candidate = Artifact.load(Path(model.path))
+        for runtime in (ONNX, ONNX_INT8):
+            verify(create(runtime, candidate), candidate.reference(runtime == ONNX_INT8))
+    except Exception as error:  # the errors of ONNX Runtime have no base of their own
+        yield f"it fails its verification: {error}"
+        return
+    if not comparison.measured(candidate.card):
+        yield "its card has no figures; `make evaluate` writes them, and `make store` puts it as a new version"
+    try:
+        current = get(served)
+    except (StoreError, ArtifactError, ConfigError):
+        return  # nothing is lost with a version that does not load
+    if candidate.config.classes != current.config.classes:
+        yield f"its classes are not those of {served}, which clients know"
+    yield from comparison.losses(current.card, candidate.card)
+
+
+def rollback(name: str) -> str:
+    """Let ``MODEL=name`` serve the version promoted before the present one; returns its ``name:version``.
+
+    Again and again, it goes further back. Raises ``StoreError`` when there is none, or it has left the store.
+    """
+    standing = promotions.stack(_history(name))
+    if len(standing) < 2:
+        raise StoreError(f"{name!r} has no earlier promotion to go back to")
+    tag = f"{name}:{standing[-2]}"
+    get(tag)
+    promotions.append(_folder(_held(tag)), "rollback", standing[-2])
+    return tag
+
+
+def _versioned(reference: str) -> str:
+    """``reference``, where it names no version, with that of this file's Bento or else the promoted one."""
+    if ":" in reference:
+        return reference
+    if (BENTO / "bento.yaml").exists():
+        for model in bentoml.Bento.from_path(BENTO).info.all_models:
+            if model.tag.name == reference:
+                return str(model.tag)
+    version = _promoted(reference)
+    return f"{reference}:{version}" if version else reference
+
+
+def _promoted(name: str) -> str | None:
+    return next(reversed(promotions.stack(_history(name))), None)
+
+
+def _history(name: str) -> list[promotions.Promotion]:
+    model = _find(name)
+    if model is None:
+        return []
+    try:
+        return promotions.read(_folder(model))
+    except ValueError as error:
+        raise StoreError(f"{_folder(model) / promotions.FILE} is not a history of promotions") from error
+
+
+def _adopt(name: str) -> None:
+    """Where no promotion is recorded, record that of the newest version, which is what ``MODEL=name`` served so far."""
+    model = _find(name)
+    if model is not None and not _history(name):
+        promotions.append(_folder(model), "promote", str(model.tag.version))
+
+
+def _folder(model: bentoml.Model) -> Path:
+    """Where the store keeps all versions of a name."""
+    return Path(model.path).parent
+
+
+def _held(reference: str) -> bentoml.Model:
+    tag = _versioned(reference)
     model = _find(tag)
     if model is None:
-        raise StoreError(f"{tag!r} is not in the model store")
-    return Artifact.load(Path(model.path))
-
-
-def _pinned(reference: str) -> str:
-    """``reference`` with the version that this file's Bento was built with, where it names none."""
-    if ":" in reference or not (BENTO / "bento.yaml").exists():
-        return reference
-    tags = [model.tag for model in bentoml.Bento.from_path(BENTO).info.all_models]
-    return next((str(tag) for tag in tags if tag.name == reference), reference)
+        held = ", ".join(str(m.tag) for m in bentoml.models.list()) or "nothing"
+        meant = "" if tag == reference else f" ({tag})"
+        raise StoreError(f"{reference!r}{meant} is not in the model store; it holds {held}")
+    return model
 
 
 def _find(tag: str) -> bentoml.Model | None:
+    """None when the store does not hold ``tag``; raises ``StoreError`` for the start of more than one version."""
     try:
         return bentoml.models.get(tag)
-    except (BentoMLException, ValueError):
+    except (NotFound, ValueError):
         return None
+    except BentoMLException as error:
+        raise StoreError(str(error)) from error
+
+
+def listing() -> str:
+    """Every version in the store, those served marked, and the last promotions of each name."""
+    models = sorted(bentoml.models.list(), key=lambda model: (model.tag.name, model.creation_time))
+    served = {name: _versioned(name) for name in dict.fromkeys(model.tag.name for model in models)}
+    rows: list[comparison.Row] = [("", "model", "created (UTC)", *comparison.SUMMARY, "MB")]
+    for model in models:
+        mark = "*" if str(model.tag) == served[model.tag.name] else ""
+        size = f"{model.file_size / 1e6:.1f}"
+        rows.append(
+            (mark, str(model.tag), _minute(model.creation_time), *comparison.summary(model.info.metadata), size)
+        )
+    changes: list[comparison.Row] = [
+        (_minute(entry.time), entry.action, name, f"{entry.before or '-'} -> {entry.after}")
+        for name in served
+        for entry in _history(name)[-SHOWN_PROMOTIONS:]
+    ]
+    return "\n".join(
+        [comparison.table(rows), "* what MODEL=name serves from its next start", "", comparison.table(changes)]
+    )
+
+
+def _minute(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def _import(directory: Path) -> None:
+    tag = put(directory)
+    print(tag)
+    if tag != resolve(tag.partition(":")[0]):
+        print(f"in the store, but not served; `make promote MODEL={tag}` changes that", file=sys.stderr)
 
 
 def main() -> None:
@@ -92,16 +232,32 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("import").add_argument("directory", type=Path)
     commands.add_parser("list")
-    options = parser.parse_args()
-    if options.command == "import":
-        print(put(options.directory))
-        return
-    for model in bentoml.models.list():
-        print(model.tag, model.info.creation_time.isoformat(timespec="seconds"), model.info.metadata.get("metrics", ""))
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("a")
+    comparing.add_argument("b")
+    promoting = commands.add_parser("promote")
+    promoting.add_argument("model", metavar="NAME:VERSION")
+    promoting.add_argument("--force", action="store_true", help="whatever speaks against it")
+    commands.add_parser("rollback").add_argument("name")
+    run(parser.parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    match options.command:
+        case "import":
+            _import(options.directory)
+        case "list":
+            print(listing())
+        case "compare":
+            print(comparison.compare(get(options.a), get(options.b)))
+        case "promote":
+            print(f"{promote(options.model, options.force)} is what MODEL=name serves from its next start")
+        case "rollback":
+            print(f"{rollback(options.name)} is what MODEL=name serves from its next start")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ArtifactError, StoreError) as error:
-        sys.exit(f"error: {error}")
+    except (ArtifactError, ConfigError, StoreError, BentoMLException, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))

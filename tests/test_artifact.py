@@ -1,17 +1,14 @@
-"""The artifact on disk, its runtimes, its proof of correctness, and the model store."""
+"""The artifact on disk, its runtimes and its proof of correctness."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from model.artifact import CARD, CONFIG, HASHED, Artifact, ArtifactError, seal
+from model.artifact import CARD, HASHED, Artifact, ArtifactError, seal
 from model.classifier import TOLERANCE, VerificationError, check, verify
 from model.config import ConfigError, ModelConfig
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, RuntimeUnavailableError, create
@@ -101,42 +98,3 @@ def test_a_config_error_names_file_and_field(tmp_path: Path, toy_artifact: Artif
     path.write_text(toy_artifact.config.model_dump_json().replace('"temperature":', '"temprature":'))
     with pytest.raises(ConfigError, match="temprature"):
         ModelConfig.load(path)
-
-
-class TestStore:
-    """Each in a process with a model store of its own."""
-
-    def store(self, home: Path, code: str) -> str:
-        environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
-        command = [sys.executable, "-c", f"from model import store; from pathlib import Path; {code}"]
-        done = subprocess.run(command, cwd=toy.ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        return done.stdout + done.stderr
-
-    def test_what_is_put_comes_back_verified_with_its_metadata(self, toy_artifact: Artifact, tmp_path: Path) -> None:
-        put = f"tag = store.put(Path({str(toy_artifact.path)!r})); "
-        tag = f"toy:{toy_artifact.version}"
-        assert (
-            self.store(tmp_path, put + "print(tag, store.put(Path('" + str(toy_artifact.path) + "')))")
-            == f"{tag} {tag}\n"
-        )
-        assert self.store(tmp_path, "print(store.get(store.resolve('toy')).config.classes)") == f"{toy.CLASSES}\n"
-        shown = self.store(tmp_path, f"import bentoml; print(bentoml.models.get({tag!r}).info.metadata)")
-        assert "data_sha256" in shown
-        assert "onnxruntime" in shown
-
-    def test_an_altered_file_in_the_store_is_refused(self, toy_artifact: Artifact, tmp_path: Path) -> None:
-        tag = self.store(tmp_path, f"print(store.put(Path({str(toy_artifact.path)!r})))").strip()
-        stored = tmp_path / "models" / "toy" / toy_artifact.version / "model.onnx"
-        stored.write_bytes(stored.read_bytes()[:-1] + b"!")
-        assert "ArtifactError" in self.store(tmp_path, f"store.get({tag!r})")
-
-    def test_a_model_of_ones_own_wins_over_the_shipped_one_of_that_name(self, copied: Path, tmp_path: Path) -> None:
-        config = ModelConfig.load(copied / CONFIG).model_copy(update={"name": "cifar10_cnn"})
-        config.save(copied / CONFIG)
-        own = seal(copied, {})
-        self.store(tmp_path / "home", f"store.put(Path({str(copied)!r}))")
-        assert self.store(tmp_path / "home", "print(store.resolve('cifar10_cnn'))") == f"cifar10_cnn:{own.version}\n"
-
-    def test_an_unknown_model_names_what_is_there(self, tmp_path: Path) -> None:
-        shown = self.store(tmp_path, "store.resolve('nope:1')")
-        assert "MODEL='nope:1' is not in the model store; it holds cifar10_cnn:" in shown

@@ -98,7 +98,7 @@ def test_an_ensemble_answers_with_the_mean_and_a_shadow_is_counted(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"MODEL": "toy,nope"}, "MODEL='nope' is not in the model store"),
+        ({"MODEL": "toy,nope"}, "'nope' is not in the model store"),
         ({"MODEL": "toy,cifar10_cnn"}, "cifar10_cnn was trained on other data than toy"),
         ({"MODEL": "toy", "SHADOW": "cifar10_cnn"}, "expected those of the model"),
     ],

@@ -1,0 +1,140 @@
+"""What the cards of two versions say of each other: figures side by side, and whether a difference is more than chance.
+
+The figures are those that ``python -m train.evaluate`` wrote into the cards, by runtime.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from model import artifact as files
+from model.artifact import Artifact
+from model.runtimes import ONNX, ONNX_INT8, RUNTIMES
+
+Card = Mapping[str, Any]
+Figures = Mapping[str, Any]
+"""The entry of one runtime in ``card["metrics"]``."""
+Row = Sequence[str]
+
+METHOD = """\
+Interval of a difference: Newcombe (1998), Statistics in Medicine 17:873, method 10, for independent samples. On the
+same images a paired test would find more: a difference called significant is, one called not significant may be."""
+
+
+def difference_interval(a: Figures, b: Figures) -> tuple[float, float]:
+    """95 % interval of the accuracy of ``b`` less that of ``a``, from their Wilson intervals (see ``METHOD``)."""
+    (low_a, high_a), (low_b, high_b) = a["accuracy_95"], b["accuracy_95"]
+    below = math.hypot(b["accuracy"] - low_b, high_a - a["accuracy"])
+    above = math.hypot(high_b - b["accuracy"], a["accuracy"] - low_a)
+    difference = b["accuracy"] - a["accuracy"]
+    return difference - below, difference + above
+
+
+def measured(card: Card) -> bool:
+    """Whether both ONNX formats were evaluated."""
+    return {ONNX, ONNX_INT8} <= set(_metrics(card))
+
+
+def losses(current: Card, candidate: Card) -> list[str]:
+    """One sentence for each runtime in which ``candidate`` is significantly less accurate than ``current``."""
+    return [
+        f"{runtime} loses accuracy, {_change(a, b)}"
+        for runtime, a, b in _shared(current, candidate)
+        if difference_interval(a, b)[1] < 0
+    ]
+
+
+def summary(card: Card) -> Row:
+    """Accuracy in FP32 and INT8, test images, calibration error in INT8, and commit, as ``SUMMARY`` names them."""
+    fp32, int8 = (_metrics(card).get(runtime, {}) for runtime in (ONNX, ONNX_INT8))
+    return (
+        _share(fp32.get("accuracy")),
+        _share(int8.get("accuracy")),
+        f"{int8['images']:,}" if int8 else "-",
+        _share(int8.get("ece")),
+        card.get("git_commit", "-")[:7],
+    )
+
+
+SUMMARY: Row = ("FP32", "INT8", "images", "ECE INT8", "commit")
+
+
+def compare(a: Artifact, b: Artifact) -> str:
+    """A table of two artifacts with the differences, and what is to be known to read it."""
+    names = [f"{artifact.config.name}:{artifact.version}" for artifact in (a, b)]
+    rows = [("", *names, "difference"), *_accuracies(a.card, b.card), *_sizes(a.card, b.card), *_per_class(a, b)]
+    return "\n".join(["A, B: 95 % intervals in brackets", table(rows), "", _images_note(a.card, b.card), METHOD])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """``rows`` in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _accuracies(a: Card, b: Card) -> Iterator[Row]:
+    for title in ("commit", "images"):
+        yield (title, *(summary(card)[SUMMARY.index(title)] for card in (a, b)), "")
+    for runtime in RUNTIMES:
+        one, other = (_metrics(card).get(runtime) for card in (a, b))
+        yield (f"accuracy {runtime}", _accuracy(one), _accuracy(other), _change(one, other) if one and other else "-")
+    for runtime in RUNTIMES:
+        one, other = (_metrics(card).get(runtime, {}).get("ece") for card in (a, b))
+        yield (f"ECE {runtime}", _share(one), _share(other), _points(one, other))
+
+
+def _sizes(a: Card, b: Card) -> Iterator[Row]:
+    for name in (files.WEIGHTS, files.ONNX, files.ONNX_INT8):
+        one, other = (card["files"][name]["bytes"] / 1e6 for card in (a, b))
+        yield (name, f"{one:.2f} MB", f"{other:.2f} MB", f"{other - one:+.2f} MB")
+
+
+def _per_class(a: Artifact, b: Artifact) -> Iterator[Row]:
+    """Per class in INT8; a class that one of them does not know has no difference."""
+    shares = [_metrics(artifact.card).get(ONNX_INT8, {}).get("per_class", {}) for artifact in (a, b)]
+    for name in dict.fromkeys((*a.config.classes, *b.config.classes)):
+        one, other = (share.get(name) for share in shares)
+        yield (f"{name} {ONNX_INT8}", _share(one), _share(other), _points(one, other))
+
+
+def _images_note(a: Card, b: Card) -> str:
+    data = [card.get("training", {}).get("data_sha256") for card in (a, b)]
+    if data[0] is not None and data[0] == data[1]:
+        return "Both were measured on the same test images (equal data_sha256)."
+    return "NOT measured on the same data (data_sha256 differs): a difference may be that of the test images."
+
+
+def _shared(a: Card, b: Card) -> Iterator[tuple[str, Figures, Figures]]:
+    """Figures of both in each runtime that both were measured in."""
+    for runtime in RUNTIMES:
+        if runtime in _metrics(a) and runtime in _metrics(b):
+            yield runtime, _metrics(a)[runtime], _metrics(b)[runtime]
+
+
+def _metrics(card: Card) -> Mapping[str, Figures]:
+    metrics: Mapping[str, Figures] = card.get("metrics", {})
+    return metrics
+
+
+def _change(a: Figures, b: Figures) -> str:
+    low, high = difference_interval(a, b)
+    verdict = "not significant" if low <= 0 <= high else "significant"
+    return f"{_points(a['accuracy'], b['accuracy'])} ({100 * low:+.2f} to {100 * high:+.2f}), {verdict}"
+
+
+def _accuracy(figures: Figures | None) -> str:
+    if figures is None:
+        return "-"
+    low, high = figures["accuracy_95"]
+    return f"{figures['accuracy']:.2%} ({low:.2%} to {high:.2%})"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _points(a: float | None, b: float | None) -> str:
+    return "-" if a is None or b is None else f"{100 * (b - a):+.2f} points"

@@ -1,0 +1,279 @@
+"""The model store: what goes in comes out, and which version ``MODEL=name`` serves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from model import promotions
+from model.artifact import CARD, CONFIG, ONNX, Artifact, save_reference, seal
+from model.comparison import difference_interval
+from model.config import ModelConfig
+from tests import toy
+from tests.live import environment, serve
+from train.evaluate import accuracy_interval
+
+IMAGES = 1000
+Versions = dict[str, Artifact]
+
+
+def figures(hits: int, count: int = IMAGES) -> dict[str, Any]:
+    share = hits / count
+    interval = list(accuracy_interval(hits, count))
+    per_class = dict.fromkeys(toy.CLASSES, share)
+    return {"images": count, "accuracy": share, "accuracy_95": interval, "ece": 0.01, "per_class": per_class}
+
+
+def variant(artifact: Artifact, path: Path, hits: int, **card: Any) -> Artifact:
+    """Another version: a copy of ``artifact`` whose card says that ``hits`` of ``IMAGES`` were right."""
+    shutil.copytree(artifact.path, path)
+    metrics = {runtime: figures(hits) for runtime in ("torch", "onnx", "onnx-int8")}
+    return seal(path, {**artifact.card, "metrics": metrics, **card})
+
+
+def python(home: Path, *arguments: object, cwd: Path = toy.ROOT, code: int = 0, **settings: Any) -> str:
+    """Run Python with the model store in ``home``; returns what it printed, after checking its exit status."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(home, **settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def store(home: Path, *arguments: object, code: int = 0) -> str:
+    return python(home, "-m", "model.store", *arguments, code=code)
+
+
+def call(home: Path, expression: str) -> str:
+    """What ``expression`` prints with ``store`` imported."""
+    return python(home, "-c", f"from model import store; print({expression})").strip()
+
+
+@pytest.fixture(scope="module")
+def versions(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Versions:
+    """``a``, and ``b``, which is better."""
+    folder = tmp_path_factory.mktemp("versions")
+    return {name: variant(toy_artifact, folder / name, hits) for name, hits in (("a", 900), ("b", 910))}
+
+
+@pytest.fixture(scope="module")
+def filled(versions: Versions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of both versions; not to be changed."""
+    home = tmp_path_factory.mktemp("filled")
+    assert store(home, "import", versions["a"].path) == f"{tag(versions['a'])}\n"
+    assert f"`make promote MODEL={tag(versions['b'])}`" in store(home, "import", versions["b"].path)
+    return home
+
+
+@pytest.fixture
+def home(filled: Path, tmp_path: Path) -> Path:
+    """A copy of ``filled`` of the test's own."""
+    return shutil.copytree(filled, tmp_path / "home")
+
+
+def tag(artifact: Artifact) -> str:
+    return f"toy:{artifact.version}"
+
+
+def served(home: Path) -> str:
+    """The version that ``list`` marks."""
+    (line,) = [line for line in store(home, "list").splitlines() if line.startswith("*  ")]
+    return line.split()[1]
+
+
+class TestPutAndGet:
+    def test_what_is_put_comes_back_verified_with_its_metadata(
+        self, filled: Path, versions: Versions, tmp_path: Path
+    ) -> None:
+        home = shutil.copytree(filled, tmp_path / "home")
+        assert store(home, "import", versions["a"].path).strip() == tag(versions["a"])
+        assert call(home, "store.get(store.resolve('toy')).config.classes") == str(toy.CLASSES)
+        shown = call(home, f"store.bentoml.models.get({tag(versions['a'])!r}).info.metadata")
+        assert "data_sha256" in shown
+        assert "onnxruntime" in shown
+
+    def test_an_altered_file_in_the_store_is_refused(self, home: Path, versions: Versions) -> None:
+        stored = home / "models" / "toy" / versions["a"].version / ONNX
+        stored.write_bytes(stored.read_bytes()[:-1] + b"!")
+        assert ONNX in store(home, "compare", "toy", tag(versions["b"]), code=1)
+
+    def test_a_model_of_ones_own_wins_over_the_shipped_one_of_that_name(
+        self, toy_artifact: Artifact, tmp_path: Path
+    ) -> None:
+        copied = shutil.copytree(toy_artifact.path, tmp_path / "own")
+        ModelConfig.load(copied / CONFIG).model_copy(update={"name": "cifar10_cnn"}).save(copied / CONFIG)
+        own = seal(copied, {})
+        store(tmp_path / "home", "import", copied)
+        assert call(tmp_path / "home", "store.resolve('cifar10_cnn')") == f"cifar10_cnn:{own.version}"
+
+    def test_an_unknown_model_names_what_is_there(self, tmp_path: Path) -> None:
+        expression = "store.resolve('nope:1')"
+        shown = python(tmp_path, "-c", f"from model import store; {expression}", code=1)
+        assert "'nope:1' is not in the model store; it holds cifar10_cnn:" in shown
+
+
+class TestPromotions:
+    def test_only_a_promotion_changes_what_is_served(self, home: Path, versions: Versions) -> None:
+        a, b = tag(versions["a"]), tag(versions["b"])
+        assert served(home) == a
+        assert b in store(home, "promote", b[:-4])
+        assert served(home) == call(home, "store.resolve('toy')") == b
+        assert a in store(home, "rollback", "toy")
+        assert call(home, "store.resolve('toy')") == a
+        assert "no earlier promotion" in store(home, "rollback", "toy", code=1)
+        history = [line.split()[2:] for line in store(home, "list").splitlines() if "->" in line]
+        va, vb = versions["a"].version, versions["b"].version
+        assert history == [
+            ["promote", "toy", "-", "->", va],
+            ["promote", "toy", va, "->", vb],
+            ["rollback", "toy", vb, "->", va],
+        ]
+
+    def test_a_store_without_a_history_goes_on_serving_its_newest(self, home: Path, versions: Versions) -> None:
+        (home / "models" / "toy" / promotions.FILE).unlink()
+        assert call(home, "store.resolve('toy')") == tag(versions["b"])
+        store(home, "promote", tag(versions["a"]), "--force")
+        assert tag(versions["b"]) in store(home, "rollback", "toy")
+
+    def test_a_bento_serves_the_version_that_it_was_built_with(self, home: Path, versions: Versions) -> None:
+        python(home, "-m", "bentoml", "build", MODEL="toy")
+        store(home, "promote", tag(versions["b"]))
+        (bento,) = (path.parent for path in (home / "bentos").rglob("bento.yaml"))
+        resolved = python(home, "-c", "from model import store; print(store.resolve('toy'))", cwd=bento / "src")
+        assert resolved.strip() == tag(versions["a"])
+
+    def test_a_promoted_version_that_left_the_store_is_named(self, home: Path, versions: Versions) -> None:
+        shutil.rmtree(home / "models" / "toy" / versions["a"].version)
+        shown = python(home, "-c", "import service", code=1, MODEL="toy")
+        assert (
+            shown.strip()
+            .splitlines()[-1]
+            .startswith(f"error: MODEL='toy': 'toy' ({tag(versions['a'])}) is not in the model store; it holds ")
+        )
+        assert tag(versions["b"]) in store(home, "promote", tag(versions["b"]))
+
+    @pytest.mark.parametrize("content", ["", "[{}]", "{"])
+    def test_an_unreadable_history_is_one_line(self, content: str, home: Path) -> None:
+        (home / "models" / "toy" / promotions.FILE).write_text(content)
+        shown = store(home, "list", code=1)
+        assert shown.startswith("error: ")
+        assert shown.endswith("promotions.json is not a history of promotions\n")
+
+    def test_rollbacks_go_further_back_and_promotions_forward(self, tmp_path: Path) -> None:
+        for step in ("a", "b", "c", None, None, "d"):
+            before = promotions.stack(promotions.read(tmp_path))
+            if step is None:
+                promotions.append(tmp_path, "rollback", before[-2])
+            else:
+                promotions.append(tmp_path, "promote", step)
+        history = promotions.read(tmp_path)
+        assert [(entry.before, entry.after) for entry in history] == [
+            *((None, "a"), ("a", "b"), ("b", "c")),
+            *(("c", "b"), ("b", "a"), ("a", "d")),
+        ]
+        assert promotions.stack(history) == ["a", "d"]
+        assert [path.name for path in tmp_path.iterdir()] == [promotions.FILE]
+
+    def test_a_server_serves_the_promoted_version_from_its_next_start(self, home: Path, versions: Versions) -> None:
+        a, b = tag(versions["a"]), tag(versions["b"])
+        with serve("embedded", home, MODEL="toy", WORKERS=1) as url:
+            store(home, "promote", b)
+            assert f"toy:{version_of(url)}" == a
+        with serve("embedded", home, MODEL="toy", WORKERS=1) as url:
+            assert f"toy:{version_of(url)}" == b
+        store(home, "rollback", "toy")
+        with serve("embedded", home, MODEL="toy", WORKERS=1) as url:
+            assert f"toy:{version_of(url)}" == a
+
+
+def version_of(url: str) -> str:
+    return str(requests.get(f"{url}/model", timeout=30).json()["version"])
+
+
+def worse(artifact: Artifact, path: Path) -> Artifact:
+    return variant(artifact, path, 850)
+
+
+def unmeasured(artifact: Artifact, path: Path) -> Artifact:
+    return variant(artifact, path, 0, metrics={})
+
+
+def other_classes(artifact: Artifact, path: Path) -> Artifact:
+    variant(artifact, path, 950)
+    ModelConfig.load(path / CONFIG).model_copy(update={"classes": ("disc", "frame", "dots")}).save(path / CONFIG)
+    return seal(path, json.loads((path / CARD).read_text()))
+
+
+def wrong_weights(artifact: Artifact, path: Path) -> Artifact:
+    """Sealed, so that every hash is right, with reference outputs that the engines do not give."""
+    variant(artifact, path, 950)
+    full, quantised = (artifact.reference(quantised=q) for q in (False, True))
+    save_reference(path, full._replace(outputs=full.outputs + 1), quantised)
+    return seal(path, artifact.card)
+
+
+def no_graph(artifact: Artifact, path: Path) -> Artifact:
+    variant(artifact, path, 950)
+    (path / ONNX).write_bytes(b"no graph")
+    return seal(path, artifact.card)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (worse, "onnx-int8 loses accuracy, -5.00 points"),
+        (unmeasured, "its card has no figures"),
+        (other_classes, "its classes are not those of toy:"),
+        (wrong_weights, "it fails its verification: runtime 'onnx' differs from the reference outputs"),
+        (no_graph, "it fails its verification: "),
+    ],
+)
+def test_what_speaks_against_a_promotion_stops_it_unless_forced(
+    make: Callable[[Artifact, Path], Artifact], reason: str, home: Path, versions: Versions, tmp_path: Path
+) -> None:
+    bad = tag(make(versions["a"], tmp_path / "bad"))
+    store(home, "import", tmp_path / "bad")
+    shown = store(home, "promote", bad, code=1)
+    assert shown.startswith(f"error: {bad} is not promoted: ")
+    assert reason in shown
+    assert shown.count("\n") == 1
+    assert served(home) == tag(versions["a"])
+    store(home, "promote", bad, "--force")
+    assert served(home) == bad
+
+
+class TestComparison:
+    def test_the_interval_of_a_difference_is_that_of_its_publication(self) -> None:
+        """56/70 against 48/80: table II of Newcombe (1998), method 10."""
+        assert difference_interval(figures(48, 80), figures(56, 70)) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+    def test_figures_stand_side_by_side(self, filled: Path, versions: Versions) -> None:
+        lines = store(filled, "compare", "toy", tag(versions["b"])).splitlines()
+        (accuracy,) = [line for line in lines if line.startswith("accuracy onnx-int8")]
+        assert "90.00% (87.98% to 91.71%)" in accuracy
+        assert "91.00% (89.07% to 92.62%)" in accuracy
+        assert accuracy.endswith("+1.00 points (-1.58 to +3.59), not significant")
+        assert any(line.startswith("frame onnx-int8") and line.endswith("+1.00 points") for line in lines)
+        assert any(line.startswith("model.int8.onnx") and line.endswith("+0.00 MB") for line in lines)
+        assert "Both were measured on the same test images (equal data_sha256)." in lines
+
+    def test_other_data_is_said(self, home: Path, versions: Versions, tmp_path: Path) -> None:
+        training = {**versions["a"].card["training"], "data_sha256": "0" * 64}
+        other = variant(versions["a"], tmp_path / "other", 990, training=training)
+        store(home, "import", other.path)
+        shown = store(home, "compare", "toy", tag(other))
+        assert "NOT measured on the same data" in shown
+        assert "+9.00 points (+7.10 to +11.07), significant" in shown
