@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train import data
-from train.fit import Fit, Recipe, build_config
+from train.fit import Fit, build_config
 from train.parallel import Group, join
+from train.recipe import Recipe
 
 RECIPE = Recipe(batch_size=34, widths="8,32", depth=2)
 
@@ -27,15 +28,15 @@ def build(source: str, group: Group) -> Fit:
 def gradients(fit: Fit) -> dict[str, Tensor]:
     """Of the first batch, with BatchNorm by its running statistics, which no share of a batch changes."""
     fit.network.eval()
-    fit.backward(*next(fit.batches.epoch(0)))
+    fit.backward(next(fit.batches.epoch(0)))
     return {name: p.grad.contiguous() for name, p in fit.trained.items() if p.grad is not None}
 
 
 def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
     """The loss scale after a batch whose gradients overflow in this process, or in another one."""
     fit.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    images, labels, count = next(fit.batches.epoch(0))
-    fit.backward(images * torch.inf if overflows else images, labels, count)
+    batch = next(fit.batches.epoch(0))
+    fit.backward(batch._replace(views=batch.views * torch.inf) if overflows else batch)
     for optimizer, _ in fit.optimizers:
         fit.scaler.step(optimizer)
     fit.scaler.update()

@@ -20,10 +20,12 @@ from model.artifact import Artifact
 from model.preprocess import MAX_PIXELS
 from tests import toy
 from train import data
+from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
 from train.export import ParityError, load_run, parity
-from train.fit import RUN, Augmented, Recipe, build_config
+from train.fit import RUN, build_config
 from train.muon import Muon, orthogonalize
+from train.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +107,8 @@ class TestAugmentation:
             plain = {image.tobytes(): False for image in loaded.train.images}
             plain.update({image[:, ::-1].tobytes(): True for image in loaded.train.images})
             flips: dict[bytes, bool] = {}
-            for images, _, _ in batches.epoch(epoch):
-                for image in images.numpy():
+            for batch in batches.epoch(epoch):
+                for image in batch.views.numpy():
                     flipped = plain[image.tobytes()]
                     flips[(image[:, ::-1] if flipped else image).tobytes()] = flipped
             return flips
@@ -118,16 +120,16 @@ class TestAugmentation:
 
     def test_translation_reflects_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=204, translate=0.25, cutout=0.25, zoom=1, low_res=0)
-        (images, *_), *_ = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
+        (batch,) = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
         originals = {pixel.tobytes() for pixel in loaded.train.images.reshape(-1, 3)}
-        blanked = [sum(p.tobytes() not in originals for p in image.reshape(-1, 3)) for image in images.numpy()]
+        blanked = [sum(p.tobytes() not in originals for p in image.reshape(-1, 3)) for image in batch.views.numpy()]
         assert 0 < np.mean(blanked) <= 36
         assert max(blanked) <= 36
 
     def test_zoom_scales_every_other_image_about_its_centre(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1.5, low_res=0)
         plain, zoomed = (
-            next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0)))[0].numpy()
+            next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0))).views.numpy()
             for r in (replace(recipe, zoom=1.0), recipe)
         )
         assert (plain[1::2] == zoomed[1::2]).all()
@@ -138,8 +140,27 @@ class TestAugmentation:
 
     def test_the_first_epochs_see_smaller_images(self, loaded: data.Data) -> None:
         batches = Augmented(loaded.train, Recipe(epochs=4, low_res=0.5), torch.device("cpu"))
-        sides = [next(iter(batches.epoch(epoch)))[0].shape[1:] for epoch in range(4)]
+        sides = [next(iter(batches.epoch(epoch))).views.shape[1:] for epoch in range(4)]
         assert sides == [(18, 18, 3)] * 2 + [(24, 24, 3)] * 2
+
+    def test_corruption_changes_three_of_four_views_and_no_image(self, loaded: data.Data) -> None:
+        recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1, low_res=0)
+        plain, corrupted = (
+            next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0)))
+            for r in (recipe, replace(recipe, corrupt=1.0))
+        )
+        assert (corrupted.images == plain.images).all()
+        changed = (corrupted.views != plain.images).flatten(1).any(dim=1)
+        assert not changed[::4].any()
+        assert changed[1::4].all()
+        assert (changed[2::4].float().mean(), changed[3::4].float().mean()) >= (0.9, 0.9)
+
+        def roughness(images: torch.Tensor) -> torch.Tensor:
+            return images.float().diff(dim=2).abs().mean(dim=(1, 2, 3))
+
+        ratio = roughness(corrupted.views) / roughness(plain.images)
+        assert ratio[1::4].mean() > 1.2  # noise
+        assert ratio[2::4].mean() < 0.8  # blur
 
 
 def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
@@ -220,6 +241,25 @@ def test_resuming_with_another_recipe_is_refused(toy_folder: Path, toy_run: Path
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", toy_run, "--epochs", 9, "--resume", code=1)
     assert "its recipe is" in printed
     assert "Traceback" not in printed
+
+
+def test_a_student_learns_from_teachers_alone(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+    """With no weight on the labels, which says whose verdicts it learned."""
+    recipe = ("--epochs", 8, "--batch-size", 32, "--widths", "8,16", "--depth", 2, "--distill", 1)
+    common = (toy_folder, "--name", "student", *recipe)
+    toy.run("train.fit", *common, "--out", tmp_path / "taught", "--teacher", toy_run)
+    run = json.loads((tmp_path / "taught" / RUN).read_text())
+    assert run["history"][-1]["train_accuracy"] > 0.7
+    assert run["teachers"][0]["data_sha256"] == run["data_sha256"]
+    assert run["parameters"] < run["teachers"][0]["parameters"]
+
+
+def test_a_teacher_of_other_classes_is_refused(toy_run: Path, tmp_path: Path) -> None:
+    other = toy.make_folder(tmp_path / "other", per_class=24)
+    (other / "disc").rename(other / "zebra")
+    common = ("--name", "student", "--out", tmp_path / "run", "--teacher", toy_run)
+    printed = toy.run("train.fit", other, *common, *toy.RECIPE, code=1)
+    assert "a teacher of ['disc', 'frame', 'stripes']; expected ['frame', 'stripes', 'zebra']" in printed
 
 
 class TestExport:

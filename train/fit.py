@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,46 +36,16 @@ from tqdm import tqdm
 from model.config import ModelConfig
 from model.network import ConvNet
 from train import command
+from train.augment import Augmented, Batch
 from train.data import Data, DataError, Split, load
 from train.muon import Muon
-from train.parallel import ALONE, Group, join
+from train.parallel import Group, join
+from train.recipe import Recipe
 
 CONFIG, CHECKPOINT, RUN = "config.json", "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The hyperparameters; each is a flag of the same name."""
-
-    epochs: int = 25
-    batch_size: int = 512
-    """Of all processes together."""
-    lr: float = 0.25
-    """Of BatchNorm and the head."""
-    momentum: float = 0.9
-    """Of BatchNorm and the head."""
-    muon_lr: float = 0.1
-    """Learning rate of the filters: the length of a step relative to the weights'."""
-    muon_momentum: float = 0.6
-    low_res: float = 0.6
-    """Share of the epochs, the first ones, that see images of 3/4 of the size and cost little more than half."""
-    weight_decay: float = 5e-4
-    warmup: float = 0.08
-    """Share of the steps in which the learning rate rises, before it falls to zero; both linearly."""
-    label_smoothing: float = 0.1
-    translate: float = 0.125
-    """Largest shift, as a share of the image's side; the border is reflected."""
-    cutout: float = 0.375
-    """Side of the square that is blanked, as a share of the image's side."""
-    zoom: float = 1.3
-    """Every other image is scaled by up to this factor, up or down, and stretched by up to its square root."""
-    widths: str = "96,256,384"
-    """Channels of the stages; the last number holds for all further ones."""
-    depth: int = 3
-    seed: int = 0
 
 
 def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
@@ -100,107 +68,6 @@ def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
             "depth": recipe.depth,
         }
     )
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random numbers for a batch of ``count`` images. Every process draws them all and keeps those of its share."""
-
-    generator: torch.Generator
-    count: int
-    share: slice
-
-    def integers(self, low: int, high: int) -> Tensor:
-        """One of ``low`` to ``high - 1`` for each image of the share, as a column."""
-        return torch.randint(low, high, (self.count, 1), generator=self.generator)[self.share]
-
-    def uniform(self, reach: float) -> Tensor:
-        """A number between ``-reach`` and ``reach`` for each image of the share."""
-        return (torch.rand(self.count, generator=self.generator)[self.share] * 2 - 1) * reach
-
-
-class Augmented:
-    """A process's share of the shuffled, augmented batches of a training split, on a device.
-
-    Order and augmentation of a batch do not depend on the number of processes: together they see what one would.
-
-    Flip and translation are one gather of row and column indexes, so that they cost no interpolation. The flip
-    alternates: an image flipped in one epoch is not in the next (Jordan, 2024).
-    """
-
-    def __init__(self, split: Split, recipe: Recipe, device: torch.device, group: Group = ALONE) -> None:
-        self.images = torch.from_numpy(split.images).to(device)
-        self.labels = torch.from_numpy(split.labels).to(device)
-        self.recipe, self.device, self.group = recipe, device, group
-        if min(len(split), recipe.batch_size) < 2 * group.size:
-            raise DataError(
-                f"--batch-size {recipe.batch_size} of {len(split)} training images for {group.size} processes; "
-                f"expected at least {2 * group.size} of both, two for each process"
-            )
-        self.flip_parity = torch.randint(0, 2, (len(split),), generator=self._generator(-1))
-
-    def __len__(self) -> int:
-        return max(1, len(self.labels) // self.recipe.batch_size)
-
-    def _generator(self, epoch: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch + 1)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Images (B, H, W, 3) uint8 and labels (B,) of the share, and the number of images in the whole batch."""
-        generator = self._generator(epoch)
-        for batch in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
-            share = self.group.share(len(batch))
-            draw, index = Draw(generator, len(batch), share), batch[share]
-            flip = (self.flip_parity[index] + epoch) % 2 == 1
-            images = self._shift(index.to(self.device), flip, draw)
-            if self.recipe.zoom > 1:
-                reach = math.log(self.recipe.zoom)
-                scale, stretch = draw.uniform(reach), draw.uniform(reach)
-                every_other = slice(share.start % 2, None, 2)
-                images[every_other] = self._zoom(images[every_other], scale[every_other], stretch[every_other])
-            images = self._cutout(images, draw)
-            if epoch < int(self.recipe.low_res * self.recipe.epochs):
-                images = self._shrink(images)
-            yield images, self.labels[index.to(self.device)], len(batch)
-
-    def _shift(self, index: Tensor, flip: Tensor, draw: Draw) -> Tensor:
-        height, width = self.images.shape[1:3]
-        rows = self._shifted(height, draw)
-        columns = self._shifted(width, draw)
-        columns = torch.where(flip[:, None], width - 1 - columns, columns)
-        rows, columns = rows.to(self.device), columns.to(self.device)
-        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-    def _shifted(self, side: int, draw: Draw) -> Tensor:
-        reach = int(self.recipe.translate * side)
-        index = (torch.arange(side) + draw.integers(-reach, reach + 1)).abs()
-        return torch.where(index >= side, 2 * (side - 1) - index, index)
-
-    def _zoom(self, images: Tensor, scale: Tensor, stretch: Tensor) -> Tensor:
-        theta = torch.zeros(len(images), 2, 3)
-        theta[:, 0, 0] = torch.exp(scale + stretch / 4)
-        theta[:, 1, 1] = torch.exp(scale - stretch / 4)
-        pixels = images.permute(0, 3, 1, 2).float()
-        grid = F.affine_grid(theta.to(self.device), list(pixels.shape), align_corners=False)
-        zoomed = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-        return zoomed.round().to(torch.uint8).permute(0, 2, 3, 1)
-
-    def _shrink(self, images: Tensor) -> Tensor:
-        pixels = images.permute(0, 3, 1, 2).float()
-        shrunk = F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True)
-        return shrunk.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-    def _cutout(self, images: Tensor, draw: Draw) -> Tensor:
-        height, width = images.shape[1:3]
-
-        def band(side: int) -> Tensor:
-            size = int(self.recipe.cutout * side)
-            position = torch.arange(side) - draw.integers(-size // 2, side - size // 2 + 1)
-            return ((position >= 0) & (position < size)).to(self.device)
-
-        hole = band(height)[:, :, None] & band(width)[:, None, :]
-        mean = images.float().mean(dim=(1, 2), keepdim=True).to(torch.uint8)
-        return torch.where(hole[..., None], mean, images)
 
 
 @torch.no_grad()
@@ -234,6 +101,7 @@ class Fit:
         self.network.init_whitening(
             torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device)
         )
+        self.teachers: list[ConvNet] = []
         self.batches = Augmented(data.train, recipe, device, group)
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         filters = [p for p in self.trained.values() if p.ndim == 4]
@@ -284,17 +152,17 @@ class Fit:
         self.network.train()
         sums = torch.zeros(3, device=self.device)
         first_step = self.epochs_done * len(self.batches)
-        for step, (images, labels, count) in enumerate(self.batches.epoch(self.epochs_done), first_step):
+        for step, batch in enumerate(self.batches.epoch(self.epochs_done), first_step):
             for optimizer, rate in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * self._pace(step)
                 optimizer.zero_grad(set_to_none=True)
-            sums += self.backward(images, labels, count)
+            sums += self.backward(batch)
             # The gradients are the same in every process, and so is a step, or that the scaler skips it.
             for optimizer, _ in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
-            progress.update(count)
+            progress.update(batch.size)
             loss, hits, done = sums.tolist()
             progress.set_postfix(
                 epoch=self.epochs_done + 1, loss=f"{loss / done:.3f}", acc=f"{hits / done:.3f}", refresh=False
@@ -304,18 +172,30 @@ class Fit:
         loss, hits, done = sums.tolist()
         return loss / done, hits / done
 
-    def backward(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
-        """Set the gradients of the mean loss over a batch of ``count`` images, of which these are the share.
+    def backward(self, batch: Batch) -> Tensor:
+        """Set the gradients of the mean loss over a batch.
 
-        Returns the share's sum of losses, number of hits and number of images.
+        Returns the sum of losses, the number of hits and the number of images of the share.
         """
         with autocast(self.device):
-            logits = self.network(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="sum")
-        self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+            logits = self.network(batch.views)
+        loss = self._loss(logits, batch)
+        self.scaler.scale(loss / batch.size).backward()  # type: ignore[no-untyped-call]
         self.group.add_up(p.grad for p in self.trained.values() if p.grad is not None)
-        hits = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([loss.detach(), hits, torch.full_like(hits, len(labels))])
+        hits = (logits.detach().argmax(1) == batch.labels).sum()
+        return torch.stack([loss.detach(), hits, torch.full_like(hits, len(batch.labels))])
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Of the labels, and of teachers who see the same image uncorrupted (Beyer et al., 2022, arXiv:2106.05237)."""
+        recipe = self.recipe
+        by_label = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing, reduction="sum")
+        if not self.teachers:
+            return by_label
+        t = recipe.distill_temperature
+        with torch.no_grad(), autocast(self.device):
+            taught = torch.stack([F.softmax(teacher(batch.images) / t, dim=1) for teacher in self.teachers]).mean(dim=0)
+        by_teachers = F.kl_div(F.log_softmax(logits / t, dim=1), taught, reduction="sum") * t**2
+        return torch.lerp(by_label, by_teachers, recipe.distill)
 
     def _average_statistics(self) -> None:
         statistics = [buffer for name, buffer in self.network.named_buffers() if "running_" in name]
@@ -380,6 +260,15 @@ class Fit:
         except RuntimeError as error:
             raise DataError(f"{path}: not the weights of this network: {error}") from error
 
+    def take_teacher(self, run: Path) -> None:
+        """Learn from the network of a finished run too; raises ``DataError`` for one of other classes."""
+        config = ModelConfig.load(run / CONFIG)
+        if config.classes != self.data.classes:
+            raise DataError(f"{run}: a teacher of {list(config.classes)}; expected {list(self.data.classes)}")
+        teacher = ConvNet(config)
+        teacher.load_state_dict(read_weights(run / CHECKPOINT))
+        self.teachers.append(teacher.to(self.device).eval().requires_grad_(False))
+
     def resume(self) -> None:
         """Take up the checkpoint in ``out``; raises ``DataError`` when its recipe is another."""
         path = self.out / CHECKPOINT
@@ -430,6 +319,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--start", type=Path, metavar="RUN", help="start from the weights of a finished run")
+    parser.add_argument("--teacher", type=Path, metavar="RUN", action="append", default=[], help="repeatable")
     parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
@@ -461,6 +351,8 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     if group.rank == 0:
         begin(fit, config, options)
     fit.begin_alike()
+    for run in options.teacher:
+        fit.take_teacher(run)
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
     print(
         f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, "
@@ -486,6 +378,8 @@ def write_run(fit: Fit, options: argparse.Namespace, started: float) -> None:
         ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
     )
     about = describe_run(fit, typed, started)
+    if options.teacher:
+        about["teachers"] = [json.loads((run / RUN).read_text()) for run in options.teacher]
     if options.start:
         about["start"] = json.loads((options.start / RUN).read_text())
     (options.out / RUN).write_text(json.dumps(about, indent=2) + "\n")

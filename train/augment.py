@@ -1,0 +1,163 @@
+"""What a training makes of its images: shuffled, flipped, moved, zoomed, cut out, corrupted; in batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.data import DataError, Split
+from train.parallel import ALONE, Group
+from train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers for a batch of ``count`` images. Every process draws them all and keeps those of its share."""
+
+    generator: torch.Generator
+    count: int
+    share: slice
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """One of ``low`` to ``high - 1`` for each image of the share, as a column."""
+        return torch.randint(low, high, (self.count, 1), generator=self.generator)[self.share]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers (B, *shape) for the share."""
+        return torch.randn((self.count, *shape), generator=self.generator)[self.share]
+
+    def uniform(self, reach: float) -> Tensor:
+        """A number between ``-reach`` and ``reach`` for each image of the share."""
+        return (torch.rand(self.count, generator=self.generator)[self.share] * 2 - 1) * reach
+
+
+class Batch(NamedTuple):
+    """A process's share of a batch of ``size`` images."""
+
+    images: Tensor
+    """(B, H, W, 3) uint8: augmented, as a teacher sees them."""
+    views: Tensor
+    """The same, smaller or corrupted, as the network sees them."""
+    labels: Tensor
+    size: int
+
+
+class Augmented:
+    """A process's share of the shuffled, augmented batches of a training split, on a device.
+
+    Order and augmentation of a batch do not depend on the number of processes: together they see what one would.
+
+    Flip and translation are one gather of row and column indexes, so that they cost no interpolation. The flip
+    alternates: an image flipped in one epoch is not in the next (Jordan, 2024).
+    """
+
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device, group: Group = ALONE) -> None:
+        self.images = torch.from_numpy(split.images).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.recipe, self.device, self.group = recipe, device, group
+        if min(len(split), recipe.batch_size) < 2 * group.size:
+            raise DataError(
+                f"--batch-size {recipe.batch_size} of {len(split)} training images for {group.size} processes; "
+                f"expected at least {2 * group.size} of both, two for each process"
+            )
+        self.flip_parity = torch.randint(0, 2, (len(split),), generator=self._generator(-1))
+
+    def __len__(self) -> int:
+        return max(1, len(self.labels) // self.recipe.batch_size)
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch + 1)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        generator = self._generator(epoch)
+        for batch in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
+            share = self.group.share(len(batch))
+            draw, index = Draw(generator, len(batch), share), batch[share]
+            flip = (self.flip_parity[index] + epoch) % 2 == 1
+            images = self._shift(index.to(self.device), flip, draw)
+            if self.recipe.zoom > 1:
+                reach = math.log(self.recipe.zoom)
+                scale, stretch = draw.uniform(reach), draw.uniform(reach)
+                every_other = slice(share.start % 2, None, 2)
+                images[every_other] = self._zoom(images[every_other], scale[every_other], stretch[every_other])
+            images = self._cutout(images, draw)
+            views = self._corrupt(images, draw) if self.recipe.corrupt > 0 else images
+            if epoch < int(self.recipe.low_res * self.recipe.epochs):
+                views = self._shrink(views)
+            yield Batch(images, views, self.labels[index.to(self.device)], len(batch))
+
+    def _shift(self, index: Tensor, flip: Tensor, draw: Draw) -> Tensor:
+        height, width = self.images.shape[1:3]
+        rows = self._shifted(height, draw)
+        columns = self._shifted(width, draw)
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+        rows, columns = rows.to(self.device), columns.to(self.device)
+        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _shifted(self, side: int, draw: Draw) -> Tensor:
+        reach = int(self.recipe.translate * side)
+        index = (torch.arange(side) + draw.integers(-reach, reach + 1)).abs()
+        return torch.where(index >= side, 2 * (side - 1) - index, index)
+
+    def _zoom(self, images: Tensor, scale: Tensor, stretch: Tensor) -> Tensor:
+        theta = torch.zeros(len(images), 2, 3)
+        theta[:, 0, 0] = torch.exp(scale + stretch / 4)
+        theta[:, 1, 1] = torch.exp(scale - stretch / 4)
+        pixels = images.permute(0, 3, 1, 2).float()
+        grid = F.affine_grid(theta.to(self.device), list(pixels.shape), align_corners=False)
+        zoomed = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+        return _to_images(zoomed)
+
+    def _shrink(self, images: Tensor) -> Tensor:
+        pixels = images.permute(0, 3, 1, 2).float()
+        return _to_images(F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True))
+
+    def _corrupt(self, images: Tensor, draw: Draw) -> Tensor:
+        """Of each four images one stays, one gets noise, one is blurred, and one changes its colours."""
+        pixels = images.permute(0, 3, 1, 2).float()
+        strength = self.recipe.corrupt
+        noise = draw.normal(*pixels.shape[1:]).to(self.device)
+        amount = strength * draw.uniform(1.0).abs().to(self.device)[:, None, None, None]
+        brightness, contrast, saturation = (
+            strength * draw.uniform(1.0).to(self.device)[:, None, None, None] for _ in range(3)
+        )
+        noise_at, blur_at, colour_at = (slice((kind - draw.share.start) % 4, None, 4) for kind in (1, 2, 3))
+        pixels[noise_at] += 30 * amount[noise_at] * noise[noise_at]
+        pixels[blur_at] = torch.lerp(pixels[blur_at], _blurred(pixels[blur_at]), amount[blur_at].clamp(max=1))
+        gray = pixels[colour_at].mean(dim=1, keepdim=True)
+        coloured = gray + (1 + saturation[colour_at]) * (pixels[colour_at] - gray)
+        mean = coloured.mean(dim=(1, 2, 3), keepdim=True)
+        pixels[colour_at] = mean + torch.exp(0.7 * contrast[colour_at]) * (coloured - mean) + 50 * brightness[colour_at]
+        return _to_images(pixels)
+
+    def _cutout(self, images: Tensor, draw: Draw) -> Tensor:
+        height, width = images.shape[1:3]
+
+        def band(side: int) -> Tensor:
+            size = int(self.recipe.cutout * side)
+            position = torch.arange(side) - draw.integers(-size // 2, side - size // 2 + 1)
+            return ((position >= 0) & (position < size)).to(self.device)
+
+        hole = band(height)[:, :, None] & band(width)[:, None, :]
+        mean = images.float().mean(dim=(1, 2), keepdim=True).to(torch.uint8)
+        return torch.where(hole[..., None], mean, images)
+
+
+def _to_images(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) floats to (B, H, W, 3) uint8."""
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _blurred(pixels: Tensor) -> Tensor:
+    """A Gaussian of about 1.4 pixels, by four passes of a binomial filter."""
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=pixels.device) / 4
+    weight = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+    for _ in range(4):
+        pixels = F.conv2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), weight, groups=3)
+    return pixels
