@@ -91,7 +91,7 @@ File = tuple[str, bytes]
 
 def test_files(source: str) -> list[File]:
     """Class name and content of every test file of a folder or archive, as a client would send it."""
-    content = dict(_read_files(Path(source)))
+    content = dict(read_files(Path(source)))
     names = _arrange(source, sorted(content))["test"]
     return [(PurePosixPath(name).parts[-2], content[name]) for name in names]
 
@@ -103,7 +103,7 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     """
     if source == CIFAR10:
         return _load_cifar10()
-    files = sorted(_read_files(Path(source)))
+    files = sorted(read_files(Path(source)))
     splits = _arrange(source, [name for name, _ in files])
     classes = tuple(sorted({PurePosixPath(name).parts[-2] for names in splits.values() for name in names}))
     if len(classes) < 2:
@@ -147,7 +147,8 @@ def _load_cifar10() -> Data:
     )
 
 
-def _read_files(root: Path) -> Iterator[File]:
+def read_files(root: Path) -> Iterator[File]:
+    """Every file below a folder, or of a tar archive."""
     if root.is_dir():
         for path in root.rglob("*"):
             if path.is_file():

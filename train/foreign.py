@@ -1,0 +1,137 @@
+"""Measure how well an artifact tells foreign images from those of its test split.
+
+    python -m train.foreign model/pretrained SOURCE [--photos FOLDER_OR_TAR]
+
+Foreign are four kinds of made images (noise, blobs, letters, waves) and, of ``--photos``, every image that lies in a
+folder not named after a class. The figures go into the artifact's card, for the runtime that serves on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from model.artifact import Artifact, Outputs, seal
+from model.classifier import Classifier
+from model.preprocess import ImageError, Pixels, preprocess
+from model.runtimes import ONNX_INT8, create
+from train import command
+from train.data import DataError, load, read_files
+from train.evaluate import run_runtime
+
+MADE = 500
+"""Images of each kind."""
+Maker = Callable[[np.random.Generator, tuple[int, int]], Pixels]
+
+
+def auroc(ordinary: NDArray[np.float32], foreign: NDArray[np.float32]) -> float:
+    """Probability that an ordinary image scores higher than a foreign one; ties count half (Hanley & McNeil, 1982)."""
+    ranked = np.sort(ordinary)
+    below, up_to = (np.searchsorted(ranked, foreign, side) for side in ("left", "right"))
+    return float(1 - (below + up_to).mean() / (2 * len(ranked)))
+
+
+def noise(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
+    return rng.integers(0, 256, (*size, 3), np.uint8)
+
+
+def blobs(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
+    """Smooth patches of random colours."""
+    coarse = rng.integers(0, 256, (*rng.integers(2, 9, 2), 3), np.uint8)
+    return np.asarray(cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
+
+
+def letters(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
+    """A character in one colour on another."""
+    height, width = size
+    image = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
+    character = str(rng.choice(list(string.ascii_letters + string.digits)))
+    place = (int(rng.uniform(0.05, 0.4) * width), int(rng.uniform(0.7, 0.95) * height))
+    colour, scale = rng.integers(0, 256, 3).tolist(), float(rng.uniform(0.7, 1.1)) * height / 32
+    cv2.putText(image, character, place, int(rng.integers(0, 5)), scale, colour, max(1, height // 16), cv2.LINE_AA)
+    return image
+
+
+def waves(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
+    """A grating between two colours, with a little noise."""
+    y, x = np.indices(size)
+    frequency, phase = rng.uniform(0.2, 1.5, 2), rng.uniform(0, 2 * np.pi)
+    share = (2 + np.sin(frequency[0] * x + phase) + np.sin(frequency[1] * y + phase))[..., None] / 4
+    one, other = rng.integers(0, 256, (2, 3))
+    mixed = share * one + (1 - share) * other + rng.normal(0, 6, (*size, 3))
+    return np.asarray(mixed.clip(0, 255), np.uint8)
+
+
+KINDS: dict[str, Maker] = {"noise": noise, "blobs": blobs, "letters": letters, "waves": waves}
+
+
+def foreign_photos(source: str, classes: tuple[str, ...], size: tuple[int, int]) -> Pixels:
+    """Every readable image of ``source`` in a folder that is no class; raises ``DataError`` when there is none."""
+    images = []
+    for name, content in sorted(read_files(Path(source))):
+        if PurePosixPath(name).parent.name not in classes:
+            try:
+                images.append(preprocess(content, size))
+            except ImageError:
+                continue
+    if not images:
+        raise DataError(f"{source}: no image in a folder that is none of the classes {', '.join(classes)}")
+    return np.stack(images)
+
+
+def measure(classifier: Classifier, ordinary: Outputs, foreign: dict[str, Outputs]) -> dict[str, Any]:
+    """AUROC of each kind, and the share that would be told as foreign."""
+    kinds = {
+        kind: {
+            "images": len(outputs),
+            "auroc": round(auroc(ordinary[:, -1], outputs[:, -1]), 4),
+            "told": round(share_foreign(classifier, outputs), 4),
+        }
+        for kind, outputs in foreign.items()
+    }
+    return {
+        "images": len(ordinary),
+        "told_wrongly": round(share_foreign(classifier, ordinary), 4),
+        "auroc_mean": round(float(np.mean([kind["auroc"] for kind in kinds.values()])), 4),
+        "kinds": kinds,
+    }
+
+
+def share_foreign(classifier: Classifier, outputs: Outputs) -> float:
+    return float(np.mean([not prediction.in_distribution for prediction in classifier(outputs)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("source")
+    parser.add_argument("--photos", help="folder or tar archive with photographs of other things")
+    options = parser.parse_args()
+    artifact = Artifact.load(options.artifact)
+    config = artifact.config
+    rng = np.random.default_rng(0)
+    images = {kind: np.stack([make(rng, config.input_size) for _ in range(MADE)]) for kind, make in KINDS.items()}
+    if options.photos:
+        images["photographs"] = foreign_photos(options.photos, config.classes, config.input_size)
+    runtime = create(ONNX_INT8, artifact, threads=2)
+    classifier = Classifier(config, artifact.reference(quantised=True))
+    ordinary = run_runtime(runtime, load(options.source, config.input_size).test.images)
+    found = measure(classifier, ordinary, {kind: run_runtime(runtime, pixels) for kind, pixels in images.items()})
+    print(f"{found['images']} test images, of which {found['told_wrongly']:.1%} are called foreign")
+    for kind, figures in found["kinds"].items():
+        print(
+            f"  {kind:12} n={figures['images']:4}  AUROC {figures['auroc']:.3f}  called foreign {figures['told']:.1%}"
+        )
+    print(f"  mean AUROC {found['auroc_mean']:.3f}")
+    seal(options.artifact, {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), "foreign": found}})
+
+
+if __name__ == "__main__":
+    command.run(main)
