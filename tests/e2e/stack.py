@@ -117,12 +117,15 @@ def running(image: str, folder: Path) -> Iterator[Stack]:
         stack.compose("down", "--volumes", "--timeout", "5")
 
 
-def command() -> tuple[str, ...]:
+def program() -> tuple[str, ...]:
     """Compose v2 where it is installed, else docker-compose 1.29."""
     modern = subprocess.run(("docker", "compose", "version"), capture_output=True).returncode == 0
-    files = (f"{ROOT}/deploy/compose.yaml", f"{ROOT}/deploy/compose.replicas.yaml")
-    program = ("docker", "compose") if modern else ("docker-compose",)
-    return (*program, "--project-name", PROJECT, *(part for file in files for part in ("--file", file)))
+    return ("docker", "compose") if modern else ("docker-compose",)
+
+
+def command() -> tuple[str, ...]:
+    files = (ROOT / "deploy/compose.yaml", ROOT / "deploy/compose.replicas.yaml")
+    return (*program(), "--project-name", PROJECT, *(str(part) for file in files for part in ("--file", file)))
 
 
 def services() -> dict[str, Any]:
