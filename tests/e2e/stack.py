@@ -105,6 +105,7 @@ def running(image: str, folder: Path) -> Iterator[Stack]:
             "NGINX_CONFIG": str(nginx.configuration(folder / "nginx", nginx.version(run(proxy, "nginx", "-v")))),
             **{name: free_port() for name in ("HTTP_PORT", "HTTPS_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")},
             "GRAFANA_PORT": free_port(),
+            "COMPOSE_HTTP_TIMEOUT": str(READY_SECONDS),  # docker-compose 1.29 gives up on a busy machine after 60 s
         },
         services=("classifier", "nginx", *(name for name, tag in images.items() if obtain(tag))),
     )
