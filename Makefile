@@ -101,7 +101,7 @@ e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test
 	$(BIN)/python -m pytest tests/e2e
 
 e2e-stack: $(VENV)/.dev ## the stack alone
-	$(BIN)/python -m pytest tests/e2e/test_stack.py
+	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_stack.py
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"

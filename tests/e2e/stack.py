@@ -18,7 +18,7 @@ import requests
 import yaml
 
 from tests import nginx
-from tests.e2e.docker import ROOT, docker, has_image
+from tests.e2e.docker import ROOT, docker, has_image, jpeg
 
 PROJECT = "classifier-e2e"
 REPLICAS = 2
@@ -161,3 +161,16 @@ def session() -> requests.Session:
     client = requests.Session()
     client.verify = str(CERTIFICATE)
     return client
+
+
+def post(client: requests.Session, stack: Stack, **headers: str) -> requests.Response:
+    sent = {"Content-Type": "image/jpeg", **headers}
+    return client.post(f"{stack.url}/classify", jpeg(), headers=sent, timeout=20)
+
+
+def assert_error(reply: requests.Response, status: int, code: str) -> None:
+    assert (reply.status_code, reply.headers["Content-Type"]) == (status, "application/json"), reply.text
+    error = reply.json()["error"]
+    assert error["code"] == code == reply.headers["X-Error-Code"]
+    assert error["message"]
+    assert error["request_id"] == reply.headers["X-Request-Id"]
