@@ -17,8 +17,18 @@ export IMAGE_CPU ?= classifier:cpu
 IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 
+# The stack of deploy/compose.yaml; OVERLAYS="gpu replicas" adds compose.gpu.yaml and compose.replicas.yaml.
+OVERLAYS ?=
+STACK := deploy/compose.yaml $(OVERLAYS:%=deploy/compose.%.yaml)
+STACK_IMAGE := $(if $(filter gpu,$(OVERLAYS)),image-gpu,image-cpu)
+export CLASSIFIER_IMAGE ?= $(if $(filter gpu,$(OVERLAYS)),$(IMAGE_GPU),$(IMAGE_CPU))
+# Compose v2, or docker-compose 1.29 where that is not installed.
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
+	--project-name classifier $(STACK:%=--file %)
+
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store models compare promote rollback build image-cpu image-gpu e2e clean
+# Every target that has a help line: none of them is a file.
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' Makefile)
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,6 +57,9 @@ check: $(VENV)/.dev ## lint and types only
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx and a Compose (Debian: nginx-light docker-compose)
+	$(BIN)/python -m pytest tests/deploy
 
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
 	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume)
@@ -83,8 +96,24 @@ image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with t
 	$(BIN)/bentoml build
 	$(BIN)/bentoml containerize classifier:latest -t $(IMAGE_GPU) $(CONTAINERIZE_FLAGS)
 
-e2e: $(VENV)/.dev ## run the CPU image, built if missing, and test it from outside
+secrets: ## make what is missing in deploy/secrets: a self-signed certificate and placeholders
+	sh deploy/secrets.sh
+
+up: secrets ## start the whole stack, with an image built if missing; OVERLAYS="gpu replicas"
+	docker image inspect $(CLASSIFIER_IMAGE) >/dev/null 2>&1 || $(MAKE) $(STACK_IMAGE)
+	$(COMPOSE) up --detach --remove-orphans
+
+down: ## stop the stack; what Prometheus, Alertmanager and Grafana have stored stays
+	$(COMPOSE) down --remove-orphans
+
+smoke: ## ask the stack from outside: does it classify, are inner paths hidden, are all targets up
+	@python3 deploy/smoke.py
+
+e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test them from outside
 	$(BIN)/python -m pytest tests/e2e
+
+e2e-stack: $(VENV)/.dev ## the stack alone
+	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_stack.py
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"

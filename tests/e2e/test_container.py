@@ -7,20 +7,15 @@ make image-cpu e2e      # builds it anew
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import requests
 
-ROOT = Path(__file__).parents[2]
-IMAGE = os.environ.get("IMAGE_CPU", "classifier:cpu")
+from tests.e2e.docker import docker, has_image, jpeg, process_statuses
+
 BASE_IMAGE = "python:3.11-slim"
 MAX_OVER_BASE = 500e6
 READY_SECONDS = 120
@@ -31,13 +26,6 @@ HARDENED = (
 )
 
 
-def docker(*arguments: str, code: int | None = 0) -> str:
-    """``docker arguments``; returns what it printed, after checking its exit status unless ``code`` is None."""
-    done = subprocess.run(("docker", *arguments), capture_output=True, text=True, timeout=120)
-    assert code is None or done.returncode == code, done.stdout + done.stderr
-    return (done.stdout + done.stderr).strip()
-
-
 @dataclass(frozen=True)
 class Container:
     id: str
@@ -46,20 +34,6 @@ class Container:
 
     def run(self, script: str, code: int | None = 0) -> str:
         return docker("exec", self.id, "sh", "-c", script, code=code)
-
-    def statuses(self) -> list[dict[str, str]]:
-        """/proc/PID/status of each process of the server."""
-        pids = docker("top", self.id, "-o", "pid").split()[1:]
-        texts = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
-        return [dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line) for text in texts]
-
-
-@pytest.fixture(scope="module")
-def image() -> str:
-    if docker("image", "inspect", IMAGE, "--format", "{{.Id}}", code=None).startswith("sha256:"):
-        return IMAGE
-    subprocess.run(("make", "image-cpu", f"IMAGE_CPU={IMAGE}"), cwd=ROOT, check=True)
-    return IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +58,6 @@ def wait_until_ready(identity: str, url: str) -> None:
             pass
         time.sleep(0.1)
     pytest.fail(f"not ready after {READY_SECONDS} s\n{docker('logs', identity)}")
-
-
-def jpeg() -> bytes:
-    picture = np.full((48, 64, 3), 200, np.uint8)
-    cv2.circle(picture, (32, 24), 15, (30, 90, 160), -1)
-    return cv2.imencode(".jpg", picture)[1].tobytes()
 
 
 def test_classifies(container: Container) -> None:
@@ -119,7 +87,7 @@ def test_metrics(container: Container) -> None:
 
 
 def test_runs_without_privileges(container: Container) -> None:
-    statuses = container.statuses()
+    statuses = process_statuses(container.id)
     assert len(statuses) >= 2  # the parent and its workers
     for status in statuses:
         assert "0" not in status["Uid"].split()
@@ -144,7 +112,7 @@ def test_sends_no_usage_statistics(container: Container) -> None:
 def test_sizes(container: Container, image: str, capsys: pytest.CaptureFixture[str]) -> None:
     size = image_size(image)
     over_base = size - image_size(BASE_IMAGE)
-    resident = [int(status["VmRSS"].split()[0]) / 1024 for status in container.statuses()]
+    resident = [int(status["VmRSS"].split()[0]) / 1024 for status in process_statuses(container.id)]
     with capsys.disabled():
         print(
             f"\n{image}: {size / 1e6:.0f} MB, {over_base / 1e6:.0f} MB over {BASE_IMAGE}; "
@@ -156,7 +124,7 @@ def test_sizes(container: Container, image: str, capsys: pytest.CaptureFixture[s
 
 def image_size(name: str) -> int:
     """Bytes; a base image that only the builder has is pulled."""
-    if not docker("image", "inspect", name, "--format", "{{.Id}}", code=None).startswith("sha256:"):
+    if not has_image(name):
         docker("pull", "--quiet", name)
     return int(docker("image", "inspect", name, "--format", "{{.Size}}"))
 

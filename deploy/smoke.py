@@ -1,0 +1,85 @@
+"""Is the stack that `make up` started at work? Asked from outside, as a caller would: make smoke."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import sys
+from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HTTPS_PORT = int(os.environ.get("HTTPS_PORT", "443"))
+PROMETHEUS_PORT = int(os.environ.get("PROMETHEUS_PORT", "9090"))
+SECONDS = 20  # what callers are advised to wait; see nginx/snippets/proxy.conf
+
+
+class SmokeError(Exception):
+    """What is wrong, in a few words."""
+
+
+def tls() -> ssl.SSLContext:
+    """Trusts the certificate that Nginx was given, whatever name it bears."""
+    context = ssl.create_default_context(cafile=str(ROOT / "deploy/secrets/tls_certificate"))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def ask(connection: HTTPConnection, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    connection.request(method, path, body, {"Content-Type": "image/jpeg"} if body else {})
+    reply = connection.getresponse()
+    return reply.status, reply.read()
+
+
+def outside() -> HTTPSConnection:
+    return HTTPSConnection("localhost", HTTPS_PORT, timeout=SECONDS, context=tls())
+
+
+def classifies() -> str:
+    status, body = ask(outside(), "POST", "/classify", (ROOT / "tests/images/dog.jpg").read_bytes())
+    if status != 200:
+        raise SmokeError(f"{status}: {body.decode()}")
+    answer = json.loads(body)
+    return f"{answer['class_name']}, {answer['confidence']:.2f}, by {answer['model']}"
+
+
+def hides_metrics() -> str:
+    status, _ = ask(outside(), "GET", "/metrics")
+    if status != 404:
+        raise SmokeError(f"{status}: /metrics can be reached from outside")
+    return "404"
+
+
+def targets_are_up() -> str:
+    prometheus = HTTPConnection("localhost", PROMETHEUS_PORT, timeout=SECONDS)
+    _, body = ask(prometheus, "GET", "/api/v1/targets?state=active")
+    targets = json.loads(body)["data"]["activeTargets"]
+    down = [f"{target['scrapePool']} is {target['health']}" for target in targets if target["health"] != "up"]
+    if down or not targets:
+        raise SmokeError(", ".join(down) or "there are none")
+    return f"{len(targets)} of {len(targets)}"
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "classify over TLS": classifies,
+    "metrics hidden": hides_metrics,
+    "targets up": targets_are_up,
+}
+
+
+def main() -> int:
+    failed = 0
+    for name, check in CHECKS.items():
+        try:
+            print(f"ok    {name:18} {check()}")
+        except (SmokeError, OSError, HTTPException) as error:
+            failed += 1
+            print(f"FAIL  {name:18} {error}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

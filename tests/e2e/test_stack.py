@@ -1,0 +1,189 @@
+"""The whole stack, run by Compose as in production: `make e2e-stack`.
+
+Needs Docker with Compose and, where no registry is reached, local images of the tags in deploy/compose.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import requests
+import yaml
+
+from tests.e2e.docker import ROOT, docker, jpeg, process_statuses
+from tests.e2e.stack import (
+    REPLICAS,
+    Stack,
+    address,
+    assert_error,
+    inspect,
+    post,
+    services,
+    session,
+    wait_until_healthy,
+)
+
+
+def test_every_service_runs(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but those whose image this machine cannot get, which is said."""
+    missing = set(services()) - set(stack.services)
+    if missing:
+        with capsys.disabled():
+            print(f"\nnot started, no image: {', '.join(sorted(missing))}")
+    assert missing <= {"grafana"}
+    for service in stack.services:
+        assert len(stack.containers(service)) == (REPLICAS if service == "classifier" else 1), service
+
+
+def test_every_target_is_up(stack: Stack) -> None:
+    """Every scrape job whose exporter runs here has targets; every target is up; each replica is one."""
+    jobs = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    expected = {job["job_name"] for job in jobs} - {"gpu"} - (set(services()) - set(stack.services))
+    assert {"classifier", "nginx", "node", "prometheus", "alertmanager"} <= expected
+    deadline = time.monotonic() + 60
+    while True:  # the first scrapes take an interval
+        reply = requests.get(f"{stack.prometheus}/api/v1/targets", {"state": "active"}, timeout=10)
+        targets = reply.json()["data"]["activeTargets"]
+        states = [(target["labels"]["job"], target["health"]) for target in targets]
+        up = [job for job, health in states if health == "up"]
+        if len(up) == len(states) and set(up) == expected and up.count("classifier") == REPLICAS:
+            return
+        assert time.monotonic() < deadline, states
+        time.sleep(1)
+
+
+class Traffic:
+    """Callers that post batches without a pause: some requests are always under way."""
+
+    def __init__(self, stack: Stack, callers: int = 4, images: int = 24) -> None:
+        self._stack = stack
+        self._files = [("images", (f"{i}.jpg", jpeg(), "image/jpeg")) for i in range(images)]
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._call) for _ in range(callers)]
+        self.outcomes: list[str] = []
+
+    def _call(self) -> None:
+        client = session()
+        while not self._end.is_set():
+            try:
+                reply = client.post(f"{self._stack.url}/classify/batch", files=self._files, timeout=20)
+                self.outcomes.append(
+                    "ok" if reply.ok and len(reply.json()["results"]) == len(self._files) else reply.text
+                )
+            except requests.RequestException as error:
+                self.outcomes.append(repr(error))
+            self._end.wait(0.04)  # stays below the limit of one address
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("way", ["kill", "stop"])
+def test_a_lost_replica_fails_no_request(stack: Stack, way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed, or told to stop, under traffic; when it is back, with whatever address, it has work again."""
+    before = len(stack.logs("nginx"))
+    victim = stack.containers("classifier")[0]
+    with Traffic(stack) as traffic:
+        time.sleep(3)
+        docker(way, victim)
+        time.sleep(7)
+        docker("start", victim)
+        wait_until_healthy(victim)
+        stack.find_replicas()
+        returned = len(traffic.outcomes)
+        time.sleep(8)
+    lines = stack.logs("nginx")[before:]
+    retried = [line for line in lines if "," in line["upstream"]]
+    with capsys.disabled():
+        print(f"\n{way}: {len(traffic.outcomes)} requests, {len(retried)} of them asked a second replica")
+    assert len(traffic.outcomes) > 200
+    assert set(traffic.outcomes) == {"ok"}
+    assert any(line["upstream"].endswith(address(victim)) for line in lines[returned:])
+    if way == "kill":
+        assert retried
+
+
+def test_more_replicas_are_found(stack: Stack) -> None:
+    stack.compose("up", "--detach", "--no-recreate", "--scale", f"classifier={REPLICAS + 1}", *stack.services)
+    for identity in stack.containers("classifier"):
+        wait_until_healthy(identity)
+    stack.find_replicas()
+    before = len(stack.logs("nginx"))
+    with Traffic(stack):
+        time.sleep(9)
+    used = {line["upstream"] for line in stack.logs("nginx")[before:]}
+    assert {address(identity) for identity in stack.containers("classifier")} <= used
+
+
+def test_containers_are_hardened(stack: Stack) -> None:
+    for identity in stack.containers():
+        about = inspect(identity)
+        host, name = about["HostConfig"], about["Name"]
+        assert host["ReadonlyRootfs"], name
+        assert host["CapDrop"] == ["ALL"], name
+        assert not host["CapAdd"], name
+        assert not host["Privileged"], name
+        assert "no-new-privileges:true" in host["SecurityOpt"], name
+        assert host["Memory"] > 0, name
+        assert host["NanoCpus"] > 0, name
+        assert host["PidsLimit"] > 0, name
+        assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}, name
+        assert host["RestartPolicy"]["Name"] == "unless-stopped", name
+        assert "docker.sock" not in json.dumps(about["Mounts"]), name
+        for status in process_statuses(identity):
+            assert "0" not in status["Uid"].split(), name
+            assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0, name
+            assert status["NoNewPrivs"] == "1", name
+
+
+def test_only_nginx_is_published(stack: Stack) -> None:
+    for identity in stack.containers():
+        about = inspect(identity)
+        service = about["Config"]["Labels"]["com.docker.compose.service"]
+        hosts = {
+            binding["HostIp"] for bindings in about["HostConfig"]["PortBindings"].values() for binding in bindings or []
+        }
+        if service in ("prometheus", "alertmanager", "grafana"):
+            assert hosts == {"127.0.0.1"}, service
+        elif service != "nginx":
+            assert not hosts, service
+            assert all(is_internal(network) for network in about["NetworkSettings"]["Networks"]), service
+
+
+def is_internal(network: str) -> bool:
+    return docker("network", "inspect", network, "--format", "{{.Internal}}") == "true"
+
+
+def test_smoke(stack: Stack) -> None:
+    environment = {**os.environ, **stack.environment}
+    done = subprocess.run((sys.executable, ROOT / "deploy/smoke.py"), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok  ") == 3
+
+
+def test_without_replicas(client: requests.Session, stack: Stack) -> None:
+    """Last: nothing answers afterwards. The error has the form, and smoke says what fails."""
+    for identity in stack.containers("classifier"):
+        docker("kill", identity)
+    replies = [post(client, stack) for _ in range(3)]
+    for reply in replies[:-1]:  # the first ones may find out by a connection that times out
+        assert_error(reply, *((504, "deadline_exceeded") if reply.status_code == 504 else (502, "bad_gateway")))
+    assert_error(replies[-1], 502, "bad_gateway")
+    assert int(replies[-1].headers["Retry-After"]) >= 1
+    environment = {**os.environ, **stack.environment}
+    done = subprocess.run((sys.executable, ROOT / "deploy/smoke.py"), env=environment, capture_output=True, text=True)
+    assert done.returncode > 0
+    assert "FAIL  classify over TLS" in done.stdout

@@ -1,0 +1,107 @@
+"""Settings that several files of deploy/ hold agree with each other and with the service's own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+import yaml
+
+from serving import context
+from settings import Settings
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+GPU: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())
+SERVICES = COMPOSE["services"] | {"dcgm-exporter": GPU["services"]["dcgm-exporter"]}
+
+
+def nginx(name: str, pattern: str) -> str:
+    """The one match of ``pattern``'s group in a file of deploy/nginx."""
+    (found,) = re.findall(pattern, (DEPLOY / "nginx" / name).read_text(), re.MULTILINE)
+    return str(found)
+
+
+def proxy_seconds(directive: str) -> float:
+    return float(nginx("snippets/proxy.conf", rf"^{directive} (\d+)s;"))
+
+
+def default(setting: str) -> Any:
+    return Settings.model_fields[setting].default
+
+
+def test_nginx_and_the_service_take_bodies_of_the_same_size() -> None:
+    mebibytes = int(nginx("snippets/body.conf", r"^client_max_body_size (\d+)m;"))
+    assert mebibytes * 2**20 == default("max_body_bytes")
+    assert nginx("snippets/error_form.conf", r"larger than (\d+) MiB") == str(mebibytes)
+
+
+def test_each_layer_waits_longer_than_the_one_inside() -> None:
+    advised = float(nginx("snippets/proxy.conf", r"caller, (\d+) s advised"))
+    read, retry = proxy_seconds("proxy_read_timeout"), proxy_seconds("proxy_next_upstream_timeout")
+    assert advised > retry + read
+    assert read > default("request_timeout")
+    assert retry < read  # a slow reply is not asked for again
+    assert proxy_seconds("proxy_connect_timeout") < retry
+
+
+def test_nginx_gives_up_idle_connections_before_the_service_does() -> None:
+    kept = uvicorn.Config("").timeout_keep_alive
+    assert int(nginx("snippets/upstream.conf", r"keepalive_timeout (\d+)s;")) < kept
+
+
+def test_draining_ends_before_the_container_is_killed() -> None:
+    draining = int(SERVICES["classifier"]["command"][-1])
+    assert draining >= default("request_timeout")
+    assert int(SERVICES["classifier"]["stop_grace_period"].rstrip("s")) > draining
+    assert int(SERVICES["nginx"]["stop_grace_period"].rstrip("s")) > draining
+
+
+def test_request_ids_are_judged_alike() -> None:
+    rule = nginx("snippets/request_id.conf", r'"~\^(.+)\$"')
+    assert rule == context._ACCEPTABLE.pattern
+
+
+def test_ports_and_addresses() -> None:
+    port = nginx("snippets/upstream.conf", r"server classifier:(\d+) ")
+    assert f":{port}/readyz" in " ".join(SERVICES["classifier"]["healthcheck"]["test"])
+    status = nginx("nginx.conf", r"listen (\d+);")
+    assert SERVICES["nginx-exporter"]["command"] == [f"--nginx.scrape-uri=http://nginx:{status}/stub_status"]
+    inside = {published.rsplit(":", 1)[1] for published in SERVICES["nginx"]["ports"]}
+    assert inside == set(re.findall(r"listen (\d+).*default_server", (DEPLOY / "nginx/nginx.conf").read_text()))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_hardening(name: str) -> None:
+    """What tests/e2e sees in the containers, also of those that it cannot start."""
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    assert {"cpus", "mem_limit", "pids_limit", "logging", "user", "networks"} <= set(service)
+    assert not re.match(r"(0|root)\b", service["user"])
+    assert re.search(r":v?\d+\.\d+|\$\{CLASSIFIER_IMAGE", service["image"]), "pinned"
+    if "exporter" not in name:
+        assert "start_period" in service["healthcheck"]
+
+
+def test_secrets_sh_makes_every_secret(tmp_path: Path) -> None:
+    script = tmp_path / "secrets.sh"
+    script.write_bytes((DEPLOY / "secrets.sh").read_bytes())
+    subprocess.run(("sh", script), check=True)
+    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    assert {file.name for file in (tmp_path / "secrets").iterdir()} == files
+    assert oct((tmp_path / "secrets").stat().st_mode)[-3:] == "700"
+
+    (tmp_path / "secrets/slack_url").unlink()
+    (tmp_path / "secrets/slack_url").write_text("https://real")
+    before = (tmp_path / "secrets/tls_key").read_bytes()
+    subprocess.run(("sh", script), check=True)
+    assert (tmp_path / "secrets/slack_url").read_text() == "https://real"
+    assert (tmp_path / "secrets/tls_key").read_bytes() == before
