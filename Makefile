@@ -18,7 +18,7 @@ IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean
+.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e check-monitoring e2e-alerts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -73,6 +73,13 @@ image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with t
 
 e2e: $(VENV)/.dev ## run the CPU image, built if missing, and test it from outside
 	$(BIN)/python -m pytest tests/e2e
+
+check-monitoring: $(VENV)/.dev ## lint and unit-test alerts, routes and dashboards; needs promtool and amtool (Debian: prometheus prometheus-alertmanager)
+	$(BIN)/python -m pytest tests/monitoring/test_tools.py
+
+# Debian: the above, prometheus-node-exporter prometheus-blackbox-exporter prometheus-nginx-exporter nginx-light openssl
+e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 also draws docs/images/dashboard-*.png
+	$(BIN)/python -m pytest tests/monitoring/test_alerts.py
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
