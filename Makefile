@@ -115,6 +115,13 @@ e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test
 e2e-stack: $(VENV)/.dev ## the stack alone
 	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_stack.py
 
+check-monitoring: $(VENV)/.dev ## lint and unit-test alerts, routes and dashboards; needs promtool and amtool (Debian: prometheus prometheus-alertmanager)
+	$(BIN)/python -m pytest tests/monitoring/test_tools.py
+
+# Debian: the above, prometheus-node-exporter prometheus-blackbox-exporter prometheus-nginx-exporter nginx-light openssl
+e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 also draws docs/images/dashboard-*.png
+	$(BIN)/python -m pytest tests/monitoring/test_alerts.py
+
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"

@@ -1,0 +1,285 @@
+"""The Grafana dashboards as plain data; run to write dashboards/*.json, which Grafana reads.
+
+    python -m monitoring.grafana.dashboards
+
+A panel is a title, a unit, and queries with their legends. Windows are those of the alerts, so that a panel shows what
+an alert has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "dashboards"
+WIDTH, HEIGHT = 24, 8
+"""Of Grafana's grid, and of a panel."""
+SOURCE = {"type": "prometheus", "uid": "prometheus"}
+
+Json = dict[str, Any]
+
+CLASSIFY = 'endpoint=~"/classify(/batch)?"'
+ANSWERED = 'endpoint="/classify", http_response_code="200"'
+DURATION = "bentoml_service_request_duration_seconds"
+
+
+def panel(title: str, unit: str, *queries: tuple[str, str], about: str = "", **options: Any) -> Json:
+    """A graph over time, unless ``kind`` says otherwise; ``queries`` are pairs of legend and PromQL."""
+    kind, width = options.pop("kind", "timeseries"), options.pop("width", 8)
+    instant = kind in ("stat", "table", "bargauge")
+    return {
+        "type": kind,
+        "title": title,
+        "description": about,
+        "datasource": SOURCE,
+        "gridPos": {"w": width, "h": options.pop("height", HEIGHT)},
+        "fieldConfig": {"defaults": {"unit": unit, **options}, "overrides": []},
+        "targets": [
+            {
+                "refId": chr(ord("A") + i),
+                "datasource": SOURCE,
+                "expr": expr,
+                "legendFormat": legend,
+                "instant": instant,
+                "range": not instant,
+                "format": "table" if kind == "table" else "time_series",
+            }
+            for i, (legend, expr) in enumerate(queries)
+        ],
+    }
+
+
+def stat(title: str, unit: str, expr: str, red_below: float | None = None, red_above: float | None = None) -> Json:
+    """One number, green or red."""
+    below, above = ("red", "green") if red_below is not None else ("green", "red")
+    steps: list[Json] = [{"color": below, "value": None}]
+    limit = red_below if red_below is not None else red_above
+    if limit is not None:
+        steps.append({"color": above, "value": limit})
+    return panel(
+        title, unit, ("", expr), kind="stat", width=4, height=4, thresholds={"mode": "absolute", "steps": steps}
+    )
+
+
+def stacked() -> Json:
+    return {"custom": {"stacking": {"mode": "normal"}, "fillOpacity": 40}}
+
+
+def quantiles(histogram: str, window: str = "5m", by: str = "le") -> list[tuple[str, str]]:
+    return [
+        (f"p{q * 100:g}", f"histogram_quantile({q}, sum by ({by}) (rate({histogram}[{window}])))")
+        for q in (0.5, 0.95, 0.99)
+    ]
+
+
+SERVICE = [
+    stat("Replicas up", "short", "classifier:instances_up:count", red_below=1),
+    stat("Requests", "reqps", f"sum(rate(bentoml_service_request_total{{{CLASSIFY}}}[5m]))"),
+    stat("Images", "short", "sum(rate(classifier_images_total[5m]))"),
+    stat("p99 of /classify", "s", quantiles(f"{DURATION}_bucket{{{ANSWERED}}}")[2][1], red_above=0.1),
+    stat("Availability budget left", "percentunit", '1 - classifier:slo_burn:30d{slo="availability"}', red_below=0),
+    stat("Latency budget left", "percentunit", '1 - classifier:slo_burn:30d{slo="latency"}', red_below=0),
+    panel(
+        "Requests by status",
+        "reqps",
+        (
+            "{{http_response_code}}",
+            f"sum by (http_response_code) (rate(bentoml_service_request_total{{{CLASSIFY}}}[5m]))",
+        ),
+        **stacked(),
+    ),
+    panel(
+        "Not served",
+        "percentunit",
+        ("5xx and 429", 'classifier:slo_bad:rate5m{slo="availability"} / (classifier:slo_requests:rate5m > 0)'),
+        ("over 100 ms", 'classifier:slo_bad:rate5m{slo="latency"} / (classifier:slo_requests:rate5m > 0)'),
+        about="Shares of the requests that count for each objective.",
+        min=0,
+    ),
+    panel("Latency of /classify", "s", *quantiles(f"{DURATION}_bucket{{{ANSWERED}}}"), min=0),
+    panel(
+        "Burn rate",
+        "short",
+        ("{{slo}} 5m", "classifier:slo_burn:5m"),
+        ("{{slo}} 1h", "classifier:slo_burn:1h"),
+        ("{{slo}} 6h", "classifier:slo_burn:6h"),
+        about="1 uses up the budget in 30 days; 14.4 for an hour pages.",
+        min=0,
+    ),
+    panel(
+        "Turned away, by reason",
+        "reqps",
+        ("{{reason}}", "sum by (reason) (rate(classifier_rejected_total[5m]))"),
+        **stacked(),
+    ),
+    panel(
+        "Waiting and under way",
+        "short",
+        ("images in queue, {{instance}}", "classifier_queue_images"),
+        (
+            "requests, {{instance}}",
+            f"sum by (instance) (bentoml_service_request_in_progress{{{CLASSIFY}}})",
+        ),
+        min=0,
+    ),
+    panel(
+        "Images in a batch",
+        "short",
+        ("mean", "sum(rate(classifier_batch_images_sum[5m])) / (sum(rate(classifier_batch_images_count[5m])) > 0)"),
+        *quantiles("classifier_batch_images_bucket"),
+        min=0,
+    ),
+    panel(
+        "Mean time of a stage",
+        "s",
+        (
+            "{{stage}}",
+            "sum by (stage) (rate(classifier_stage_seconds_sum[5m]))"
+            " / (sum by (stage) (rate(classifier_stage_seconds_count[5m])) > 0)",
+        ),
+        about="classify is queue and engine of one request, infer the engine's time for one batch.",
+        min=0,
+    ),
+    panel(
+        "Engines busy",
+        "percentunit",
+        ("{{instance}}", "classifier:engine_busy:ratio_rate5m"),
+        about="Seconds of inference for each second and worker; embedded topology only.",
+        min=0,
+        max=1,
+    ),
+    panel("Inference p99", "s", ("{{instance}}", "classifier:infer_seconds:p99_5m"), min=0),
+    panel(
+        "Workers", "short", ("{{instance}}", "classifier:workers:count"), min=0, about="With a request within 10 min."
+    ),
+    panel(
+        "Edge",
+        "short",
+        ("requests a second", "rate(nginx_http_requests_total[5m])"),
+        ("active connections", "nginx_connections_active"),
+        ("certificate, days left", "(probe_ssl_earliest_cert_expiry - time()) / 86400"),
+        min=0,
+    ),
+]
+
+MODEL = [
+    stat(
+        "Mean confidence",
+        "percentunit",
+        "sum(rate(classifier_confidence_sum[1h])) / sum(rate(classifier_confidence_count[1h]))",
+    ),
+    stat("Guesses (≤ 0.5)", "percentunit", "classifier:low_confidence:ratio1h", red_above=0.1),
+    stat("Class mix drift (PSI)", "short", "classifier:class_mix_drift:psi", red_above=0.25),
+    stat("Confidence drift (KS)", "short", "classifier:confidence_drift:ks", red_above=0.15),
+    stat("Images in the last hour", "short", "classifier:images:increase1h"),
+    stat("Versions served", "short", "count(count by (model, version) (classifier_model_info))", red_above=2),
+    panel(
+        "Verdicts by class",
+        "short",
+        ("{{class_name}}", "sum by (class_name) (rate(classifier_images_total[5m]))"),
+        width=12,
+        **stacked(),
+    ),
+    panel(
+        "Share of each class, last hour minus baseline",
+        "percentunit",
+        ("{{class_name}}", "classifier:class_share:ratio1h - classifier:class_share:baseline"),
+        width=12,
+    ),
+    panel(
+        "Confidence",
+        "percentunit",
+        *(
+            (
+                f"{q:.0%} of the verdicts below",
+                f"histogram_quantile({q}, sum by (le) (rate(classifier_confidence_bucket[5m])))",
+            )
+            for q in (0.05, 0.25, 0.5)
+        ),
+        min=0,
+        max=1,
+    ),
+    panel(
+        "Drift",
+        "short",
+        ("class mix (PSI)", "classifier:class_mix_drift:psi"),
+        ("confidence (KS)", "classifier:confidence_drift:ks"),
+        about="Alerts above 0.25 and 0.15, given 1,000 images an hour.",
+        min=0,
+    ),
+    panel("Guesses (confidence ≤ 0.5)", "percentunit", ("share", "classifier:low_confidence:ratio1h"), min=0),
+    panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH),
+]
+
+MACHINE = [
+    panel("CPU busy", "percentunit", ("{{instance}}", "machine:cpu_busy:ratio_rate5m"), min=0, max=1),
+    panel(
+        "CPU load for each core",
+        "short",
+        ("{{instance}}", 'node_load5 / on (instance) count by (instance) (node_cpu_seconds_total{mode="idle"})'),
+        about="Above 1 work waits for a core.",
+        min=0,
+    ),
+    panel("Memory used", "percentunit", ("{{instance}}", "machine:memory_used:ratio"), min=0, max=1),
+    panel("Disk used", "percentunit", ("{{device}}", "machine:disk_used:ratio"), min=0, max=1),
+    panel("Disk busy", "percentunit", ("{{device}}", "rate(node_disk_io_time_seconds_total[5m])"), min=0),
+    panel(
+        "Network",
+        "Bps",
+        ("in", 'sum by (instance) (rate(node_network_receive_bytes_total{device!="lo"}[5m]))'),
+        ("out", 'sum by (instance) (rate(node_network_transmit_bytes_total{device!="lo"}[5m]))'),
+        min=0,
+    ),
+    panel(
+        "Errors",
+        "short",
+        ("processes killed for memory", "increase(node_vmstat_oom_kill[1h])"),
+        ("network errors", "sum by (instance) (increase(node_network_receive_errs_total[1h]))"),
+        ("packets dropped", "sum by (instance) (increase(node_network_receive_drop_total[1h]))"),
+        min=0,
+    ),
+    panel("GPU busy", "percent", ("GPU {{gpu}}", "DCGM_FI_DEV_GPU_UTIL"), min=0, max=100),
+    panel("GPU memory used", "percentunit", ("GPU {{gpu}}", "gpu:memory_used:ratio"), min=0, max=1),
+    panel("GPU temperature", "celsius", ("GPU {{gpu}}", "DCGM_FI_DEV_GPU_TEMP")),
+    panel("GPU power", "watt", ("GPU {{gpu}}", "DCGM_FI_DEV_POWER_USAGE"), min=0),
+    panel("GPU last Xid", "short", ("GPU {{gpu}}", "DCGM_FI_DEV_XID_ERRORS"), about="0 is none.", min=0),
+]
+
+
+def dashboard(uid: str, title: str, panels: list[Json]) -> Json:
+    """Panels in rows, from left to right, as they fit."""
+    x = y = row = 0
+    placed = []
+    for number, item in enumerate(panels, 1):
+        width, height = item["gridPos"]["w"], item["gridPos"]["h"]
+        if x + width > WIDTH:
+            x, y, row = 0, y + row, 0
+        placed.append({"id": number, **item, "gridPos": {"x": x, "y": y, "w": width, "h": height}})
+        x, row = x + width, max(row, height)
+    return {
+        "uid": uid,
+        "title": title,
+        "tags": ["classifier"],
+        "schemaVersion": 39,
+        "editable": False,
+        "refresh": "30s",
+        "time": {"from": "now-3h", "to": "now"},
+        "panels": placed,
+    }
+
+
+DASHBOARDS = {
+    "service": dashboard("classifier-service", "Classifier: service", SERVICE),
+    "model": dashboard("classifier-model", "Classifier: model", MODEL),
+    "machine": dashboard("classifier-machine", "Classifier: machine and GPU", MACHINE),
+}
+
+
+def text(board: Json) -> str:
+    return json.dumps(board, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for name, board in DASHBOARDS.items():
+        (FOLDER / f"{name}.json").write_text(text(board), encoding="utf-8")

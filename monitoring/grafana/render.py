@@ -1,0 +1,115 @@
+"""Draw the dashboards from what Prometheus answers now, for pages that cannot show Grafana itself.
+
+python -m monitoring.grafana.render http://localhost:9090 docs/images --minutes 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import requests
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend that needs no display
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from monitoring.grafana.dashboards import FOLDER, WIDTH
+
+Series = list[dict[str, Any]]
+POINTS = 60
+SCALES = {
+    "percentunit": (100, " %"),
+    "percent": (1, " %"),
+    "s": (1000, " ms"),
+    "celsius": (1, " °C"),
+    "watt": (1, " W"),
+}
+"""Units that are drawn other than as a bare number."""
+
+
+def query(prometheus: str, expr: str, instant: bool, minutes: float) -> Series:
+    """The series of a panel's query: their last values, or those of the last ``minutes``. None that is only NaN."""
+    now = time.time()
+    window = {"time": now} if instant else {"start": now - 60 * minutes, "end": now, "step": 60 * minutes / POINTS}
+    reply = requests.post(
+        f"{prometheus}/api/v1/query{'' if instant else '_range'}", data={"query": expr, **window}, timeout=60
+    )
+    body = reply.json()
+    if body["status"] != "success":
+        raise ValueError(f"{expr}: {body['error']}")
+    series = [{**s, "values": s.get("values") or [s["value"]]} for s in body["data"]["result"]]
+    return [s for s in series if any(value != "NaN" for _, value in s["values"])]
+
+
+def answers(prometheus: str, panel: dict[str, Any], minutes: float) -> list[tuple[str, dict[str, str], Any]]:
+    """Each series of a panel: its legend, its labels and its points."""
+    found = []
+    for target in panel["targets"]:
+        for series in query(prometheus, target["expr"], target["instant"], minutes):
+            legend = target["legendFormat"]
+            for label, value in series["metric"].items():
+                legend = legend.replace("{{" + label + "}}", value)
+            found.append((legend, series["metric"], [(t, float(v)) for t, v in series["values"]]))
+    return found
+
+
+def draw_panel(axes: Axes, panel: dict[str, Any], found: list[tuple[str, dict[str, str], Any]]) -> None:
+    axes.set_title(panel["title"], fontsize=8, loc="left")
+    defaults = panel["fieldConfig"]["defaults"]
+    factor, unit = SCALES.get(defaults["unit"], (1, ""))
+    if panel["type"] != "timeseries":
+        axes.axis("off")
+    if not found:
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="grey", fontsize=8)
+    elif panel["type"] == "stat":
+        value = f"{found[0][2][-1][1] * factor:.3g}{unit}"
+        axes.text(0.5, 0.4, value, ha="center", va="center", fontsize=18, transform=axes.transAxes)
+    elif panel["type"] == "table":
+        rows = [", ".join(f"{k}={v}" for k, v in labels.items() if k != "__name__") for _, labels, _ in found]
+        axes.text(0, 0.9, "\n".join(rows), va="top", fontsize=7, transform=axes.transAxes)
+    else:
+        end = max(points[-1][0] for *_, points in found)
+        for legend, _, points in found:
+            axes.plot([(t - end) / 60 for t, _ in points], [v * factor for _, v in points], lw=1, label=legend)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
+        axes.tick_params(labelsize=6)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=defaults.get("min"))
+        axes.legend(fontsize=5, loc="upper left", ncols=2)
+
+
+def draw(prometheus: str, board: dict[str, Any], path: Path, minutes: float) -> None:
+    """One picture of a dashboard, its panels where Grafana has them; time is in minutes before now."""
+    rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in board["panels"])
+    figure = plt.figure(figsize=(13, rows * 0.27 + 0.4))
+    grid = figure.add_gridspec(rows, WIDTH, hspace=5, wspace=3.5, left=0.04, right=0.99, top=0.95, bottom=0.03)
+    for panel in board["panels"]:
+        p = panel["gridPos"]
+        axes = figure.add_subplot(grid[p["y"] : p["y"] + p["h"], p["x"] : p["x"] + p["w"]])
+        draw_panel(axes, panel, answers(prometheus, panel, minutes))
+    figure.suptitle(board["title"], x=0.04, y=0.99, ha="left", fontsize=10)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prometheus", help="base URL")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, default=60)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(FOLDER.glob("*.json")):
+        path = arguments.folder / f"dashboard-{file.stem}.png"
+        draw(arguments.prometheus, json.loads(file.read_text("utf-8")), path, arguments.minutes)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The rules and routes, judged by Prometheus' and Alertmanager's own tools.
+
+make check-monitoring        # apt-get install prometheus prometheus-alertmanager
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from monitoring.grafana.dashboards import DASHBOARDS
+from tests.monitoring.stack import MONITORING, readable_by_debian
+from tests.test_monitoring import ALERTS
+
+PROMETHEUS = MONITORING / "prometheus"
+RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
+UNIT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
+ROUTES = {"critical": "pagerduty", "warning": "slack", "info": "email", "none": "deadman"}
+
+
+def tool(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=PROMETHEUS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration as this machine's Alertmanager can read it."""
+    folder = tmp_path_factory.mktemp("alertmanager")
+    config = (MONITORING / "alertmanager/alertmanager.yml").read_text()
+    version = re.search(r"version (\d+)\.(\d+)", tool("amtool", "--version"))
+    assert version
+    if (int(version[1]), int(version[2])) < (0, 26):
+        config = readable_by_debian(config, "http://localhost")
+    (folder / "alertmanager.yml").write_text(config)
+    shutil.copytree(MONITORING / "alertmanager/templates", folder / "templates")
+    return folder / "alertmanager.yml"
+
+
+def test_the_configuration_is_valid() -> None:
+    tool("promtool", "check", "config", "--lint=all", "--lint-fatal", "prometheus.yml")
+
+
+def test_the_rules_are_clean() -> None:
+    tool("promtool", "check", "rules", "--lint=all", "--lint-fatal", *RULES)
+
+
+@pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: path.stem)
+def test_the_alerts_fire_and_are_silent(path: Path) -> None:
+    tool("promtool", "test", "rules", path)
+
+
+def test_the_queries_of_the_dashboards_parse(tmp_path: Path) -> None:
+    queries = [t["expr"] for board in DASHBOARDS.values() for panel in board["panels"] for t in panel["targets"]]
+    rules = [{"record": f"query:{i}", "expr": expr} for i, expr in enumerate(queries)]
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    tool("promtool", "check", "rules", tmp_path / "queries.yml")
+
+
+def test_the_routes_are_valid(alertmanager: Path) -> None:
+    tool("amtool", "check-config", alertmanager)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_reaches_the_receiver_of_its_severity(name: str, alertmanager: Path) -> None:
+    labels = ALERTS[name]["labels"]
+    tool(
+        *("amtool", "config", "routes", "test", f"--config.file={alertmanager}"),
+        f"--verify.receivers={ROUTES[labels['severity']]}",
+        f"alertname={name}",
+        *(f"{key}={value}" for key, value in labels.items()),
+    )
+
+
+def test_what_has_no_severity_is_not_lost(alertmanager: Path) -> None:
+    tool(
+        "amtool", "config", "routes", "test", f"--config.file={alertmanager}", "--verify.receivers=slack", "alertname=X"
+    )

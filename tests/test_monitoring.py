@@ -1,0 +1,124 @@
+"""What monitoring/ says agrees with itself and with what a real run exposed. Its tools run in tests/monitoring."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from monitoring.grafana.dashboards import DASHBOARDS, FOLDER, text
+
+REPOSITORY = Path(__file__).parent.parent
+MONITORING = REPOSITORY / "monitoring"
+RULES = {path: yaml.safe_load(path.read_text()) for path in (MONITORING / "prometheus/rules").glob("*.yml")}
+ALERTS = {r["alert"]: r for d in RULES.values() for g in d["groups"] for r in g["rules"] if "alert" in r}
+RECORDED = {r["record"] for d in RULES.values() for g in d["groups"] for r in g["rules"] if "record" in r}
+CASES = [
+    case
+    for path in (MONITORING / "prometheus/tests").glob("*.yml")
+    for case in yaml.safe_load(path.read_text())["tests"]
+]
+SCRAPED = set((REPOSITORY / "tests/monitoring/metric-names.txt").read_text().split())
+"""Every metric that Prometheus had after a real run, as `UPDATE=1 make e2e-alerts` records it."""
+GPU = re.compile(r"DCGM_FI_DEV_(GPU_UTIL|GPU_TEMP|FB_USED|FB_FREE|POWER_USAGE|XID_ERRORS)")
+"""dcgm-exporter's, from its file of default counters: a run here has no GPU."""
+SEVERITIES = {"critical", "warning", "info", "none"}
+HEADINGS = ["## Meaning", "## Impact", "## Diagnosis", "## Mitigation"]
+
+_NOT_A_NAME = re.compile(
+    r'"[^"]*"|\{[^}]*\}|\[[^]]*\]|\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)|\b(and|or|unless|offset|bool)\b'
+)
+_NAME = re.compile(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()")
+
+
+def metrics(expr: str) -> set[str]:
+    """The metric names of a PromQL expression: identifiers that are no function, label, keyword or duration."""
+    return set(_NAME.findall(_NOT_A_NAME.sub(" ", expr)))
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    for path, document in RULES.items():
+        for group in document["groups"]:
+            for rule in group["rules"]:
+                yield f"{path.name}: {rule.get('alert') or rule['record']}", rule["expr"]
+    for name, board in DASHBOARDS.items():
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                yield f"{name}.json: {panel['title']}", target["expr"]
+
+
+def test_names_are_told_from_functions_labels_and_durations() -> None:
+    expr = 'sum by (le) (rate(a:b_total{job="x"}[5m] offset 1d)) / on (i) group_left () (c > 0) or vector(1)'
+    assert metrics(expr) == {"a:b_total", "c"}
+
+
+@pytest.mark.parametrize(("where", "expr"), expressions())
+def test_an_expression_uses_only_metrics_that_exist(where: str, expr: str) -> None:
+    unknown = {m for m in metrics(expr) if m not in SCRAPED | RECORDED and not GPU.fullmatch(m)}
+    assert not unknown, where
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_says_what_it_is_and_what_to_do(name: str) -> None:
+    alert = ALERTS[name]
+    assert alert["labels"]["severity"] in SEVERITIES
+    assert alert["labels"]["component"]
+    assert alert["annotations"]["summary"]
+    assert alert["annotations"]["description"]
+    page = (REPOSITORY / alert["annotations"]["runbook_url"]).read_text().splitlines()
+    assert page[0] == f"# {name}"
+    assert [line for line in page if line.startswith("## ")] == HEADINGS
+
+
+def test_no_runbook_is_left_of_an_alert_that_is_gone_and_no_link_leads_nowhere() -> None:
+    pages = {path.stem: path.read_text() for path in (MONITORING / "runbooks").glob("*.md")}
+    assert pages.keys() == ALERTS.keys()
+    assert {link for page in pages.values() for link in re.findall(r"\]\((\w+)\.md\)", page)} <= pages.keys()
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_has_a_unit_test_in_which_it_fires_and_one_in_which_it_is_silent(name: str) -> None:
+    samples = [s["labels"] for c in CASES for e in c.get("promql_expr_test", []) for s in e["exp_samples"]]
+    assert any(f'alertname="{name}"' in labels for labels in samples), "never fires"
+    silent = {t["alertname"] for c in CASES for t in c.get("alert_rule_test", []) if not t.get("exp_alerts")}
+    assert name in silent or name == "Watchdog", "never silent"  # Watchdog's nature is to fire
+
+
+def test_jobs_in_expressions_are_scraped() -> None:
+    scraped = {
+        c["job_name"] for c in yaml.safe_load((MONITORING / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    }
+    asked = {job for _, expr in expressions() for job in re.findall(r'job!?="(\w+)"', expr)}
+    assert asked <= scraped
+
+
+def test_series_are_never_recorded_less_often_than_they_are_looked_back_for() -> None:
+    intervals = [g.get("interval", "15s") for d in RULES.values() for g in d["groups"]]
+    assert set(intervals) <= {"15s", "30s", "1m", "2m"}  # Prometheus takes a sample of up to 5 minutes ago for the last
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_a_dashboard_is_as_its_source_says(name: str) -> None:
+    """To write them: python -m monitoring.grafana.dashboards."""
+    assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == text(DASHBOARDS[name])
+
+
+def test_dashboards_and_provisioning_agree() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == DASHBOARDS.keys()
+    source = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yml").read_text())
+    uids = {t["datasource"]["uid"] for b in DASHBOARDS.values() for p in b["panels"] for t in p["targets"]}
+    assert uids == {source["datasources"][0]["uid"]}
+
+
+def test_panels_neither_overlap_nor_leave_the_grid() -> None:
+    for board in DASHBOARDS.values():
+        cells: list[Any] = []
+        for p in (panel["gridPos"] for panel in json.loads(text(board))["panels"]):
+            cells += [(x, y) for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+        assert len(cells) == len(set(cells))
+        assert max(x for x, _ in cells) < 24
