@@ -37,6 +37,7 @@ from tqdm import tqdm
 from model.config import ModelConfig
 from model.network import ConvNet
 from train import command
+from train.check import check, print_findings
 from train.data import Data, DataError, Split, load
 from train.muon import Muon
 
@@ -336,7 +337,6 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
         "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
-        "skipped": len(fit.data.skipped),
         "recipe": asdict(fit.recipe),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
         "device": torch.cuda.get_device_name()
@@ -369,8 +369,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     data = load(options.source, (options.size,) * 2 if options.size else None)
-    for line in data.skipped:
-        print(f"skipped {line}", file=sys.stderr)
+    findings = check(data)
+    print_findings(findings)
     config = build_config(options.name, data, recipe)
     fit = Fit(config, data, recipe, options.out, device)
     if options.resume:
@@ -397,7 +397,7 @@ def main() -> None:
     typed = shlex.join(
         ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
     )
-    about = describe_run(fit, typed, started)
+    about = {**describe_run(fit, typed, started), "check": findings}
     if options.start:
         about["start"] = json.loads((options.start / RUN).read_text())
     (options.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
