@@ -279,4 +279,9 @@ class TestEvaluate:
             assert figures["images"] == 24
             assert np.sum(figures["confusion"]) == 24
             assert figures["accuracy"] >= 0.9
+            assert figures["speed"]["images_per_s"] > 0
+            images, confidence, right = (np.array(values) for values in figures["reliability"].values())
+            assert images.sum() == 24
+            assert (images * right).sum() == pytest.approx(figures["accuracy"] * 24, abs=0.01)
+            assert (images * abs(confidence - right)).sum() / 24 == pytest.approx(figures["ece"], abs=1e-3)
             assert f"{name}: accuracy {figures['accuracy']:.2%}" in printed
