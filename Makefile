@@ -18,7 +18,7 @@ IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean
+.PHONY: help serve test check lock check-data train export evaluate robustness report store build image-cpu image-gpu e2e clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ check: $(VENV)/.dev ## lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels and broken files in DATA; train does it too
+	$(BIN)/python -m train.check $(DATA)
+
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
 	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume)
 
@@ -56,6 +59,12 @@ export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 
 evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figures into the artifact's card
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(DATA)
+
+robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs in PHOTOS (<class>/*), into the artifact's card
+	$(BIN)/python -m train.robustness $(RUN)/artifact $(DATA) $(if $(PHOTOS),--photos $(PHOTOS))
+
+report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
+	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(DATA) --out docs/model-card.md
 
 store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NAME make serve then serves it
 	$(BIN)/python -m model.store import $(RUN)/artifact

@@ -1,6 +1,6 @@
 """The corruptions of CIFAR-10-C, in four families and five severities (Hendrycks & Dietterich, 2019, arXiv:1903.12261).
 
-The severities are the published ones for 32x32 pixels; lengths grow with the image. The layers of frost are drawn
+The severities are the published ones for 32x32 pixels; lengths grow with larger images. The layers of frost are drawn
 here, where the authors cut them out of photographs. Written out because no library serves: ``imagecorruptions`` is of
 2020 and wants another OpenCV, ``albumentations`` is archived and its successor AGPL, ``kornia`` and torchvision have
 other corruptions and no severities.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model.preprocess import Pixels
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED_SIDE = 32
@@ -141,7 +141,8 @@ def elastic_transform(images: Floats, push: float, smoothness: float, jitter: fl
     height, width = images.shape[1:3]
     side = min(height, width)
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    corners = np.float32([[1, 1], [1, -1], [-1, -1]]) * (side // 3) + np.float32([width // 2, height // 2])
+    centre = np.array([width // 2, height // 2], np.float32)
+    corners = centre + np.array([[1, 1], [1, -1], [-1, -1]], np.float32) * (side // 3)
 
     def bend(image: Floats) -> Floats:
         moved = corners + rng.uniform(-jitter, jitter, corners.shape).astype(np.float32) * side
@@ -241,7 +242,8 @@ def _each(images: Floats, change: Callable[[Floats], Any]) -> Floats:
 
 
 def _scale(images: Floats) -> float:
-    return min(images.shape[1:3]) / PUBLISHED_SIDE
+    """What a length is multiplied with; on images that are smaller still, shorter ones would do nothing."""
+    return max(1.0, min(images.shape[1:3]) / PUBLISHED_SIDE)
 
 
 def _zoomed(image: Floats, factor: float) -> Floats:

@@ -18,7 +18,7 @@ GROUND, INK, GRID = "#f6f8fa", "#1f2328", "#d0d7de"
 BLUE, ORANGE, GREEN, RED = "#0969da", "#bc4c00", "#1a7f37", "#cf222e"
 FAMILY_COLOURS = (BLUE, GREEN, ORANGE, "#8250df")
 DPI = 100
-COLOURS = 128
+COLOURS = 256
 """Of the PNG's palette; plots need few, and photographs of 32 pixels look the same."""
 NUMBERED_CLASSES = 20
 """Up to so many classes the confusion matrix tells its counts."""

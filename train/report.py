@@ -20,6 +20,7 @@ from model.classifier import calibrated
 from model.preprocess import Pixels
 from model.runtimes import create
 from train import command, plots, sections
+from train.command import CommandError
 from train.data import Data, Split, load
 from train.evaluate import require_own_data, run_runtime
 from train.sections import Page, detailed, percent, table
@@ -162,10 +163,13 @@ def about_data(artifact: Artifact, note: str) -> str:
 def labels(artifacts: list[Artifact]) -> dict[str, Artifact]:
     """Each artifact by its name, or by its folder's where several have that name."""
     names = [artifact.config.name for artifact in artifacts]
-    return {
+    result = {
         name if names.count(name) == 1 else artifact.path.name: artifact
         for name, artifact in zip(names, artifacts, strict=True)
     }
+    if len(result) < len(artifacts):
+        raise CommandError(f"artifacts {', '.join(result)}: expected other names, or folders of other names")
+    return result
 
 
 def main() -> None:
