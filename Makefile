@@ -61,6 +61,9 @@ check: $(VENV)/.dev ## lint and types only
 check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx and a Compose (Debian: nginx-light docker-compose)
 	$(BIN)/python -m pytest tests/deploy
 
+check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels and broken files in DATA; train does it too
+	$(BIN)/python -m train.check $(DATA)
+
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
 	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume)
 
@@ -71,6 +74,14 @@ evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figur
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(DATA)
 
 store: $(VENV)/.serve ## put the artifact of NAME into the model store; the first of a name is promoted
+
+robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs in PHOTOS (<class>/*), into the artifact's card
+	$(BIN)/python -m train.robustness $(RUN)/artifact $(DATA) $(if $(PHOTOS),--photos $(PHOTOS))
+
+report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
+	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(DATA) --out docs/model-card.md
+
+store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NAME make serve then serves it
 	$(BIN)/python -m model.store import $(RUN)/artifact
 
 models: $(VENV)/.serve ## list the model store: figures, what is served, promotions

@@ -44,6 +44,11 @@ def calibrated(outputs: Outputs, temperature: float) -> Probabilities:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
 
+def verdicts(outputs: Outputs) -> Labels:
+    """The likeliest class of each row."""
+    return np.asarray(outputs[:, :-1].argmax(axis=1), np.int64)
+
+
 class Classifier:
     """Outputs to predictions, calibrated on the outputs of the same format for the validation images.
 

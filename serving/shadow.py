@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from model.artifact import Outputs
+from model.classifier import verdicts
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from serving import metrics
@@ -43,7 +44,7 @@ class Shadowed:
             logger.exception("the shadow failed")
             metrics.SHADOW_IMAGES.labels("failed").inc(len(images))
             return
-        same = int((shadowed[:, :-1].argmax(axis=1) == outputs[:, :-1].argmax(axis=1)).sum())
+        same = int((verdicts(shadowed) == verdicts(outputs)).sum())
         metrics.SHADOW_IMAGES.labels("same").inc(same)
         metrics.SHADOW_IMAGES.labels("different").inc(len(images) - same)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model.artifact import Artifact
-from model.preprocess import MAX_PIXELS
+from model.preprocess import MAX_PIXELS, preprocess
 from tests import toy
 from train import data
 from train.augment import Augmented
@@ -54,7 +54,7 @@ class TestData:
                 tar.add(path, f"{split}/{path.parent.name}/{path.name}")
         split = data.load(str(archive))
         assert (len(split.train), len(split.val), len(split.test)) == (204, 12, 24)
-        first = data.preprocess((toy_folder / "disc" / "007.png").read_bytes(), split.input_size, MAX_PIXELS)
+        first = preprocess((toy_folder / "disc" / "007.png").read_bytes(), split.input_size, MAX_PIXELS)
         assert any((image == first).all() for image in split.test.images)
 
     def test_statistics_and_hash_come_from_the_pixels(self, loaded: data.Data) -> None:
@@ -84,7 +84,7 @@ class TestData:
             "HTTPS_PROXY": "http://127.0.0.1:9",
             "PYTHONPATH": str(toy.ROOT),
         }
-        command = [sys.executable, "-m", "train.data", "cifar10"]
+        command = [sys.executable, "-m", "train.check", "cifar10"]
         done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
         assert done.stderr.startswith("error: cifar10: cannot be downloaded")
@@ -319,4 +319,9 @@ class TestEvaluate:
             assert figures["images"] == 24
             assert np.sum(figures["confusion"]) == 24
             assert figures["accuracy"] >= 0.9
+            assert figures["speed"]["images_per_s"] > 0
+            images, confidence, right = (np.array(values) for values in figures["reliability"].values())
+            assert images.sum() == 24
+            assert (images * right).sum() == pytest.approx(figures["accuracy"] * 24, abs=0.01)
+            assert (images * abs(confidence - right)).sum() / 24 == pytest.approx(figures["ece"], abs=1e-3)
             assert f"{name}: accuracy {figures['accuracy']:.2%}" in printed

@@ -1,29 +1,26 @@
 """Labelled images in memory, from CIFAR-10 or from any folder or archive of images.
 
-    python -m train.data SOURCE        # what is in it: classes, counts, sizes, files skipped
-
-SOURCE is ``cifar10`` (downloaded and verified by torchvision), a folder, or a tar archive. A folder or archive holds
-``train/<class>/*`` and ``test/<class>/*``, or just ``<class>/*``, of which a tenth then becomes the test split.
+The SOURCE of every command is ``cifar10`` (downloaded and verified by torchvision), a folder, or a tar archive. A
+folder or archive holds ``train/<class>/*`` and ``test/<class>/*``, or just ``<class>/*``, of which a tenth then becomes
+the test split.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import statistics
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.preprocess import ImageError, Pixels, preprocess, read_header
-from train import command
+from model.preprocess import ImageError, Pixels, inspect, read_header, render
 from train.command import CommandError
 
 CIFAR10 = "cifar10"
@@ -46,6 +43,10 @@ class Split:
 
     images: Pixels
     labels: NDArray[np.int64]
+    names: tuple[str, ...] = ()
+    """The file of each image, or its place in CIFAR-10."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of each image as it was found, before it took the size of ``images``."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,19 +137,24 @@ def _load_cifar10() -> Data:
             f"cifar10: cannot be downloaded ({error}); expected a network connection, the extracted archive in "
             f"{DOWNLOADS}/, or a folder of images as the source"
         ) from error
-    labels = np.asarray(train.targets, np.int64)
-    held_out = _stratified(labels.tolist(), VALIDATION_SHARE)
+    held_out = stratified(train.targets, VALIDATION_SHARE)
     return Data(
         CIFAR10,
         tuple(train.classes),
-        Split(train.data[~held_out], labels[~held_out]),
-        Split(train.data[held_out], labels[held_out]),
-        Split(test.data, np.asarray(test.targets, np.int64)),
+        _cifar10_split(train, "train", ~held_out),
+        _cifar10_split(train, "train", held_out),
+        _cifar10_split(test, "test", np.ones(len(test.targets), bool)),
     )
 
 
+def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_]) -> Split:
+    images = part.data[chosen]
+    names = tuple(f"{name}[{index}]" for index in np.flatnonzero(chosen))
+    return Split(images, np.asarray(part.targets, np.int64)[chosen], names, ((32, 32),) * len(images))
+
+
 def read_files(root: Path) -> Iterator[File]:
-    """Every file below a folder, or of a tar archive."""
+    """Every file of a folder or of a tar archive."""
     if root.is_dir():
         for path in root.rglob("*"):
             if path.is_file():
@@ -182,12 +188,12 @@ def _arrange(source: str, names: list[str]) -> dict[str, list[str]]:
 
 
 def _hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
-    held_out = _stratified([PurePosixPath(name).parts[-2] for name in names], share)
+    held_out = stratified([PurePosixPath(name).parts[-2] for name in names], share)
     pairs = list(zip(names, held_out.tolist(), strict=True))
     return [name for name, held in pairs if not held], [name for name, held in pairs if held]
 
 
-def _stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]:
+def stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]:
     """A mask over ``labels`` that holds out ``share`` of each class, at least one of it, at random but seeded."""
     rng = np.random.default_rng(SPLIT_SEED)
     values = np.asarray(labels)
@@ -222,30 +228,18 @@ def _decode_split(
     skipped: list[str],
 ) -> Split:
     images: list[Pixels] = []
-    labels: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    read: list[str] = []
     for name in tqdm(names, desc=f"decode {split}", unit="img", leave=False, disable=None):
         try:
-            images.append(preprocess(content[name], size))
+            header = inspect(content[name])
+            images.append(render(content[name], header, size))
         except ImageError as error:
             skipped.append(f"{name}: {error}")
             continue
-        labels.append(classes.index(PurePosixPath(name).parts[-2]))
+        sizes.append((header.width, header.height))
+        read.append(name)
     if not images:
         raise DataError(f"split {split!r} has no readable image among {len(names)} files")
-    return Split(np.stack(images), np.asarray(labels, np.int64))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    data = load(parser.parse_args().source)
-    print(f"{data.source}: {len(data.classes)} classes, input {data.input_size}, sha256 {data.sha256()[:16]}")
-    for name in ("train", "val", "test"):
-        split: Split = getattr(data, name)
-        counts = Counter(split.labels.tolist())
-        print(f"  {name:5} {len(split):6}  " + " ".join(f"{c}={counts[i]}" for i, c in enumerate(data.classes)))
-    print(f"  skipped {len(data.skipped)}", *data.skipped, sep="\n    ")
-
-
-if __name__ == "__main__":
-    command.run(main)
+    labels = [classes.index(PurePosixPath(name).parts[-2]) for name in read]
+    return Split(np.stack(images), np.asarray(labels, np.int64), tuple(read), tuple(sizes))

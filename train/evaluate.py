@@ -3,9 +3,9 @@
     python -m train.evaluate model/pretrained SOURCE [--runtime torch --runtime onnx --runtime onnx-int8]
     python -m train.evaluate model/pretrained SOURCE --url http://localhost:3000
 
-The first prints accuracy with a 95 % interval, each class, the confusion matrix and the calibration error, for every
-runtime, and writes the figures into the artifact's card. The second sends the test files to a running service, and only
-prints. This is the only command that looks at test images.
+The first prints accuracy with a 95 % interval, each class, the confusion matrix, the calibration error and the speed of
+one CPU core, for every runtime, and writes the figures into the artifact's card. The second sends the test files to a
+running service, and only prints. Test images are for this command, ``train.robustness`` and ``train.report`` alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from model.artifact import Artifact, Labels, Outputs, seal
 from model.classifier import Classifier, Probabilities, calibrated
 from model.preprocess import Pixels
 from model.runtimes import ONNX_INT8, RUNTIMES, Runtime, create
+from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
 from train.data import Data, DataError, Split, load, test_files
@@ -34,6 +36,7 @@ BATCH = 100
 ECE_BINS = 15
 Z_95 = 1.959964
 SET_LEVELS = (0.9, 0.95, 0.99)
+SPEED_BATCH = 8
 
 
 def accuracy_interval(hits: int, count: int) -> tuple[float, float]:
@@ -45,13 +48,27 @@ def accuracy_interval(hits: int, count: int) -> tuple[float, float]:
     return (centre - spread) / scale, (centre + spread) / scale
 
 
+class Reliability(NamedTuple):
+    """What a reliability diagram shows of each equal-width bin of confidence, from 0 to 1; each (bins,)."""
+
+    images: Labels
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+
+def reliability(probabilities: Probabilities, labels: Labels, bins: int = ECE_BINS) -> Reliability:
+    confidence = probabilities.max(axis=1)
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    images, sure, right = (
+        np.bincount(index, weights, bins) for weights in (None, confidence, probabilities.argmax(axis=1) == labels)
+    )
+    return Reliability(images, sure / np.maximum(1, images), right / np.maximum(1, images))
+
+
 def expected_calibration_error(probabilities: Probabilities, labels: Labels, bins: int = ECE_BINS) -> float:
     """Mean gap between confidence and accuracy over equal-width bins (Naeini et al., 2015; Guo et al., 2017)."""
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(float((right[index == b] - confidence[index == b]).sum())) for b in range(bins)]
-    return sum(gaps) / len(labels)
+    images, confidence, accuracy = reliability(probabilities, labels, bins)
+    return float(images @ np.abs(confidence - accuracy)) / len(labels)
 
 
 def confusion_matrix(verdicts: Labels, labels: Labels, classes: int) -> NDArray[np.int64]:
@@ -79,6 +96,10 @@ def figures(outputs: Outputs, split: Split, artifact: Artifact, quantised: bool)
         "accuracy_95": [round(low, 4), round(high, 4)],
         "ece_raw": round(expected_calibration_error(calibrated(outputs, 1.0), split.labels), 4),
         "ece": round(expected_calibration_error(probabilities, split.labels), 4),
+        "reliability": {
+            name: values.round(4).tolist()
+            for name, values in reliability(probabilities, split.labels)._asdict().items()
+        },
         "prediction_sets": prediction_sets(probabilities, split.labels, artifact, quantised),
         "per_class": {name: round(float(share), 4) for name, share in zip(config.classes, per_class, strict=True)},
         "confusion": matrix.tolist(),
@@ -100,21 +121,41 @@ def prediction_sets(
     return result
 
 
-def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, dict[str, Any]]:
-    """Figures by runtime, on the test split of ``data``."""
+def require_own_data(artifact: Artifact, data: Data) -> None:
+    """Raise ``DataError`` unless ``artifact`` was trained on ``data``: test images of others may be training images."""
     if data.classes != artifact.config.classes:
         raise DataError(f"{data.source}: classes {list(data.classes)}; expected {list(artifact.config.classes)}")
     if artifact.card["training"]["data_sha256"] != data.sha256():
         raise DataError(f"{data.source}: not the data of the training, so that its test split may hold training images")
+
+
+def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, dict[str, Any]]:
+    """Figures by runtime, on the test split of ``data``."""
+    require_own_data(artifact, data)
     result = {}
     for name in runtimes:
         runtime = create(name, artifact, threads=2)
-        started = time.perf_counter()
         outputs = run_runtime(runtime, data.test.images)
-        seconds = time.perf_counter() - started
         result[name] = figures(outputs, data.test, artifact, name == ONNX_INT8)
-        print_report(name, result[name], artifact, seconds)
+        result[name]["speed"] = {
+            "images_per_s": round(images_per_second(create(name, artifact), data.test.images[:SPEED_BATCH])),
+            "batch": SPEED_BATCH,
+            "threads": 1,
+            "cpu": cpu_name(),
+        }
+        print_report(name, result[name], artifact)
     return result
+
+
+def cpu_name() -> str:
+    """The processor as the kernel calls it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:
+    """Write ``metrics`` into the artifact's card, beside what other commands measured."""
+    return seal(artifact.path, {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), **metrics}})
 
 
 def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
@@ -141,12 +182,12 @@ def accuracy_line(hits: int, count: int, interval: Sequence[float]) -> str:
     return f"accuracy {hits / count:.2%} (95 % interval {interval[0]:.2%} to {interval[1]:.2%}, n={count})"
 
 
-def print_report(name: str, metrics: dict[str, Any], artifact: Artifact, seconds: float) -> None:
-    count = metrics["images"]
+def print_report(name: str, metrics: dict[str, Any], artifact: Artifact) -> None:
+    hits, speed = int(np.trace(metrics["confusion"])), metrics["speed"]
     print(
-        f"\n{name}: {accuracy_line(int(np.trace(metrics['confusion'])), count, metrics['accuracy_95'])}, "
+        f"\n{name}: {accuracy_line(hits, metrics['images'], metrics['accuracy_95'])}, "
         f"calibration error {metrics['ece_raw']:.2%} raw, {metrics['ece']:.2%} at temperature "
-        f"{artifact.config.temperature}, {count / seconds:.0f} images/s"
+        f"{artifact.config.temperature}, {speed['images_per_s']} images/s in batches of {SPEED_BATCH} on one core"
     )
     for level, found in metrics["prediction_sets"].items():
         print(f"  prediction sets of {float(level):.0%}: coverage {found['coverage']:.2%}, {found['size']:.2f} classes")
@@ -168,11 +209,9 @@ def main() -> None:
         evaluate_service(artifact, options.source, options.url.rstrip("/"))
         return
     metrics = evaluate(artifact, load(options.source, artifact.config.input_size), options.runtime or list(RUNTIMES))
-    card = {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), **metrics}}
-    sealed = seal(options.artifact, card)
-    print(
-        f"\n{options.artifact}: version {sealed.version}, figures written to its card", json.dumps(card["validation"])
-    )
+    sealed = write_figures(artifact, metrics)
+    validation = json.dumps(artifact.card["validation"])
+    print(f"\n{options.artifact}: version {sealed.version}, figures written to its card", validation)
 
 
 if __name__ == "__main__":

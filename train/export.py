@@ -30,7 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
 from model.artifact import Artifact, Labels, Outputs, Reference, save_reference, seal
-from model.classifier import calibrated, verify
+from model.classifier import calibrated, verdicts, verify
 from model.config import ModelConfig
 from model.network import ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
@@ -204,8 +204,8 @@ def fit_temperature(outputs: Outputs, labels: Labels) -> float:
 
 def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]:
     """Accuracy of both formats and how often they agree; raises ``ParityError`` beyond ``MAX_INT8_LOSS``."""
-    verdicts = fp32[:, :-1].argmax(1), int8[:, :-1].argmax(1)
-    accuracies = [float((v == split.labels).mean()) for v in verdicts]
+    said = verdicts(fp32), verdicts(int8)
+    accuracies = [float((v == split.labels).mean()) for v in said]
     if accuracies[0] - accuracies[1] > max(MAX_INT8_LOSS, 1.5 / len(split)):  # a single image is noise
         raise ParityError(
             f"INT8 accuracy {accuracies[1]:.4f} on {len(split)} validation images, FP32 {accuracies[0]:.4f}; "
@@ -215,7 +215,7 @@ def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]
         "images": len(split),
         "fp32_accuracy": round(accuracies[0], 4),
         "int8_accuracy": round(accuracies[1], 4),
-        "agreement": round(float((verdicts[0] == verdicts[1]).mean()), 4),
+        "agreement": round(float((said[0] == said[1]).mean()), 4),
     }
 
 

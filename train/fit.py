@@ -37,6 +37,7 @@ from model.config import ModelConfig
 from model.network import ConvNet
 from train import command
 from train.augment import Augmented, Batch
+from train.check import check, print_findings
 from train.data import Data, DataError, Split, load
 from train.muon import Muon
 from train.parallel import Group, join
@@ -298,7 +299,6 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
         "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
-        "skipped": len(fit.data.skipped),
         "recipe": asdict(fit.recipe),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
         "device": torch.cuda.get_device_name()
@@ -344,8 +344,8 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     started = time.time()
     options.out.mkdir(parents=True, exist_ok=True)
     data = load(options.source, (options.size,) * 2 if options.size else None)
-    for line in data.skipped:
-        print(f"skipped {line}", file=sys.stderr)
+    findings = check(data)
+    print_findings(findings)
     config = build_config(options.name, data, recipe)
     fit = Fit(config, data, recipe, options.out, device, group)
     if group.rank == 0:
@@ -368,16 +368,16 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
         print(f"\nstopped; {held}: go on with --resume", file=sys.stderr)
         sys.exit(1)
     if group.rank == 0:
-        write_run(fit, options, started)
+        write_run(fit, options, findings, started)
 
 
-def write_run(fit: Fit, options: argparse.Namespace, started: float) -> None:
+def write_run(fit: Fit, options: argparse.Namespace, findings: dict[str, Any], started: float) -> None:
     """``run.json``, which makes the run a finished one."""
     # The card is public: what it tells of paths is their last part.
     typed = shlex.join(
         ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
     )
-    about = describe_run(fit, typed, started)
+    about: dict[str, object] = {**describe_run(fit, typed, started), "check": findings}
     if options.teacher:
         about["teachers"] = [json.loads((run / RUN).read_text()) for run in options.teacher]
     if options.start:

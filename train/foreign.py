@@ -18,13 +18,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import Artifact, Outputs, seal
+from model.artifact import Artifact, Outputs
 from model.classifier import Classifier
 from model.preprocess import ImageError, Pixels, preprocess
 from model.runtimes import ONNX_INT8, create
 from train import command
 from train.data import DataError, load, read_files
-from train.evaluate import run_runtime
+from train.evaluate import run_runtime, write_figures
 
 MADE = 500
 """Images of each kind."""
@@ -130,7 +130,7 @@ def main() -> None:
             f"  {kind:12} n={figures['images']:4}  AUROC {figures['auroc']:.3f}  called foreign {figures['told']:.1%}"
         )
     print(f"  mean AUROC {found['auroc_mean']:.3f}")
-    seal(options.artifact, {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), "foreign": found}})
+    write_figures(artifact, {"foreign": found})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""What is wrong with labelled images is found before they are trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tests import toy
+from train.check import check, near_duplicates
+from train.data import DataError, load
+from train.fit import RUN
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train/`` and ``test/``; one file of each is no image."""
+    root = tmp_path_factory.mktemp("clean")
+    toy.make_folder(root / "train", per_class=30, seed=1)
+    toy.make_folder(root / "test", per_class=8, seed=2)
+    return root
+
+
+def test_clean_data_has_no_findings_but_its_broken_files(clean: Path) -> None:
+    findings = check(load(str(clean)))
+    assert findings["images"]["test"] == {"disc": 8, "frame": 8, "stripes": 8}
+    assert findings["broken"]["count"] == 2
+    assert findings["broken"]["examples"][0].startswith("train/disc/broken.png: ")
+    assert findings["same_pixels_in_two_splits"]["count"] == 0
+    assert findings["same_pixels_two_classes"]["count"] == 0
+    assert findings["repeated_within_a_split"] == 0
+    assert findings["nearly_in_training"]["test"]["count"] == 0
+    assert findings["sizes"] == {"width": [24, 24, 24], "height": [24, 24, 24], "enlarged": 0}
+
+
+@pytest.fixture
+def flawed(clean: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(clean, tmp_path / "flawed")
+
+
+def test_a_test_image_that_was_trained_on_is_named_with_its_copy(flawed: Path) -> None:
+    trained = load(str(flawed)).train.names[0]
+    image = cv2.imread(str(flawed / trained))
+    cv2.imwrite(str(flawed / "test" / "disc" / "copy.bmp"), image)  # other bytes, the same pixels
+    (finding,) = check(load(str(flawed)))["same_pixels_in_two_splits"]["examples"]
+    assert finding == f"train {trained} (disc) = test test/disc/copy.bmp (disc)"
+
+
+def test_a_recompressed_brighter_copy_is_a_near_duplicate(flawed: Path) -> None:
+    trained = load(str(flawed)).train.names[0]
+    image = np.clip(cv2.imread(str(flawed / trained)).astype(int) + 6, 0, 255).astype(np.uint8)
+    cv2.imwrite(str(flawed / "test" / "disc" / "near.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 80])
+    data = load(str(flawed))
+    assert near_duplicates(data, "test") == [f"test test/disc/near.jpg (disc) ~ train {trained} (disc)"]
+    assert check(data)["same_pixels_in_two_splits"]["count"] == 0
+
+
+def test_one_image_in_two_classes_is_named(flawed: Path) -> None:
+    shutil.copyfile(flawed / "train" / "frame" / "000.png", flawed / "train" / "stripes" / "wrong.png")
+    (finding,) = check(load(str(flawed)))["same_pixels_two_classes"]["examples"]
+    assert "train/frame/000.png (frame)" in finding
+    assert "train/stripes/wrong.png (stripes)" in finding
+
+
+def test_copies_sizes_and_imbalance_are_told(flawed: Path) -> None:
+    for index in range(3):
+        shutil.copyfile(flawed / "test" / "disc" / "000.png", flawed / "test" / "disc" / f"copy{index}.png")
+    cv2.imwrite(str(flawed / "train" / "disc" / "small.png"), np.full((9, 50, 3), 7, np.uint8))
+    findings = check(load(str(flawed)))
+    assert findings["repeated_within_a_split"] == 3
+    assert findings["images"]["test"]["disc"] == 11
+    assert findings["sizes"] == {"width": [24, 24, 50], "height": [9, 24, 24], "enlarged": 1}
+
+
+def test_only_what_is_meaningless_is_refused(clean: Path) -> None:
+    data = load(str(clean))
+    with pytest.raises(DataError, match="24 of 24 test images are training images as well"):
+        check(replace(data, test=replace(data.train, **{k: v[:24] for k, v in vars(data.train).items()})))
+    doubled = {name: np.concatenate([value, value]) for name, value in vars(data.train).items() if name != "labels"}
+    labels = np.concatenate([data.train.labels, (data.train.labels + 1) % 3])
+    with pytest.raises(DataError, match="training images are in two classes"):
+        check(replace(data, train=replace(data.train, **doubled, labels=labels)))
+
+
+def test_training_prints_and_keeps_what_the_command_prints(toy_folder: Path, toy_run: Path) -> None:
+    printed = toy.run("train.check", toy_folder)
+    assert "broken files: 1\n    disc/broken.png: " in printed
+    assert json.loads((toy_run / RUN).read_text())["check"] == check(load(str(toy_folder)))

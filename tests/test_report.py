@@ -1,0 +1,114 @@
+"""The model card tells what was measured, all of it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from model.artifact import Artifact, seal
+from model.runtimes import ONNX, ONNX_INT8
+from tests import toy
+from train.report import confused
+from train.sections import flattened
+
+
+@pytest.fixture(scope="module")
+def artifact(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A measured copy of the toy artifact."""
+    path = shutil.copytree(toy_artifact.path, tmp_path_factory.mktemp("report") / "first")
+    folder = toy_artifact.path.parent / "folder"
+    toy.run("train.evaluate", path, folder, "--runtime", ONNX, "--runtime", ONNX_INT8)
+    toy.run("train.robustness", path, folder, "--images", 12, "--photos", folder)
+    return Artifact.load(path)
+
+
+@pytest.fixture(scope="module")
+def folder(toy_artifact: Artifact) -> Path:
+    return toy_artifact.path.parent / "folder"
+
+
+def with_metrics(artifact: Artifact, path: Path, **metrics: Any) -> Artifact:
+    shutil.copytree(artifact.path, path)
+    return seal(path, {**artifact.card, "metrics": {**artifact.card["metrics"], **metrics}})
+
+
+def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+    toy.run("train.report", artifact.path, folder, "--out", tmp_path / "docs" / "card.md", "--data", "Drawn, CC0.")
+    page = (tmp_path / "docs" / "card.md").read_text()
+    metrics = artifact.card["metrics"]
+    for name in (ONNX, ONNX_INT8):
+        low, high = metrics[name]["accuracy_95"]
+        speed = metrics[name]["speed"]["images_per_s"]
+        assert f"| `{name}` | {metrics[name]['accuracy']:.2%} | {low:.2%} to {high:.2%} | 24 |" in page
+        assert f"| {speed} |" in page
+    assert "`torch`" not in page
+    for name, figures in metrics["robustness"]["families"].items():
+        assert f"| {name} | {figures['accuracy']:.2%} |" in page
+    for name, figures in metrics["photographs"]["per_class"].items():
+        assert f"| {name} | {figures['accuracy']:.2%} |" in page
+    assert artifact.card["training"]["command"] in page
+    assert artifact.card["training"]["data_sha256"] in page
+    assert artifact.version in page
+    assert "Drawn, CC0." in page
+    assert "`train.check` found 1 broken files" in page
+    for absent in ("Prediction sets", "Foreign images", "Accuracy against speed", "CIFAR-10,", str(tmp_path)):
+        assert absent not in page
+
+
+def test_every_picture_is_there_small_and_an_image(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+    toy.run("train.report", artifact.path, folder, "--out", tmp_path / "card.md")
+    linked = set(re.findall(r"!\[.+\]\((.+)\)", (tmp_path / "card.md").read_text()))
+    assert {"images/toy-reliability.png", "images/toy-confusion.png", "images/toy-corruptions.png"} <= linked
+    assert linked == {f"images/{path.name}" for path in (tmp_path / "images").iterdir()}
+    for link in linked:
+        assert (tmp_path / link).stat().st_size < 100_000
+        with Image.open(tmp_path / link) as image:
+            assert min(image.size) > 100
+
+
+def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+    first = with_metrics(
+        artifact,
+        tmp_path / "fast",
+        conformal={"level": 0.99, "coverage": 0.9876, "size": {"mean": 1.25}},
+        foreign={"photographs": {"auroc": 0.9123, "images": 179}},
+    )
+    second = with_metrics(
+        artifact, tmp_path / "accurate", frontier=[{"name": "tiny", "accuracy": 0.5, "images_per_s": 9}]
+    )
+    toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md")
+    page = (tmp_path / "card.md").read_text()
+    assert "### Prediction sets" in page
+    assert "| coverage | 0.9876 |\n| size, mean | 1.25 |" in page
+    assert "| photographs, auroc | 0.9123 |" in page
+    assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
+    assert "| tiny | 50.00% | 9 |" in page
+    assert (tmp_path / "images" / "frontier.png").exists()
+    assert (tmp_path / "images" / "accurate-reliability.png").exists()
+
+
+def test_an_artifact_without_figures_is_one_clear_line(toy_artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(toy_artifact.path, tmp_path / "bare")
+    seal(path, {**toy_artifact.card, "metrics": {}})
+    printed = toy.run("train.report", path, folder, "--out", tmp_path / "card.md", code=1)
+    assert "its card has no figures; run python -m train.evaluate first" in printed
+    assert not (tmp_path / "card.md").exists()
+
+
+def test_confused_pairs_are_the_largest_off_the_diagonal() -> None:
+    figures = {"confusion": [[90, 7, 3], [0, 100, 0], [9, 0, 91]]}
+    assert confused(figures, ("a", "b", "c")) == [
+        "c taken for a (9 of 100)",
+        "a taken for b (7 of 100)",
+        "a taken for c (3 of 100)",
+    ]
+
+
+def test_nested_figures_become_rows() -> None:
+    metrics = {"auroc": {"of_photographs": 0.9}, "auroc_95": [0.8, 0.95]}
+    assert flattened(metrics) == [("auroc, of photographs", "0.9"), ("auroc 95", "0.8 to 0.95")]

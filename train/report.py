@@ -1,0 +1,198 @@
+"""Write the model card from what was measured.
+
+    python -m train.report ARTIFACT [ARTIFACT ...] SOURCE --out docs/model-card.md [--data "origin and licence"]
+
+Every figure is read from the artifacts' cards, where ``train.fit``, ``train.export``, ``train.evaluate`` and
+``train.robustness`` wrote it; what was not measured has no section. Test images of SOURCE are needed for the pictures
+of mistakes alone. Plots go to ``images/`` beside the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.artifact import Artifact
+from model.classifier import calibrated
+from model.preprocess import Pixels
+from model.runtimes import create
+from train import command, plots, sections
+from train.command import CommandError
+from train.data import Data, Split, load
+from train.evaluate import require_own_data, run_runtime
+from train.sections import Page, detailed, percent, table
+
+ORIGINS = {
+    "cifar10": "CIFAR-10, a labelled part of the 80 Million Tiny Images: Krizhevsky, A. (2009), *Learning Multiple "
+    "Layers of Features from Tiny Images*, University of Toronto. It comes without a licence; its pictures were "
+    "collected from the web and belong to their photographers."
+}
+"""By the beginning of the source's name."""
+MISTAKES, MISTAKEN_CLASSES = 5, 10
+"""How many mistakes are shown of a class, and of how many classes, the worst first."""
+CONFUSED_PAIRS = 3
+
+
+def worst(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]]:
+    """The most confident mistakes on images of each class, each with the verdict, for the classes with most of them."""
+    runtime = create(detailed(artifact), artifact, threads=2)
+    probabilities = calibrated(run_runtime(runtime, test.images), artifact.config.temperature)
+    verdicts, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = verdicts != test.labels
+    by_class = {}
+    for index in np.argsort(-np.bincount(test.labels[wrong], minlength=probabilities.shape[1]))[:MISTAKEN_CLASSES]:
+        members = np.flatnonzero(wrong & (test.labels == index))
+        chosen = members[np.argsort(-confidence[members])][:MISTAKES]
+        if len(chosen):
+            by_class[artifact.config.classes[index]] = [
+                (test.images[i], f"{artifact.config.classes[verdicts[i]]} {confidence[i]:.2f}") for i in chosen
+            ]
+    return by_class
+
+
+def mistakes(page: Page, label: str, artifact: Artifact, test: Split) -> str:
+    rows = worst(artifact, test)
+    if not rows:
+        return "### Mistakes\n\nNone on the test images."
+    picture = page.picture(plots.mistakes(rows), f"{label}-mistakes", "Confident mistakes of each class")
+    return f"### Mistakes\n\nThe most confident ones of each class; above each image the verdict.\n\n{picture}"
+
+
+def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
+    """Everything about one artifact."""
+    config, metrics = artifact.config, artifact.card["metrics"]
+    height, width = config.input_size
+    about = (
+        f"A convolutional network of {artifact.card['training']['parameters']:,} parameters that tells "
+        f"{len(config.classes)} classes apart on {width}x{height} pixels: {', '.join(config.classes)}."
+    )
+    conformal = "Split conformal prediction: how often the set of classes holds the true one, and how large it is."
+    foreign = "How well images of none of the classes are told from test images."
+    told = [
+        f"## {label}\n\n{about}",
+        sections.accuracy(page, label, artifact),
+        sections.calibration(page, label, artifact),
+        sections.listed("### Prediction sets", conformal, metrics.get("conformal")),
+        sections.listed("### Foreign images", foreign, metrics.get("foreign")),
+        sections.corruptions(page, label, artifact),
+        sections.photographs(artifact),
+        mistakes(page, label, artifact, data.test),
+        "### Limits of use\n\n" + "\n".join(f"- {limit}" for limit in limits(artifact)),
+        sections.training(page, label, artifact),
+        sections.provenance(artifact),
+    ]
+    return "\n\n".join(filter(None, told))
+
+
+def limits(artifact: Artifact) -> list[str]:
+    """What not to expect of the model, with the figures that tell why."""
+    config, metrics = artifact.config, artifact.card["metrics"]
+    figures = metrics[detailed(artifact)]
+    weakest = min(figures["per_class"], key=figures["per_class"].get)
+    pairs = "; ".join(confused(figures, config.classes)) or "none"
+    height, width = config.input_size
+    return [
+        f"Weakest class: {weakest}, {percent(figures['per_class'][weakest])} found. Most often confused: {pairs}.",
+        "An image of anything else is given one of these classes as well; a low confidence is a hint, not a proof.",
+        f"Every image is resized to {width}x{height} pixels: what is small in it, or off centre, is lost. "
+        + on_photographs(metrics.get("photographs")),
+        on_corruptions(metrics.get("robustness")),
+        "All figures are of data of this one origin: measure on your own before anything depends on a verdict.",
+    ]
+
+
+def on_photographs(metrics: dict[str, Any] | None) -> str:
+    if metrics is None:
+        return "Photographs were not measured."
+    return f"Of photographs {percent(metrics['accuracy'])} are right."
+
+
+def on_corruptions(metrics: dict[str, Any] | None) -> str:
+    if metrics is None:
+        return "Noise, blur, weather and compression were not measured."
+    lowest = {name: min(one["by_severity"]) for name, one in metrics["corruptions"].items()}
+    name = min(lowest, key=lowest.__getitem__)
+    return (
+        f"Noise, blur, weather and compression cost accuracy: {percent(metrics['clean']['accuracy'])} of clean images "
+        f"are right, {percent(metrics['accuracy'])} of corrupted ones, {percent(lowest[name])} under the worst, "
+        f"{name.replace('_', ' ')}."
+    )
+
+
+def confused(figures: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
+    """The pairs of classes with the most errors."""
+    errors = np.asarray(figures["confusion"])
+    totals = errors.sum(axis=1)
+    errors = errors - np.diag(np.diag(errors))
+    worst_first = np.argsort(-errors, axis=None)[:CONFUSED_PAIRS]
+    pairs = [np.unravel_index(index, errors.shape) for index in worst_first]
+    return [
+        f"{classes[true]} taken for {classes[said]} ({errors[true, said]} of {totals[true]})"
+        for true, said in pairs
+        if errors[true, said]
+    ]
+
+
+def about_data(artifact: Artifact, note: str) -> str:
+    """Origin, licence, counts, and what ``train.check`` found."""
+    training = artifact.card["training"]
+    known = [text for name, text in ORIGINS.items() if training["source"].startswith(name)]
+    parts = ["## Data", f"`{training['source']}`, SHA-256 of its pixels and labels `{training['data_sha256']}`."]
+    parts += [note] if note else known or ["Its origin and licence are known to who trained on it, not to this page."]
+    findings = training.get("check")
+    if findings is None:
+        rows = [(split, count) for split, count in training["images"].items()]
+        return "\n\n".join([*parts, table(("split", "images"), rows)])
+    rows = [(split, sum(c.values()), min(c.values()), max(c.values())) for split, c in findings["images"].items()]
+    parts.append(table(("split", "images", "smallest class", "largest class"), rows))
+    sizes = findings["sizes"]
+    near = findings["nearly_in_training"]
+    parts.append(
+        f"Before training, `train.check` found {findings['broken']['count']} broken files, "
+        f"{findings['same_pixels_in_two_splits']['count']} images in two splits, "
+        f"{findings['same_pixels_two_classes']['count']} images in two classes, and {near['test']['count']} test and "
+        f"{near['val']['count']} validation images that look almost like a training image. Widths are "
+        f"{sizes['width'][0]} to {sizes['width'][2]} pixels, heights {sizes['height'][0]} to {sizes['height'][2]}."
+    )
+    return "\n\n".join(parts)
+
+
+def labels(artifacts: list[Artifact]) -> dict[str, Artifact]:
+    """Each artifact by its name, or by its folder's where several have that name."""
+    names = [artifact.config.name for artifact in artifacts]
+    result = {
+        name if names.count(name) == 1 else artifact.path.name: artifact
+        for name, artifact in zip(names, artifacts, strict=True)
+    }
+    if len(result) < len(artifacts):
+        raise CommandError(f"artifacts {', '.join(result)}: expected other names, or folders of other names")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    parser.add_argument("source")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", default="", help="origin and licence of the data, as the page will tell it")
+    options = parser.parse_args()
+    artifacts = labels([Artifact.load(path) for path in options.artifacts])
+    first = next(iter(artifacts.values()))
+    data = load(options.source, first.config.input_size)
+    for artifact in artifacts.values():
+        require_own_data(artifact, data)
+    page = Page(options.out)
+    about = "Written by `python -m train.report` from the figures in `card.json`: measure again, and do not edit."
+    parts = [f"# Model card\n\n{about}", sections.frontier(page, artifacts)]
+    parts += [model(page, label, artifact, data) for label, artifact in artifacts.items()]
+    parts.append(about_data(first, options.data))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("\n\n".join(filter(None, parts)) + "\n")
+    print(f"{options.out}: {', '.join(artifacts)}")
+
+
+if __name__ == "__main__":
+    command.run(main)

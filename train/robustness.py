@@ -1,0 +1,184 @@
+"""Measure an artifact on corrupted test images, and on photographs as users send them.
+
+    python -m train.robustness ARTIFACT SOURCE [--images 2000] [--runtime onnx-int8] [--photos PHOTOGRAPHS]
+
+The test images, a seeded share of each class, go through every corruption of ``train.corruptions`` at five severities.
+PHOTOGRAPHS is a folder or tar archive of ``<class>/*``, of any size; folders of other names are left out. They go
+through the preprocessing of the service, and must never have been trained on. The figures are written into the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model.artifact import Artifact
+from model.classifier import verdicts
+from model.preprocess import ImageError, Pixels, preprocess
+from model.runtimes import ONNX_INT8, RUNTIMES, Runtime, create
+from train import command
+from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from train.data import DataError, Split, load, read_files, stratified
+from train.evaluate import Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
+
+IMAGES = 2000
+SEED = 0
+BATCH = 250
+
+Hits = NDArray[np.bool_]
+
+
+def sample(split: Split, images: int) -> Split:
+    """About ``images`` of ``split``, the same share of each class, always the same ones."""
+    if images >= len(split):
+        return split
+    chosen = stratified(split.labels.tolist(), images / len(split))
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def corrupted(images: Pixels, name: str, severity: int) -> Pixels:
+    """``corrupt`` in batches, for memory, with random numbers that depend on the corruption and its severity alone."""
+    rng = np.random.default_rng([SEED, list(CORRUPTIONS).index(name), severity])
+    return np.concatenate(
+        [corrupt(images[start : start + BATCH], name, severity, rng) for start in range(0, len(images), BATCH)]
+    )
+
+
+def robustness(runtime: Runtime, split: Split) -> dict[str, Any]:
+    """The figures of ``runtime`` on corrupted images of ``split``, as they stand in the card."""
+    hits: dict[str, Hits] = {}
+    for name in tqdm(CORRUPTIONS, unit="corruption", leave=False, disable=None):
+        hits[name] = np.stack(
+            [_hits(runtime, corrupted(split.images, name, severity), split) for severity in SEVERITIES]
+        )
+    families: dict[str, list[str]] = {}
+    for name, corruption in CORRUPTIONS.items():
+        families.setdefault(corruption.family, []).append(name)
+    by_family = {family: np.mean([hits[name] for name in names], axis=0) for family, names in families.items()}
+    benchmark = [hits[name] for name, corruption in CORRUPTIONS.items() if not corruption.extra]
+    return {
+        "runtime": runtime.name,
+        "images": len(split),
+        "seed": SEED,
+        "clean": _mean(_hits(runtime, split.images, split)[None]),
+        **_mean(np.mean(list(by_family.values()), axis=0)),
+        "benchmark_15": _mean(np.mean(benchmark, axis=0)),
+        "families": {
+            family: {**_mean(scores), "by_severity": scores.mean(axis=1).round(4).tolist()}
+            for family, scores in by_family.items()
+        },
+        "corruptions": {
+            name: {"family": CORRUPTIONS[name].family, "by_severity": of_one.mean(axis=1).round(4).tolist()}
+            for name, of_one in hits.items()
+        },
+    }
+
+
+def _hits(runtime: Runtime, images: Pixels, split: Split) -> Hits:
+    return np.asarray(verdicts(run_runtime(runtime, images)) == split.labels)
+
+
+def _mean(scores: NDArray[Any]) -> dict[str, Any]:
+    """Mean of (severities, N) ``scores`` and its 95 % interval. The images are the sample: what is made of the same
+    image counts as one observation, its mean.
+    """
+    by_image = scores.mean(axis=0)
+    mean, error = float(by_image.mean()), float(by_image.std(ddof=1)) / math.sqrt(len(by_image))
+    low, high = max(0.0, mean - Z_95 * error), min(1.0, mean + Z_95 * error)
+    return {"accuracy": round(mean, 4), "accuracy_95": [round(low, 4), round(high, 4)]}
+
+
+def photographs(runtime: Runtime, artifact: Artifact, source: Path) -> dict[str, Any]:
+    """The figures of ``runtime`` on the files in ``source`` that lie in a folder named after a class."""
+    config = artifact.config
+    images, labels, unreadable, others = [], [], 0, 0
+    for name, content in sorted(read_files(source)):
+        folder = PurePosixPath(name).parent.name
+        if folder not in config.classes:
+            others += 1
+            continue
+        try:
+            images.append(preprocess(content, config.input_size))
+        except ImageError:
+            unreadable += 1
+            continue
+        labels.append(config.classes.index(folder))
+    if not images:
+        raise DataError(f"{source}: no readable image in a folder named after a class, {', '.join(config.classes)}")
+    right = verdicts(run_runtime(runtime, np.stack(images))) == labels
+    counts, hits = Counter(labels), Counter(np.asarray(labels)[right].tolist())
+    return {
+        "runtime": runtime.name,
+        "source": source.name,
+        "images": len(labels),
+        "unreadable": unreadable,
+        "of_other_folders": others,
+        **_proportion(sum(hits.values()), len(labels)),
+        "per_class": {
+            config.classes[index]: {"images": counts[index], **_proportion(hits[index], counts[index])}
+            for index in sorted(counts)
+        },
+    }
+
+
+def _proportion(hits: int, count: int) -> dict[str, Any]:
+    return {
+        "accuracy": round(hits / count, 4),
+        "accuracy_95": [round(bound, 4) for bound in accuracy_interval(hits, count)],
+    }
+
+
+def print_robustness(metrics: dict[str, Any]) -> None:
+    print(f"{metrics['runtime']}, {metrics['images']} images; mean over the families: {_line(metrics)}")
+    print(f"  clean {_line(metrics['clean'])}; the fifteen of the benchmark {_line(metrics['benchmark_15'])}")
+    for family, figures in metrics["families"].items():
+        print(f"  {family:22} {_line(figures)}")
+        for name, one in metrics["corruptions"].items():
+            if one["family"] == family:
+                print(f"    {name:20} " + " ".join(f"{share:6.1%}" for share in one["by_severity"]))
+
+
+def print_photographs(metrics: dict[str, Any]) -> None:
+    count = metrics["images"]
+    line = accuracy_line(round(metrics["accuracy"] * count), count, metrics["accuracy_95"])
+    print(f"photographs of {metrics['source']}: {line}; {metrics['unreadable']} unreadable")
+    for name, figures in metrics["per_class"].items():
+        print(f"  {name:12} {figures['accuracy']:7.2%} of {figures['images']}")
+
+
+def _line(figures: dict[str, Any]) -> str:
+    interval: Sequence[float] = figures["accuracy_95"]
+    return f"{figures['accuracy']:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("source")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"test images to corrupt; default {IMAGES}")
+    parser.add_argument("--runtime", choices=RUNTIMES, default=ONNX_INT8)
+    parser.add_argument("--photos", type=Path, metavar="PHOTOGRAPHS", help="folder or tar archive of <class>/*")
+    options = parser.parse_args()
+    artifact = Artifact.load(options.artifact)
+    data = load(options.source, artifact.config.input_size)
+    require_own_data(artifact, data)
+    runtime = create(options.runtime, artifact, threads=2)
+    metrics = {"robustness": robustness(runtime, sample(data.test, options.images))}
+    print_robustness(metrics["robustness"])
+    if options.photos:
+        metrics["photographs"] = photographs(runtime, artifact, options.photos)
+        print_photographs(metrics["photographs"])
+    sealed = write_figures(artifact, metrics)
+    print(f"{options.artifact}: version {sealed.version}, figures written to its card")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,220 @@
+"""The sections of the model card: figures of an artifact's card in, Markdown out; what was not measured gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from model.artifact import ONNX as ONNX_FILE
+from model.artifact import ONNX_INT8 as ONNX_INT8_FILE
+from model.artifact import WEIGHTS, Artifact
+from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
+from train import plots
+from train.command import CommandError
+from train.evaluate import accuracy_interval
+
+FILES = {TORCH: WEIGHTS, ONNX: ONNX_FILE, ONNX_INT8: ONNX_INT8_FILE}
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where the page goes; plots lie in ``images/`` beside it, named after the model."""
+
+    out: Path
+
+    def picture(self, figure: Figure, name: str, alt: str) -> str:
+        """Save ``figure`` and return the Markdown that shows it."""
+        path = self.out.parent / "images" / f"{name}.png"
+        plots.save(figure, path)
+        return f"![{alt}](images/{path.name})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def between(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.2%} to {interval[1]:.2%}"
+
+
+def measured(artifact: Artifact) -> list[str]:
+    """The runtimes with figures; raises ``CommandError`` when there are none."""
+    names = [name for name in RUNTIMES if name in artifact.card.get("metrics", {})]
+    if not names:
+        raise CommandError(f"{artifact.path}: its card has no figures; run python -m train.evaluate first")
+    return names
+
+
+def detailed(artifact: Artifact) -> str:
+    """The runtime that the page tells in detail: the one served on a CPU, where it was measured."""
+    return measured(artifact)[-1]
+
+
+def accuracy(page: Page, label: str, artifact: Artifact) -> str:
+    rows = []
+    for name in measured(artifact):
+        figures = artifact.card["metrics"][name]
+        megabytes = artifact.card["files"][FILES[name]]["bytes"] / 1e6
+        rows.append(
+            (
+                f"`{name}`",
+                percent(figures["accuracy"]),
+                between(figures["accuracy_95"]),
+                figures["images"],
+                percent(figures["ece_raw"]),
+                percent(figures["ece"]),
+                figures["speed"]["images_per_s"] if "speed" in figures else "",
+                f"{megabytes:.1f} MB",
+            )
+        )
+    head = ("runtime", "accuracy", "95 % interval", "n", "ECE raw", "ECE scaled", "images/s, one core", "file")
+    name = detailed(artifact)
+    figures = artifact.card["metrics"][name]
+    matrix = plots.confusion(figures["confusion"], artifact.config.classes)
+    return "\n\n".join(
+        [
+            "### Accuracy",
+            f"On the test images, one view of each{speed(figures)}.",
+            table(head, rows),
+            f"Each class, by `{name}`:",
+            per_class(figures),
+            page.picture(matrix, f"{label}-confusion", "Confusion matrix"),
+        ]
+    )
+
+
+def speed(figures: dict[str, Any]) -> str:
+    """How the speed was measured."""
+    if "speed" not in figures:
+        return ""
+    return f"; the speed is of batches of {figures['speed']['batch']}, on one core of an {figures['speed']['cpu']}"
+
+
+def per_class(figures: dict[str, Any]) -> str:
+    matrix = np.asarray(figures["confusion"])
+    rows = []
+    for index, name in enumerate(figures["per_class"]):
+        hits, count, verdicts = (int(v) for v in (matrix[index, index], matrix[index].sum(), matrix[:, index].sum()))
+        precision = percent(hits / verdicts) if verdicts else "never said"
+        rows.append((name, percent(hits / count), between(accuracy_interval(hits, count)), count, precision))
+    return table(("class", "found (recall)", "95 % interval", "n", "right when said (precision)"), rows)
+
+
+def calibration(page: Page, label: str, artifact: Artifact) -> str:
+    figures = artifact.card["metrics"][detailed(artifact)]
+    if "reliability" not in figures:
+        return ""
+    bins = len(figures["reliability"]["images"])
+    return "\n\n".join(
+        [
+            "### Calibration",
+            f"Expected calibration error (ECE) {percent(figures['ece'])} in {bins} bins; {percent(figures['ece_raw'])} "
+            f"before scaling by the temperature {artifact.config.temperature}, which was fitted on validation images.",
+            page.picture(plots.reliability(figures["reliability"]), f"{label}-reliability", "Reliability diagram"),
+        ]
+    )
+
+
+def listed(title: str, about: str, metrics: dict[str, Any] | None) -> str:
+    """A section that tells all of ``metrics`` as a table, if there are any."""
+    if metrics is None:
+        return ""
+    return "\n\n".join([title, about, table(("figure", "value"), flattened(metrics))])
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in tree.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        rows += flattened(value, f"{name}, ") if isinstance(value, dict) else [(name, plain(value))]
+    return rows
+
+
+def plain(value: Any) -> str:
+    return " to ".join(map(plain, value)) if isinstance(value, list) and len(value) == 2 else str(value)
+
+
+def corruptions(page: Page, label: str, artifact: Artifact) -> str:
+    metrics = artifact.card["metrics"].get("robustness")
+    if metrics is None:
+        return ""
+    summary = {"mean over the families": metrics, "clean": metrics["clean"], **metrics["families"]}
+    summary["the fifteen of the benchmark"] = metrics["benchmark_15"]
+    rows = [(name, percent(f["accuracy"]), between(f["accuracy_95"])) for name, f in summary.items()]
+    picture = page.picture(plots.corruptions(metrics), f"{label}-corruptions", "Accuracy under each corruption")
+    return "\n\n".join(
+        [
+            "### Corruptions",
+            f"{metrics['images']} test images by `{metrics['runtime']}`, under {len(metrics['corruptions'])} "
+            "corruptions at the five severities of CIFAR-10-C (Hendrycks & Dietterich, 2019, arXiv:1903.12261). "
+            "`train/corruptions.py` makes them anew: figures are near those on the published files, not the same.",
+            table(("images", "accuracy", "95 % interval"), rows),
+            picture,
+        ]
+    )
+
+
+def photographs(artifact: Artifact) -> str:
+    metrics = artifact.card["metrics"].get("photographs")
+    if metrics is None:
+        return ""
+    every = {"all": metrics, **metrics["per_class"]}
+    rows = [(name, percent(f["accuracy"]), between(f["accuracy_95"]), f["images"]) for name, f in every.items()]
+    return "\n\n".join(
+        [
+            "### Photographs",
+            f"`{metrics['source']}`: pictures of any size, prepared as the service does, by `{metrics['runtime']}`.",
+            table(("class", "accuracy", "95 % interval", "n"), rows),
+        ]
+    )
+
+
+def runs(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that led to the weights, the first one first."""
+    return [*(runs(training["start"]) if "start" in training else []), training]
+
+
+def training(page: Page, label: str, artifact: Artifact) -> str:
+    every = runs(artifact.card["training"])
+    history = [epoch for run in every for epoch in run["history"]]
+    parts = ["### Training"]
+    for run in every:
+        values = ", ".join(f"{key} {value}" for key, value in run["recipe"].items())
+        minutes = run["training_seconds"] / 60
+        parts += [f"```console\n$ {run['command']}\n```", f"On {run['device']}, {minutes:.1f} minutes: {values}."]
+    return "\n\n".join([*parts, page.picture(plots.training(history), f"{label}-training", "Training log")])
+
+
+def provenance(artifact: Artifact) -> str:
+    card = artifact.card
+    versions = ", ".join(f"{name} {number}" for name, number in card["versions"].items())
+    rows = [(f"`{name}`", f"{file['bytes']:,}", f"`{file['sha256']}`") for name, file in card["files"].items()]
+    about = f"Version `{artifact.version}`, exported at commit `{card['git_commit']}` with {versions}."
+    return "\n\n".join(["### Provenance", about, table(("file", "bytes", "SHA-256"), rows)])
+
+
+def frontier(page: Page, artifacts: dict[str, Artifact]) -> str:
+    """Speed against accuracy of every artifact, and of the sizes that a card tells of; nothing for a single one."""
+    points = []
+    for label, artifact in artifacts.items():
+        metrics = artifact.card["metrics"]
+        points += metrics.get("frontier", [])
+        figures = metrics.get(ONNX_INT8, {})
+        if "speed" in figures:
+            points.append({"name": label, "accuracy": figures["accuracy"], **figures["speed"]})
+    if len(points) < 2:
+        return ""
+    rows = [(point["name"], percent(point["accuracy"]), point["images_per_s"]) for point in points]
+    picture = page.picture(plots.frontier(points), "frontier", "Accuracy against speed")
+    head = ("model", "accuracy, INT8", "images/s, one core")
+    return "\n\n".join(["## Accuracy against speed", table(head, rows), picture])
