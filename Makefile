@@ -78,6 +78,8 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev -o requirements.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
 clean: ## remove everything that make made, but neither data nor runs
 	rm -rf $(VENV) .bentoml .mypy_cache .ruff_cache .pytest_cache
