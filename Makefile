@@ -16,9 +16,12 @@ export ORT_DISABLE_TELEMETRY := 1
 export IMAGE_CPU ?= classifier:cpu
 IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
+# A tar archive of photographs to measure with, and more options: BENCH_FLAGS="--rounds 3".
+PHOTOS ?= $(wildcard ../shared/data/photos.tar)
+BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean
+.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -74,6 +77,15 @@ image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with t
 e2e: $(VENV)/.dev ## run the CPU image, built if missing, and test it from outside
 	$(BIN)/python -m pytest tests/e2e
 
+.venv-bench/%/.installed: tests/benchmark/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk
+	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_FLAGS)
+	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
+
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
@@ -82,4 +94,4 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
 clean: ## remove everything that make made, but neither data nor runs
-	rm -rf $(VENV) .bentoml .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .bentoml .mypy_cache .ruff_cache .pytest_cache

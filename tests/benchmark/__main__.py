@@ -1,7 +1,7 @@
 """Measure the bundle and its peers on this machine, one after another, and write the raw numbers as JSON.
 
-    python -m tests.benchmark results.json --photos photos.tar
-    python -m tests.benchmark results.json --quick --only FastAPI bundle
+python -m tests.benchmark results.json --photos photos.tar
+python -m tests.benchmark results.json --quick --only FastAPI bundle
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
 """Offered load of the open loop, in units of the server's own best rate in the closed loop."""
 START_SECONDS = 15.0
 """What starting and stopping a server is taken to cost, for the time left."""
-QUICK_SECONDS = 2.0
+QUICK_SECONDS = 2
 
 
 class Progress:
@@ -127,25 +127,15 @@ def _batch_sizes(server: Server, url: str) -> dict[str, float]:
     return {s.removeprefix(prefix)[:-2]: n for s, n in live.samples(url).items() if s.startswith(prefix)}
 
 
-def measure_ceiling(sent: list[Workload], seconds: float) -> dict[str, dict[int, float]]:
-    """Images a second by workload and batch size."""
-    rates: dict[str, dict[int, float]] = {}
-    for workload in sent:
-        images = [request[0] for request in workload.requests] if workload.images_per_request == 1 else workload.requests[0]
-        rates[workload.name] = {size: ceiling.images_per_second(images, size, seconds) for size in ceiling.BATCHES}
-        print(f"ceiling, {workload.name}: {max(rates[workload.name].values()):.0f} images/s", flush=True)
-    return rates
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--photos", type=Path, help="a tar archive of photographs, which are then measured too")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each load")
-    parser.add_argument("--warm-up", type=float, default=1.0, help="seconds before each load of the closed loop")
+    parser.add_argument("--seconds", type=int, default=6, help="of each load")
+    parser.add_argument("--warm-up", type=int, default=1, help="seconds before each load of the closed loop")
     parser.add_argument("--deadline", type=float, default=1.0, help="seconds within which a reply is good")
     parser.add_argument("--rounds", type=int, default=1, help="times that the whole is repeated; medians are reported")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS:g} s a load: see that it works")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS} s a load: see that it works")
     parser.add_argument("--only", nargs="+", default=[""], help="servers with one of these in their name")
     options = parser.parse_args()
     if options.quick:
@@ -153,7 +143,7 @@ def parse() -> argparse.Namespace:
     if shutil.which("wrk") is None:
         parser.error("wrk is missing: apt-get install wrk")
     if options.seconds <= options.deadline:
-        parser.error(f"--seconds {options.seconds:g}; expected more than --deadline {options.deadline:g}")
+        parser.error(f"--seconds {options.seconds}; expected more than --deadline {options.deadline:g}")
     return options
 
 
@@ -165,7 +155,7 @@ def main() -> None:
     about = machine.describe() | {
         "options": {name: str(value) for name, value in vars(options).items() if name != "output"}
     }
-    ceilings = measure_ceiling(sent, options.seconds / 2)
+    ceilings = ceiling.measure(sent, options.seconds / 2)
     progress = Progress(options.rounds * sum(planned_seconds(server, sent, options) for server in chosen))
     records = []
     for _ in range(options.rounds):

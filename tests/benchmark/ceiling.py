@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from functools import cache
 from multiprocessing.synchronize import Barrier
 
 import numpy as np
@@ -14,17 +15,23 @@ from model.artifact import Artifact
 from model.classifier import predictions
 from model.preprocess import preprocess
 from model.store import SHIPPED
+from tests.benchmark.workloads import Workload
 
 BATCHES = (1, 4, 8, 16, 32)
 
 
-def images_per_second(images: list[bytes], batch: int, seconds: float) -> float:
-    """Over all cores, of ``images`` in turn in batches of ``batch``."""
+def measure(workloads: list[Workload], seconds: float) -> dict[str, dict[int, float]]:
+    """Images a second over all cores, by workload and batch size."""
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
-    barrier = context.Barrier(cores)
-    with context.Pool(cores, _prepare, (barrier,)) as pool:
-        return sum(pool.starmap(_rate, [(images, batch, seconds)] * cores, chunksize=1))
+    with context.Pool(cores, _prepare, (context.Barrier(cores),)) as pool:
+        rates: dict[str, dict[int, float]] = {}
+        for workload in workloads:
+            images = [image for request in workload.requests for image in request]
+            of = {size: sum(pool.starmap(_rate, [(images, size, seconds)] * cores, 1)) for size in BATCHES}
+            print(f"ceiling, {workload.name}: {max(of.values()):.0f} images/s", flush=True)
+            rates[workload.name] = of
+    return rates
 
 
 def _prepare(barrier: Barrier) -> None:
@@ -32,19 +39,19 @@ def _prepare(barrier: Barrier) -> None:
     _together = barrier
 
 
-def _rate(images: list[bytes], batch: int, seconds: float) -> float:
+@cache
+def _engine() -> tuple[Artifact, runtimes.Runtime]:
     artifact = Artifact.load(SHIPPED)
-    runtime = runtimes.create(runtimes.ONNX_INT8, artifact)
-    batches = [[images[(i + j) % len(images)] for j in range(batch)] for i in range(0, max(len(images), batch), batch)]
-    _together.wait()  # type: ignore[name-defined]
-    return _measure(runtime, artifact, batches, seconds)
+    return artifact, runtimes.create(runtimes.ONNX_INT8, artifact)
 
 
-def _measure(runtime: runtimes.Runtime, artifact: Artifact, batches: list[list[bytes]], seconds: float) -> float:
-    size = artifact.config.input_size
+def _rate(images: list[bytes], size: int, seconds: float) -> float:
+    """Of one core, in batches of ``size``; every core starts at the same moment, so that each process does one."""
+    artifact, runtime = _engine()
+    _together.wait()
     done, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
-        batch = batches[done // len(batches[0]) % len(batches)]
-        predictions(runtime(np.stack([preprocess(image, size) for image in batch])), artifact.config)
-        done += len(batch)
+        batch = [preprocess(images[(done + i) % len(images)], artifact.config.input_size) for i in range(size)]
+        predictions(runtime(np.stack(batch)), artifact.config)
+        done += size
     return done / elapsed

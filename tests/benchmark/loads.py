@@ -1,4 +1,4 @@
-"""One load on one server: closed by wrk, open by ``tests.benchmark.openloop``; what the generator itself took is kept."""
+"""One load on one server: closed by wrk, open by ``tests.benchmark.openloop``; the generator's own cost is kept."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Target:
             file.write_bytes(content)
 
 
-def closed(target: Target, connections: int, seconds: float) -> dict[str, Any]:
+def closed(target: Target, connections: int, seconds: int) -> dict[str, Any]:
     """``connections`` clients, each sending its next request as soon as it has its reply. Times are in seconds."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", f"--timeout={TIMEOUT}s", "-s", str(SCRIPT)]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={TIMEOUT}s", "-s", str(SCRIPT)]
     measured, share = _run([*command, target.url, "--", target.content_type, *map(str, target.files)])
     replies, status_errors = measured["replies"], measured["status_errors"]
     lost = sum(measured[kind] for kind in ("connect", "read", "write", "timeout"))
@@ -57,12 +57,11 @@ def opened(target: Target, rate: float, seconds: float, deadline: float) -> dict
 def _run(command: list[str]) -> tuple[dict[str, Any], float]:
     """The last line of output as JSON, and the share of one core that the command took."""
     before, started = _cpu_seconds(), time.monotonic()
-    try:
-        output = subprocess.run(command, check=True, capture_output=True, text=True, preexec_fn=_raise_limit).stdout
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"{command[0]} failed: {error.stderr}") from error
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_raise_limit)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stdout}{done.stderr}")
     share = (_cpu_seconds() - before) / (time.monotonic() - started)
-    return json.loads(output.strip().splitlines()[-1]), share
+    return json.loads(done.stdout.strip().splitlines()[-1]), share
 
 
 def _cpu_seconds() -> float:

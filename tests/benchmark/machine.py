@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 
 def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
     """Of ``packages`` as installed for ``python``."""
-    code = "import json, sys; from importlib.metadata import version as v; print(json.dumps({p: v(p) for p in sys.argv[1:]}))"
+    code = "import json, sys, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
     reported: dict[str, str] = json.loads(subprocess.check_output([python, "-c", code, *packages]))
     return reported
 

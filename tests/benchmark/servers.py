@@ -22,6 +22,9 @@ PEERS_PYTHON, MLSERVER_PYTHON = (VENVS / name / "bin" / "python" for name in ("p
 BUNDLE, BENTOML, PEER = "bundle", "bentoml", "peer"
 
 
+MULTIPART = multipart("image")
+
+
 @dataclass(frozen=True)
 class Server:
     """``command`` makes the command line for a port; ``pack`` and ``path`` are of requests with one image."""
@@ -32,7 +35,7 @@ class Server:
     command: Callable[[int], list[str]]
     packages: tuple[str, ...]
     settings: dict[str, object] = field(default_factory=dict)
-    pack: Pack = multipart("image")
+    pack: Pack = MULTIPART
     path: str = "/classify"
     takes_batches: bool = False
     stop: int = signal.SIGTERM
@@ -99,7 +102,7 @@ ALL = (
     _peer("Ray Serve", ("ray",), f"{PEERS}.rayserve_app", "{port}"),
     _mlserver(),
     _bentoml("BentoML, documented", "Single", multipart("images")),
-    _bentoml("BentoML, documented depends", "Depends", multipart("image")),
+    _bentoml("BentoML, documented depends", "Depends", MULTIPART),
 )
 
 

@@ -41,7 +41,9 @@ def v2(images: list[bytes]) -> Body:
     """The Open Inference Protocol, which MLServer speaks: binary data travels as base64."""
     data = [base64.b64encode(image).decode() for image in images]
     tensor = {"name": "image", "shape": [len(data), 1], "datatype": "BYTES", "data": data}
-    return Body("application/json", json.dumps({"inputs": [tensor | {"parameters": {"content_type": "base64"}}]}).encode())
+    return Body(
+        "application/json", json.dumps({"inputs": [tensor | {"parameters": {"content_type": "base64"}}]}).encode()
+    )
 
 
 class Workload(NamedTuple):

@@ -1,4 +1,4 @@
-"""What every peer does with images, so that only the framework around it differs: OpenCV decodes, ONNX Runtime infers."""
+"""What every peer does with images, so that only the framework differs: OpenCV decodes, ONNX Runtime infers."""
 
 from __future__ import annotations
 
