@@ -102,7 +102,9 @@ class Load:
                 self.lags.append(now - float(due[sent]))
                 sent += 1
             await asyncio.sleep(TICK)
-        await asyncio.sleep(deadline)
+        end = self._now() + deadline
+        while len(self.replies) < len(due) and self._now() < end:
+            await asyncio.sleep(TICK)
 
     def settle(self, outcome: str, due: float) -> None:
         self.replies.append(Reply(outcome, due, self._now()))

@@ -89,7 +89,9 @@ def _mlserver() -> Server:
     return Server("MLServer", PEER, MLSERVER_PYTHON, command, ("mlserver",), settings, pack=v2, path=path)
 
 
-UVICORN = ("uvicorn", f"{PEERS}.fastapi_app:app", "--workers", "2", "--no-access-log", "--port", "{port}")
+PATIENT = ("--timeout-worker-healthcheck", "30")
+"""By default uvicorn kills a worker that is silent for five seconds, as on a machine that is busy while it starts."""
+UVICORN = ("uvicorn", f"{PEERS}.fastapi_app:app", "--workers", "2", "--no-access-log", *PATIENT, "--port", "{port}")
 GUNICORN = ("gunicorn", f"{PEERS}.flask_app:app", "--workers", "2", "--threads", "4", "--bind", "127.0.0.1:{port}")
 
 ALL = (
