@@ -13,8 +13,9 @@ import argparse
 import asyncio
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -45,8 +46,7 @@ class Connection(asyncio.Protocol):
         self._due: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not an instance of it
 
     def send(self, due: float) -> None:
         self._due = due
@@ -89,11 +89,15 @@ class Load:
         self.replies: list[Reply] = []
         self.lags: list[float] = []
         """How late each request left, in seconds."""
+        self._complete = asyncio.Event()
+        self._faults: list[dict[str, Any]] = []
         self._connecting: set[asyncio.Task[None]] = set()
 
     async def run(self, due: np.ndarray, deadline: float) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(lambda loop, context: self._faults.append(context))
         self._start = self._loop.time()
+        self._expected = len(due)
         sent = 0
         while sent < len(due):
             now = self._now()
@@ -102,12 +106,16 @@ class Load:
                 self.lags.append(now - float(due[sent]))
                 sent += 1
             await asyncio.sleep(TICK)
-        end = self._now() + deadline
-        while len(self.replies) < len(due) and self._now() < end:
-            await asyncio.sleep(TICK)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await self._complete.wait()
+        if self._faults:
+            raise RuntimeError(f"the generator itself failed: {self._faults[0]}")
 
     def settle(self, outcome: str, due: float) -> None:
         self.replies.append(Reply(outcome, due, self._now()))
+        if len(self.replies) == self._expected:
+            self._complete.set()
 
     def _now(self) -> float:
         return self._loop.time() - self._start

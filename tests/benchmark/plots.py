@@ -24,7 +24,7 @@ def plot(function: Callable[[Results, Any], None]) -> Callable[[Results, Any], N
 def draw(results: Results, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, function in PLOTS.items():
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
         function(results, axes)
         axes.grid(alpha=0.3)
         figure.savefig(directory / f"bench-{name}.png", dpi=110)
@@ -44,7 +44,7 @@ def throughput(results: Results, axes: Any) -> None:
         axes.plot([r["connections"] for r in runs], [r["rate"] for r in runs], label=name, **style(results, name))
     axes.set(xscale="log", xlabel="connections", ylabel="requests/s", title="One small JPEG a request, closed loop")
     axes.set_xticks(results.connections, [str(c) for c in results.connections])
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @plot
@@ -57,7 +57,7 @@ def latency(results: Results, axes: Any) -> None:
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="ms", title=f"Latency of one small JPEG at {middle} connections")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @plot
@@ -67,7 +67,7 @@ def overload(results: Results, axes: Any) -> None:
         axes.plot([r["offered"] for r in runs], [r["good"] for r in runs], label=name, **style(results, name))
     axes.set(xlabel="offered, requests/s", ylabel=f"200 within {results.deadline:g} s, requests/s")
     axes.set_title("Overload: open loop up to five times each server's own saturation")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @plot
@@ -82,12 +82,12 @@ def batches(results: Results, axes: Any) -> None:
         for index, label in enumerate(labels):
             share = (counts[label] - before) / total
             colour = plt.get_cmap("viridis")(index / len(labels))
-            axes.barh(position, share, left=left, color=colour, label=f"≤ {label}" if position == 0 else None)
+            axes.barh(position, share, left=left, color=colour, label=f"≤ {float(label):g}" if position == 0 else None)
             left, before = left + share, counts[label]
     axes.set_yticks(range(len(series)), [f"{name}, {c} connections" for name, c in series])
     axes.invert_yaxis()
     axes.set(xlabel="share of batches", title="Images in a batch, one small JPEG a request")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @plot

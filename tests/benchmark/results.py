@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -71,7 +71,7 @@ def _merge(runs: list[Run]) -> Run | None:
 
 def _merged(key: str, values: list[Any]) -> Any:
     if isinstance(values[0], dict):
-        return dict(sum((Counter(value) for value in values), Counter()))
+        return {name: sum(value.get(name, 0) for value in values) for name in dict.fromkeys(chain(*values))}
     if key in SUMMED:
         return sum(values)
     numbers = [value for value in values if isinstance(value, int | float)]
