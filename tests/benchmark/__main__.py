@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -149,6 +150,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     chosen = [server for server in servers.ALL if any(part in server.name for part in options.only)]
     sent = [workloads.small(), workloads.batch()]
     sent += [workloads.photographs(options.photos)] if options.photos else []
