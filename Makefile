@@ -16,6 +16,9 @@ export ORT_DISABLE_TELEMETRY := 1
 export IMAGE_CPU ?= classifier:cpu
 IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
+# A tar archive of photographs to measure with, and more options: BENCH_FLAGS="--rounds 3".
+PHOTOS ?= $(wildcard ../shared/data/photos.tar)
+BENCH_FLAGS ?=
 
 # The stack of deploy/compose.yaml; OVERLAYS="gpu replicas" adds compose.gpu.yaml and compose.replicas.yaml.
 OVERLAYS ?=
@@ -133,10 +136,21 @@ check-monitoring: $(VENV)/.dev ## lint and unit-test alerts, routes and dashboar
 e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 also draws docs/images/dashboard-*.png
 	$(BIN)/python -m pytest tests/monitoring/test_alerts.py
 
+.venv-bench/%/.installed: tests/benchmark/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk
+	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_FLAGS)
+	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
+
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev -o requirements.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
 clean: ## remove everything that make made, but neither data nor runs
-	rm -rf $(VENV) .bentoml .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .bentoml .mypy_cache .ruff_cache .pytest_cache

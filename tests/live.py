@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -59,45 +59,52 @@ def command(port: int) -> list[str]:
 @contextmanager
 def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
     """Start the server with ``settings`` and an own BentoML home in ``home``; the base URL of it, once it is ready."""
-    home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = {"TOPOLOGY": topology, "RUNTIME": "onnx-int8", "WORKERS": 2, **settings}
-    log = home / LOG
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(port),
-            cwd=REPOSITORY,
-            env=environment(home, **settings),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait_until_ready(process, url, log)
+    with running(command(port), environment(home, **settings), home / LOG, lambda: _is_ready(url)) as process:
         (home / PID).write_text(str(process.pid))
         yield url
+
+
+def _is_ready(url: str) -> bool:
+    return requests.get(f"{url}/readyz", timeout=5).status_code == HTTPStatus.OK
+
+
+@contextmanager
+def running(
+    argv: list[str], env: dict[str, str], log: Path, is_ready: Callable[[], bool], stop: int = signal.SIGTERM
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of any server with its output in ``log``, once it ``is_ready``; gone with its children at the end."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            argv, cwd=REPOSITORY, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_ready(process, is_ready, log)
+        yield process
     finally:
-        _stop(process)
+        _stop(process, stop)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], is_ready: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"the server ended with {process.returncode}:\n{tail(log)}")
         with suppress(requests.RequestException):
-            if requests.get(f"{url}/readyz", timeout=5).status_code == HTTPStatus.OK:
+            if is_ready():
                 return
         time.sleep(0.1)
     raise AssertionError(f"the server was not ready within {START_SECONDS} s:\n{tail(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], how: int) -> None:
     """Ask nicely, wait, and in any case leave no process behind; one that outlives its server is an error."""
     started = family(process.pid)
     try:
-        process.terminate()
+        process.send_signal(how)
         process.wait(STOP_SECONDS)
         deadline = time.monotonic() + 5
         while (left := [pid for pid in started if _alive(pid)]) and time.monotonic() < deadline:

@@ -1,0 +1,57 @@
+"""What this machine could do at most: the service's own decoding and inference in a process for each core, no HTTP."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from functools import cache
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+
+from model import runtimes
+from model.artifact import Artifact
+from model.classifier import predictions
+from model.preprocess import preprocess
+from model.store import SHIPPED
+from tests.benchmark.workloads import Workload
+
+BATCHES = (1, 4, 8, 16, 32)
+
+
+def measure(workloads: list[Workload], seconds: float) -> dict[str, dict[int, float]]:
+    """Images a second over all cores, by workload and batch size."""
+    context = multiprocessing.get_context("spawn")
+    cores = len(os.sched_getaffinity(0))
+    with context.Pool(cores, _prepare, (context.Barrier(cores),)) as pool:
+        rates: dict[str, dict[int, float]] = {}
+        for workload in workloads:
+            images = [image for request in workload.requests for image in request]
+            of = {size: sum(pool.starmap(_rate, [(images, size, seconds)] * cores, 1)) for size in BATCHES}
+            print(f"ceiling, {workload.name}: {max(of.values()):.0f} images/s", flush=True)
+            rates[workload.name] = of
+    return rates
+
+
+def _prepare(barrier: Barrier) -> None:
+    global _together
+    _together = barrier
+
+
+@cache
+def _engine() -> tuple[Artifact, runtimes.Runtime]:
+    artifact = Artifact.load(SHIPPED)
+    return artifact, runtimes.create(runtimes.ONNX_INT8, artifact)
+
+
+def _rate(images: list[bytes], size: int, seconds: float) -> float:
+    """Of one core, in batches of ``size``; every core starts at the same moment, so that each process does one."""
+    artifact, runtime = _engine()
+    _together.wait()
+    done, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        batch = [preprocess(images[(done + i) % len(images)], artifact.config.input_size) for i in range(size)]
+        predictions(runtime(np.stack(batch)), artifact.config)
+        done += size
+    return done / elapsed

@@ -1,0 +1,187 @@
+"""Open loop: requests leave when they are due (Poisson), whether or not earlier ones have been answered.
+
+    python -m tests.benchmark.openloop URL BODY_FILE CONTENT_TYPE --rate 5000 --seconds 8 --deadline 1
+
+A reply is good when it is a 200 within the deadline, counted from the moment its request was due, so that nothing is
+hidden by a generator or a connection that comes late (Schroeder et al., "Open versus closed", NSDI 2006).
+It is written here because it must share two cores with the server: at 15,000 requests a second every generator costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+import uvloop
+
+MAX_CONNECTIONS = 4096
+"""Beyond it a request is given up as unsent, as by a proxy with that limit. Connections are opened when needed."""
+TICK = 0.001
+GIVEN_UP, LOST, UNANSWERED = "unsent", "connection lost", "unanswered"
+"""What is counted in place of a status when there is none."""
+
+
+class Reply(NamedTuple):
+    """Outcome of one request: ``due`` and ``answered`` are seconds since the start."""
+
+    outcome: str
+    due: float
+    answered: float
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection, with at most one request on its way."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._parser = httptools.HttpResponseParser(self)
+        self._due: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not an instance of it
+
+    def send(self, due: float) -> None:
+        self._due = due
+        self._transport.write(self._load.request)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._transport.abort()
+
+    def on_message_complete(self) -> None:
+        self._settle(str(self._parser.get_status_code()))
+        if self._parser.should_keep_alive():
+            self._load.idle.append(self)
+        else:
+            self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._load.connections -= 1
+        if self in self._load.idle:
+            self._load.idle.remove(self)
+        self._settle(LOST)
+
+    def _settle(self, outcome: str) -> None:
+        if self._due is not None:
+            self._load.settle(outcome, self._due)
+            self._due = None
+
+
+class Load:
+    def __init__(self, url: str, body: bytes, content_type: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname, parts.port
+        head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
+        self.request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        self.idle: list[Connection] = []
+        """The last one used first, so that no more are open than are needed."""
+        self.connections = 0
+        self.replies: list[Reply] = []
+        self.lags: list[float] = []
+        """How late each request left, in seconds."""
+        self._complete = asyncio.Event()
+        self._faults: list[dict[str, Any]] = []
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    async def run(self, due: np.ndarray, deadline: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(lambda loop, context: self._faults.append(context))
+        self._start = self._loop.time()
+        self._expected = len(due)
+        sent = 0
+        while sent < len(due):
+            now = self._now()
+            while sent < len(due) and due[sent] <= now:
+                self._fire(float(due[sent]))
+                self.lags.append(now - float(due[sent]))
+                sent += 1
+            await asyncio.sleep(TICK)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await self._complete.wait()
+        if self._faults:
+            raise RuntimeError(f"the generator itself failed: {self._faults[0]}")
+
+    def settle(self, outcome: str, due: float) -> None:
+        self.replies.append(Reply(outcome, due, self._now()))
+        if len(self.replies) == self._expected:
+            self._complete.set()
+
+    def _now(self) -> float:
+        return self._loop.time() - self._start
+
+    def _fire(self, due: float) -> None:
+        if self.idle:
+            self.idle.pop().send(due)
+        elif self.connections < MAX_CONNECTIONS:
+            self.connections += 1
+            task = self._loop.create_task(self._connect(due))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+        else:
+            self.settle(GIVEN_UP, due)
+
+    async def _connect(self, due: float) -> None:
+        try:
+            _, connection = await self._loop.create_connection(lambda: Connection(self), self._host, self._port)
+        except OSError:
+            self.connections -= 1
+            self.settle(LOST, due)
+        else:
+            connection.send(due)
+
+
+def arrivals(rate: float, seconds: float) -> np.ndarray:
+    """Moments of a Poisson process, the same at every call."""
+    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds * 1.1) + 100)
+    moments = gaps.cumsum()
+    return np.asarray(moments[moments < seconds])
+
+
+def report(load: Load, due: np.ndarray, seconds: float, deadline: float) -> dict[str, Any]:
+    """Goodput is counted over the time after the first ``deadline``, when a server has what queue it will have."""
+    outcomes = Counter(reply.outcome for reply in load.replies)
+    outcomes[UNANSWERED] = len(due) - len(load.replies)
+    latencies = [r.answered - r.due for r in load.replies if r.outcome == "200"]
+    good = sum(
+        r.outcome == "200" and r.answered - r.due <= deadline and deadline <= r.answered < seconds for r in load.replies
+    )
+    p50, p95, p99 = np.percentile(latencies, (50, 95, 99)) if latencies else (None, None, None)
+    return {
+        "offered": len(due) / seconds,
+        "good": good / (seconds - deadline),
+        "outcomes": {outcome: count for outcome, count in sorted(outcomes.items()) if count},
+        "p50": p50,
+        "p95": p95,
+        "p99": p99,
+        "lag_p99": float(np.percentile(load.lags, 99)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("body", type=Path)
+    parser.add_argument("content_type")
+    parser.add_argument("--rate", type=float, required=True)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--deadline", type=float, default=1.0)
+    options = parser.parse_args()
+    load = Load(options.url, options.body.read_bytes(), options.content_type)
+    due = arrivals(options.rate, options.seconds)
+    uvloop.run(load.run(due, options.deadline))
+    print(json.dumps(report(load, due, options.seconds, options.deadline)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""BentoML the way its documentation shows: one batchable service, and an API service that depends on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bentoml
+import numpy as np
+from PIL.Image import Image
+
+from tests.benchmark.peers import common
+
+BATCHABLE: dict[str, Any] = {"batchable": True, "max_batch_size": common.MAX_BATCH, "max_latency_ms": 1000}
+
+
+def pixels(image: Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((common.WIDTH, common.HEIGHT)))
+
+
+@bentoml.service(workers=2)
+class Single:
+    @bentoml.api(route="/classify", **BATCHABLE)
+    def classify(self, images: list[Image]) -> list[dict[str, Any]]:
+        return common.infer(np.stack([pixels(image) for image in images]))
+
+
+@bentoml.service(workers=1)
+class Model:
+    @bentoml.api(**BATCHABLE)
+    def infer(self, images: np.ndarray) -> list[dict[str, Any]]:
+        return common.infer(images)
+
+
+@bentoml.service(workers=2)
+class Depends:
+    model = bentoml.depends(Model)
+
+    @bentoml.api(route="/classify")
+    async def classify(self, image: Image) -> dict[str, Any]:
+        (reply,) = await self.model.to_async.infer(pixels(image)[None])
+        return reply

@@ -1,0 +1,64 @@
+"""What every peer does with images, so that only the framework differs: OpenCV decodes, ONNX Runtime infers."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnxruntime
+import orjson
+
+MODEL = Path(os.environ["MODEL_DIRECTORY"])
+CONFIG = json.loads((MODEL / "config.json").read_text())
+HEIGHT, WIDTH = CONFIG["input_size"]
+MAX_BATCH = 32
+cv2.setNumThreads(1)
+
+
+@cache
+def session() -> onnxruntime.InferenceSession:
+    """Made on first use, so that a server that forks does so before. One thread: there is a process for each core."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(MODEL / "model.int8.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def decode(data: bytes) -> np.ndarray:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise ValueError("not an image")
+    return cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
+
+
+def infer(images: np.ndarray) -> list[dict[str, Any]]:
+    """(N, H, W, 3) uint8 pixels to one reply an image."""
+    (logits,) = session().run(None, {"images": images})
+    scaled = logits / CONFIG["temperature"]
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return [_reply(row) for row in exponentials / exponentials.sum(axis=1, keepdims=True)]
+
+
+def _reply(probabilities: np.ndarray) -> dict[str, Any]:
+    best = int(probabilities.argmax())
+    return {
+        "predicted_class": best,
+        "class_name": CONFIG["classes"][best],
+        "confidence": round(float(probabilities[best]), 6),
+        "all_probabilities": {str(i): round(p, 6) for i, p in enumerate(probabilities.tolist())},
+    }
+
+
+def classify(images: list[bytes]) -> list[dict[str, Any]]:
+    """Image files to replies, in batches of at most ``MAX_BATCH``."""
+    pixels = np.stack([decode(image) for image in images])
+    return [reply for i in range(0, len(pixels), MAX_BATCH) for reply in infer(pixels[i : i + MAX_BATCH])]
+
+
+def classify_json(images: list[bytes]) -> bytes:
+    return orjson.dumps({"results": classify(images)})

@@ -1,0 +1,98 @@
+"""The curves of ``docs/benchmarks.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from tests.benchmark.results import BUNDLE, EMBEDDED, RUNNER, Results
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+PLOTS: dict[str, Callable[[Results, Any], None]] = {}
+
+
+def plot(function: Callable[[Results, Any], None]) -> Callable[[Results, Any], None]:
+    PLOTS[function.__name__] = function
+    return function
+
+
+def draw(results: Results, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, function in PLOTS.items():
+        figure, axes = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
+        function(results, axes)
+        axes.grid(alpha=0.3)
+        figure.savefig(directory / f"bench-{name}.png", dpi=110)
+        plt.close(figure)
+
+
+def style(results: Results, name: str) -> dict[str, Any]:
+    """A colour for each server in every plot; the bundle's lines are the thick ones."""
+    ours = results.kinds[name] == BUNDLE
+    return {"color": f"C{results.names.index(name)}", "linewidth": 3 if ours else 1.2, "marker": "o" if ours else "."}
+
+
+@plot
+def throughput(results: Results, axes: Any) -> None:
+    for name in results.names:
+        runs = [run for c in results.connections if (run := results.closed(name, "small", c))]
+        axes.plot([r["connections"] for r in runs], [r["rate"] for r in runs], label=name, **style(results, name))
+    axes.set(xscale="log", xlabel="connections", ylabel="requests/s", title="One small JPEG a request, closed loop")
+    axes.set_xticks(results.connections, [str(c) for c in results.connections])
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+@plot
+def latency(results: Results, axes: Any) -> None:
+    middle = 64 if 64 in results.connections else results.connections[-1]
+    runs = {name: run for name in results.names if (run := results.closed(name, "small", middle))}
+    for offset, percentile in enumerate(("p50", "p95", "p99")):
+        places = [place + 0.27 * (1 - offset) for place in range(len(runs))]
+        axes.barh(places, [1000 * run[percentile] for run in runs.values()], 0.25, label=percentile)
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="ms", title=f"Latency of one small JPEG at {middle} connections")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+@plot
+def overload(results: Results, axes: Any) -> None:
+    for name in results.names:
+        runs = [run for factor in results.factors if (run := results.open(name, factor))]
+        axes.plot([r["offered"] for r in runs], [r["good"] for r in runs], label=name, **style(results, name))
+    axes.set(xlabel="offered, requests/s", ylabel=f"200 within {results.deadline:g} s, requests/s")
+    axes.set_title("Overload: open loop up to five times each server's own saturation")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+@plot
+def batches(results: Results, axes: Any) -> None:
+    """Share of batches by size; the histogram's buckets are cumulative."""
+    names = [name for name in (EMBEDDED, RUNNER) if name in results.names]
+    series = [(name, c) for name in names for c in results.connections]
+    for position, (name, connections) in enumerate(series):
+        counts = (results.closed(name, "small", connections) or {})["batch_images"]
+        labels = sorted(counts, key=float)
+        total, left, before = max(counts.values(), default=0) or 1, 0.0, 0.0
+        for index, label in enumerate(labels):
+            share = (counts[label] - before) / total
+            colour = plt.get_cmap("viridis")(index / len(labels))
+            axes.barh(position, share, left=left, color=colour, label=f"≤ {float(label):g}" if position == 0 else None)
+            left, before = left + share, counts[label]
+    axes.set_yticks(range(len(series)), [f"{name}, {c} connections" for name, c in series])
+    axes.invert_yaxis()
+    axes.set(xlabel="share of batches", title="Images in a batch, one small JPEG a request")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+@plot
+def memory(results: Results, axes: Any) -> None:
+    sizes = {name: size for name in results.names if (size := results.value(name, "pss_mib"))}
+    axes.barh(list(sizes), list(sizes.values()), color=[style(results, name)["color"] for name in sizes])
+    axes.invert_yaxis()
+    axes.set(xlabel="MiB", title="Memory of all processes after the loads (PSS)")

@@ -1,0 +1,135 @@
+"""Raw numbers to ``docs/benchmarks.md`` and its plots; every figure there comes from here.
+
+python -m tests.benchmark.report docs/benchmarks.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tests.benchmark import bars, plots
+from tests.benchmark.results import Results
+
+NONE = "-"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *(list(row) for row in rows)]]
+    return [lines[0], "| --- " * len(head) + "|", *lines[1:], ""]
+
+
+def milliseconds(seconds: float | None) -> str:
+    return NONE if seconds is None else f"{1000 * seconds:,.1f}"
+
+
+def conditions(results: Results) -> Iterator[str]:
+    raw = results.raw
+    libraries = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
+    state = ", with uncommitted changes" if raw["modified"] else ""
+    yield f"{raw['date']}, commit `{raw['commit'][:12]}`{state}."
+    yield f"{raw['processor']}, {raw['cores']} cores, {raw['memory_gib']:.0f} GiB, Linux {raw['kernel']}, Python "
+    yield f"{raw['python']}; load average at the start {raw['load_average']:.2f}. {libraries}; {raw['wrk']}."
+    options = ", ".join(f"`{name} {value}`" for name, value in raw["options"].items() if name not in ("only", "photos"))
+    yield f"Options: {options}."
+    yield ""
+
+
+def closed(results: Results) -> Iterator[str]:
+    head = ["", *(f"{c} connections, requests/s" for c in results.connections), "p50 / p95 / p99 at each, ms"]
+    rows = []
+    for name in results.names:
+        runs = [results.closed(name, "small", c) for c in results.connections]
+        times = [" / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99")) for run in runs if run]
+        rows.append([name, *(f"{run['rate']:,.0f}" if run else NONE for run in runs), "<br>".join(times)])
+    yield from table(head, rows)
+
+
+def larger(results: Results) -> Iterator[str]:
+    workloads = ("photographs", "batch")
+    head = ["", *(f"{w}, {unit}" for w in workloads for unit in ("images/s", "p50 / p95 / p99, ms"))]
+    rows = []
+    for name in results.names:
+        row = [name]
+        for workload in workloads:
+            run = results.closed(name, workload)
+            times = " / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99")) if run else NONE
+            row += [f"{run['images_per_second']:,.0f}" if run else NONE, times]
+        rows.append(row)
+    yield from table(head, rows)
+
+
+def ceilings(results: Results) -> Iterator[str]:
+    rates = results.raw["ceiling"]
+    sizes = list(next(iter(rates.values())))
+    rows = [[workload, *(f"{of[size]:,.0f}" for size in sizes)] for workload, of in rates.items()]
+    yield from table(["images/s", *(f"batches of {size}" for size in sizes)], rows)
+
+
+def overload(results: Results) -> Iterator[str]:
+    head = ["good/s at", *(f"{factor:g} x" for factor in results.factors)]
+    highest = results.factors[-1] if results.factors else 0
+    head += [f"{what} at {highest:g} x" for what in ("replies", "p99 of the 200s, ms", "generator: core, delay p99 ms")]
+    rows = []
+    for name in results.names:
+        runs = [results.open(name, factor) for factor in results.factors]
+        row = [name, *(f"{run['good']:,.0f}" if run else NONE for run in runs)]
+        if runs and (last := runs[-1]):
+            outcomes = ", ".join(f"{outcome}: {count:,.0f}" for outcome, count in last["outcomes"].items())
+            row += [outcomes, milliseconds(last["p99"])]
+            row += [f"{last['generator_cpu']:.0%}, {milliseconds(last['lag_p99'])}"]
+        rows.append(row + [NONE] * (len(head) - len(row)))
+    yield from table(head, rows)
+
+
+def resources(results: Results) -> Iterator[str]:
+    rows = []
+    for name in results.names:
+        errors, replies = results.errors(name)
+        size, start = results.value(name, "pss_mib"), results.value(name, "start_seconds")
+        row = [f"{size:,.0f}" if size else NONE, f"{start:.1f}" if start else NONE, f"{errors:,} of {replies:,}"]
+        versions = ", ".join(f"{package} {version}" for package, version in results.versions[name].items())
+        rows.append([name, *row, versions])
+    yield from table(["", "PSS, MiB", "start to first right answer, s", "errors, closed loops", "versions"], rows)
+
+
+def page(results: Results) -> str:
+    judged = table(["what", "measured", "bar", "met"], bars.judge(results))
+    sections = {
+        "What it must show": judged,
+        "One small JPEG a request": [
+            *closed(results),
+            "![](images/bench-throughput.png)",
+            "![](images/bench-latency.png)",
+        ],
+        "Photographs, and 64 images a request": larger(results),
+        "In process, without HTTP: the ceiling": ceilings(results),
+        "Overload": [*overload(results), "![](images/bench-overload.png)"],
+        "Batch sizes": ["![](images/bench-batches.png)"],
+        "Memory, start, errors": [*resources(results), "![](images/bench-memory.png)"],
+    }
+    if results.problems:
+        problems = [f"- {name}: {(text.strip().splitlines() or [''])[-1]}" for name, text in results.problems.items()]
+        sections["Could not be measured, or not to the end"] = problems
+    lines = ["# Benchmarks", "", "Written by `make bench`; no figure is typed by hand. How: `tests/benchmark/`.", ""]
+    lines += conditions(results)
+    for title, content in sections.items():
+        lines += [f"## {title}", "", *content, ""]
+    return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", type=Path, help="what tests.benchmark wrote; the page goes beside it")
+    path = parser.parse_args().raw
+    results = Results(json.loads(path.read_text()))
+    plots.draw(results, path.parent / "images")
+    path.with_suffix(".md").write_text(page(results))
+    print(path.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
