@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 PORT ?= 3000
 NAME ?= cifar10_cnn
+OVERLAY ?= cpu
 DATA ?= cifar10
 RUN := runs/$(NAME)
 
@@ -18,7 +19,8 @@ IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean
+.PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean \
+	k8s-rules k8s-pin k8s-apply check-k8s
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -73,6 +75,24 @@ image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with t
 
 e2e: $(VENV)/.dev ## run the CPU image, built if missing, and test it from outside
 	$(BIN)/python -m pytest tests/e2e
+
+k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
+	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
+
+k8s-pin: ## make OVERLAY (cpu, gpu, production) of deploy/k8s run IMAGE, NAME@sha256:DIGEST
+	$(PYTHON) deploy/k8s/pin.py $(OVERLAY) $(IMAGE)
+
+k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
+	kubectl apply --kustomize deploy/k8s/overlays/$(OVERLAY)
+	kubectl --namespace classifier rollout status deployment/classifier --timeout 10m
+
+SCHEMAS := tests/kubernetes/schemas
+$(SCHEMAS)/node_modules: $(SCHEMAS)/package-lock.json
+	npm ci --prefix $(SCHEMAS) --no-audit --no-fund
+	@touch $@
+
+check-k8s: $(VENV)/.dev $(SCHEMAS)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/kubernetes
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
