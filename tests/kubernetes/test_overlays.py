@@ -20,7 +20,7 @@ from tests.kubernetes.rendered import MANIFESTS, OVERLAYS, RENDERED, ROOT, Manif
 
 KUBERNETES = "1.34"
 CHECKOV = "checkov==3.3.30"
-SCHEMAS = Path(__file__).parent / "schemas"
+NODE_MODULES = ROOT / "tests/node/node_modules"
 CUSTOM = {  # package of the types of each group of custom resources
     "argoproj.io/Application": "argo-cd",
     "argoproj.io/AnalysisTemplate": "argo-rollouts",
@@ -61,9 +61,9 @@ def test_custom_resources_satisfy_their_schemas(overlay: str, tmp_path: Path) ->
     """Types refuse unknown fields and validators bad values, so each becomes a typed constant that validates itself."""
     lines = [line for i, m in enumerate(RENDERED[overlay]) if custom(m) for line in typed(i, m)]
     (tmp_path / "resources.mts").write_text("\n".join(lines))
-    (tmp_path / "node_modules").symlink_to(SCHEMAS / "node_modules")
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
     options = ("--strict", "--skipLibCheck", "--module", "nodenext", "--target", "es2022")
-    run(SCHEMAS / "node_modules/.bin/tsc", *options, "resources.mts", cwd=tmp_path)
+    run(NODE_MODULES / ".bin/tsc", *options, "resources.mts", cwd=tmp_path)
     run("node", "resources.mjs", cwd=tmp_path)
 
 
