@@ -41,7 +41,7 @@ def slowdown(new: Artifact, old: Artifact) -> float:
     """Ratio of the fastest batches: what else the machine does can only add time. Measured in turns."""
     times: dict[int, list[float]] = {0: [], 1: []}
     engines = [runtimes.create(RUNTIME, artifact, 1, 0) for artifact in (new, old)]
-    images = [np.zeros((BATCH, a.config.input_size, a.config.input_size, 3), np.uint8) for a in (new, old)]
+    images = [np.zeros((BATCH, *a.config.input_size, 3), np.uint8) for a in (new, old)]
     for _ in range(ROUNDS):
         for which in (0, 1):
             started = time.perf_counter()
