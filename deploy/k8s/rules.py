@@ -1,0 +1,42 @@
+"""Prints the PrometheusRule that holds the rules of monitoring/prometheus/rules, for `make k8s-rules`.
+
+Its result is committed, because Argo CD renders what git holds; a test holds the two in step.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RULES = Path(__file__).parents[2] / "monitoring/prometheus/rules"
+FILES = ("service.yml", "slo.yml", "model.yml", "gpu.yml")
+"""The others are about Nginx, the machine and Prometheus itself, for which a cluster has its own."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Lines of an expression stay lines."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+Dumper.add_representer(str, _text)
+
+
+def prometheus_rule() -> dict[str, Any]:
+    groups = [group for file in FILES for group in yaml.safe_load((RULES / file).read_text())["groups"]]
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "classifier"},
+        "spec": {"groups": groups},
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write("# Written by `make k8s-rules` from monitoring/prometheus/rules.\n")
+    yaml.dump(prometheus_rule(), sys.stdout, Dumper, sort_keys=False, width=10**6, allow_unicode=True)

@@ -1,0 +1,101 @@
+"""The canary: its parts know each other, and its analysis judges good, bad and missing figures as it should.
+
+promtool runs the analysis' own queries over made-up series; its conditions are evaluated on what comes out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.kubernetes.rendered import ROOT, only, run
+
+CANARY = only("production", "Rollout")["spec"]["strategy"]["canary"]
+TEMPLATE = only("production", "AnalysisTemplate")
+METRICS = {metric["name"]: metric for metric in TEMPLATE["spec"]["metrics"]}
+ANALYSES = [step["analysis"] for step in CANARY["steps"] if "analysis" in step]
+POD = 'namespace="classifier",rollouts_pod_template_hash="abc"'
+MINUTES = 10
+
+
+def series(name: str, labels: str, per_minute: int) -> dict[str, str]:
+    return {"series": f"{name}{{{POD},{labels}}}", "values": f"0+{per_minute}x{MINUTES}"}
+
+
+def replies(code: int, per_minute: int, within_objective: int = 0) -> list[dict[str, str]]:
+    labels = f'endpoint="/classify",http_response_code="{code}"'
+    duration = "bentoml_service_request_duration_seconds"
+    return [
+        series("bentoml_service_request_total", labels, per_minute),
+        series(f"{duration}_count", labels, per_minute),
+        series(f"{duration}_bucket", f'{labels},le="0.1"', within_objective),
+    ]
+
+
+STABLE_ONLY = [{"series": 'bentoml_service_request_total{namespace="classifier"}', "values": f"0+60x{MINUTES}"}]
+CASES = {
+    "good": (replies(200, 1000, 1000), {"availability": 0.0, "latency": 0.0}, "Successful"),
+    "a few failures": (replies(200, 9990, 9990) + replies(503, 5), {"availability": 5 / 9995}, "Successful"),
+    "failing": (replies(200, 900, 900) + replies(500, 100), {"availability": 0.1}, "Failed"),
+    "full": (replies(200, 900, 900) + replies(429, 100), {"availability": 0.1}, "Failed"),
+    "slow": (replies(200, 1000, 500), {"latency": 0.5}, "Failed"),
+    "idle": (replies(200, 0), {"availability": math.nan, "latency": math.nan}, "Inconclusive"),
+    "not scraped yet": (STABLE_ONLY, {"availability": None, "latency": None}, "Inconclusive"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_analysis(case: str, tmp_path: Path) -> None:
+    given, expected, verdict = CASES[case]
+    expectations = [expectation(name, value) for name, value in expected.items()]
+    test = {"tests": [{"interval": "1m", "input_series": given, "promql_expr_test": expectations}]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    run("promtool", "test", "rules", tmp_path / "test.yml")
+    for name, value in expected.items():
+        assert judge(name, [] if value is None else [value]) == verdict, name
+
+
+def expectation(name: str, value: float | None) -> dict[str, object]:
+    """What promtool is to find. It compares exactly, hence the tolerance here; NaN alone differs from itself."""
+    query = "(" + METRICS[name]["provider"]["prometheus"]["query"].replace("{{args.canary}}", "abc") + ")"
+    if value is None:
+        return {"expr": query, "eval_time": f"{MINUTES}m", "exp_samples": []}
+    same = f"count({query} != {query})" if math.isnan(value) else f"count(abs({query} - {value}) < 1e-9)"
+    return {"expr": same, "eval_time": f"{MINUTES}m", "exp_samples": [{"labels": "{}", "value": 1}]}
+
+
+def judge(name: str, result: list[float]) -> str:
+    """The phase of a measurement, as Argo Rollouts finds it."""
+    if holds(METRICS[name]["failureCondition"], result):
+        return "Failed"
+    return "Successful" if holds(METRICS[name]["successCondition"], result) else "Inconclusive"
+
+
+def holds(condition: str, result: list[float]) -> bool:
+    python = re.sub(r"!(?!=)", " not ", condition.replace("&&", " and "))
+    return bool(eval(python, {"len": len, "isNaN": math.isnan, "result": result}))
+
+
+def test_the_canary_knows_its_services_route_and_analysis() -> None:
+    (rule,) = only("production", "HTTPRoute")["spec"]["rules"]
+    weights = {backend["name"]: backend["weight"] for backend in rule["backendRefs"]}
+    assert weights == {CANARY["stableService"]: 100, CANARY["canaryService"]: 0}
+    for analysis in ANALYSES:
+        assert analysis["templates"] == [{"templateName": TEMPLATE["metadata"]["name"]}]
+        assert {argument["name"] for argument in analysis["args"]} == {a["name"] for a in TEMPLATE["spec"]["args"]}
+
+
+def test_each_step_that_moves_requests_is_analysed() -> None:
+    assert [next(iter(step)) for step in CANARY["steps"]] == ["setWeight", "analysis"] * len(ANALYSES)
+
+
+def test_a_canary_ends_before_two_versions_are_an_alert() -> None:
+    minutes = sum(metric["count"] for metric in METRICS.values()) / len(METRICS) * len(ANALYSES)
+    groups = yaml.safe_load((ROOT / "monitoring/prometheus/rules/service.yml").read_text())["groups"]
+    alerts = {rule.get("alert"): rule for group in groups for rule in group["rules"]}
+    assert {metric["interval"] for metric in METRICS.values()} == {"1m"}
+    assert minutes < int(alerts["ClassifierVersionMismatch"]["for"].removesuffix("m"))

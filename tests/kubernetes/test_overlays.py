@@ -1,0 +1,180 @@
+"""The manifests as a cluster gets them: rendered, then held against schemas, policies and each other.
+
+make check-k8s          # needs kubectl (its kustomize), Node.js 20 and promtool
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.kubernetes.rendered import MANIFESTS, OVERLAYS, RENDERED, ROOT, Manifest, container, of_kind, only, pods, run
+
+KUBERNETES = "1.34"
+CHECKOV = "checkov==3.3.30"
+NODE_MODULES = ROOT / "tests/node/node_modules"
+CUSTOM = {  # package of the types of each group of custom resources
+    "argoproj.io/Application": "argo-cd",
+    "argoproj.io/AnalysisTemplate": "argo-rollouts",
+    "argoproj.io/Rollout": "argo-rollouts",
+    "gateway.networking.k8s.io/HTTPRoute": "gateway-api",
+    "keda.sh/ScaledObject": "keda",
+    "monitoring.coreos.com/PrometheusRule": "prometheus-operator",
+    "monitoring.coreos.com/ServiceMonitor": "prometheus-operator",
+}
+
+every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+def custom(manifest: Manifest) -> str | None:
+    """The package that knows a custom resource."""
+    group = manifest["apiVersion"].rpartition("/")[0]
+    return CUSTOM.get(f"{group}/{manifest['kind']}")
+
+
+def as_deployment(manifest: Manifest) -> Manifest:
+    """A Rollout's pods, for programs that only know Deployments."""
+    if manifest["kind"] != "Rollout":
+        return manifest
+    kept = ("selector", "template", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds")
+    spec = {name: manifest["spec"][name] for name in kept}
+    return {**manifest, "apiVersion": "apps/v1", "kind": "Deployment", "spec": spec}
+
+
+@every_overlay
+def test_kubernetes_own_resources_satisfy_their_schemas(overlay: str) -> None:
+    for manifest in map(as_deployment, RENDERED[overlay]):
+        if not custom(manifest):  # an unknown kind raises
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("overlay", RENDERED)
+def test_custom_resources_satisfy_their_schemas(overlay: str, tmp_path: Path) -> None:
+    """Types refuse unknown fields and validators bad values, so each becomes a typed constant that validates itself."""
+    lines = [line for i, m in enumerate(RENDERED[overlay]) if custom(m) for line in typed(i, m)]
+    (tmp_path / "resources.mts").write_text("\n".join(lines))
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
+    options = ("--strict", "--skipLibCheck", "--module", "nodenext", "--target", "es2022")
+    run(NODE_MODULES / ".bin/tsc", *options, "resources.mts", cwd=tmp_path)
+    run("node", "resources.mjs", cwd=tmp_path)
+
+
+def typed(index: int, manifest: Manifest) -> Iterator[str]:
+    kind, path = manifest["kind"], f"@kubernetes-models/{custom(manifest)}/{manifest['apiVersion']}/{manifest['kind']}"
+    yield f'import {{ {kind} as Kind{index}, type I{kind} as Type{index} }} from "{path}";'
+    yield f"const resource{index}: Type{index} = {json.dumps(manifest)};"
+    yield f"new Kind{index}(resource{index}).validate();"
+
+
+def test_policies(tmp_path: Path) -> None:
+    """Checkov's rules for Kubernetes, but for those that deploy/k8s/checkov.yaml excuses."""
+    for overlay in OVERLAYS:
+        (tmp_path / f"{overlay}.yaml").write_text(yaml.safe_dump_all(map(as_deployment, RENDERED[overlay])))
+    command = ("uvx", "--quiet", "--from", CHECKOV, "checkov", "--config-file", MANIFESTS / "checkov.yaml")
+    found = json.loads(run(*command, "--directory", tmp_path, "--output", "json"))
+    assert found["summary"]["failed"] == 0
+    assert found["summary"]["passed"] > 240  # it has seen the pods of each
+
+
+@every_overlay
+def test_selectors_and_references_find_what_they_name(overlay: str) -> None:
+    labels = pods(overlay)["metadata"]["labels"].items()
+    names = {(m["kind"], m["metadata"]["name"]) for m in RENDERED[overlay]}
+    ports = {port["name"] for port in container(overlay)["ports"]}
+    for service in of_kind(overlay, "Service"):
+        assert service["spec"]["selector"].items() <= labels
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    assert only(overlay, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels
+    assert ("ServiceAccount", pods(overlay)["spec"]["serviceAccountName"]) in names
+    for policy in of_kind(overlay, "NetworkPolicy"):
+        assert policy["spec"]["podSelector"].get("matchLabels", {}).items() <= labels
+        for rule in policy["spec"].get("ingress", []):
+            assert {port["port"] for port in rule["ports"]} <= ports
+    for route in of_kind(overlay, "HTTPRoute"):
+        for backend in (b for rule in route["spec"]["rules"] for b in rule["backendRefs"]):
+            assert ("Service", backend["name"]) in names
+
+
+@every_overlay
+def test_everything_lives_in_the_namespace_that_the_rules_name(overlay: str) -> None:
+    assert {m["metadata"]["namespace"] for m in RENDERED[overlay] if m["kind"] != "Namespace"} == {"classifier"}
+    assert only(overlay, "Namespace")["metadata"]["name"] == "classifier"
+
+
+@every_overlay
+def test_traffic_is_denied_unless_allowed(overlay: str) -> None:
+    policies = {p["metadata"]["name"]: p["spec"] for p in of_kind(overlay, "NetworkPolicy")}
+    assert policies.pop("default-deny") == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert set(policies) == ({"clients"} if overlay == "cpu" else {"clients", "prometheus"})
+    assert all(rule["from"] and rule["ports"] for spec in policies.values() for rule in spec["ingress"])
+
+
+@every_overlay
+def test_one_scaler_owns_the_replicas(overlay: str) -> None:
+    workload = only(overlay, "Deployment", "Rollout")
+    scaler = only(overlay, "HorizontalPodAutoscaler", "ScaledObject")
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", **scaler["spec"]["scaleTargetRef"]}
+    assert target == {key: workload[key] for key in ("apiVersion", "kind")} | {"name": workload["metadata"]["name"]}
+    assert "replicas" not in workload["spec"]
+
+
+@every_overlay
+def test_a_pod_ends_after_its_requests(overlay: str) -> None:
+    """SIGTERM only comes when the endpoint has been taken away, and SIGKILL only when draining is over."""
+    args = container(overlay)["args"]
+    draining = int(args[args.index("--timeout-graceful-shutdown") + 1])
+    sleep = container(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert sleep + draining < pods(overlay)["spec"]["terminationGracePeriodSeconds"]
+
+
+@every_overlay
+def test_probes_differ_and_liveness_is_the_most_patient(overlay: str) -> None:
+    def patience(name: str) -> int:
+        probe = container(overlay)[name]
+        return probe["periodSeconds"] * probe["failureThreshold"]
+
+    assert container(overlay)["startupProbe"]["httpGet"]["path"] == "/livez"
+    assert container(overlay)["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    # The workers of the runner topology outlive a runner that died; only /readyz asks it.
+    assert container(overlay)["livenessProbe"]["httpGet"]["path"] == ("/readyz" if overlay == "gpu" else "/livez")
+    assert patience("readinessProbe") < patience("livenessProbe") < patience("startupProbe")
+
+
+def test_pods_are_scraped_once_ready_or_not() -> None:
+    wanted = only("production", "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
+    (service,) = [s for s in of_kind("production", "Service") if wanted <= s["metadata"]["labels"].items()]
+    assert service["spec"]["publishNotReadyAddresses"]
+    assert service["metadata"]["name"] not in json.dumps(only("production", "Rollout"))
+
+
+def test_argo_cd_points_at_the_production_overlay() -> None:
+    (application,) = RENDERED["argocd"]
+    assert (ROOT / application["spec"]["source"]["path"]).samefile(MANIFESTS / "overlays/production")
+
+
+@every_overlay
+def test_an_overlay_runs_the_digest_it_is_pinned_to(overlay: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(MANIFESTS, tmp_path / "k8s")
+    image = "registry.example.com:5000/team/classifier@sha256:" + "0123456789abcdef" * 4
+    run(sys.executable, copy / "pin.py", overlay, image)
+    rendered = yaml.safe_load_all(run("kubectl", "kustomize", copy / "overlays" / overlay))
+    (workload,) = [m for m in rendered if m["kind"] in {"Deployment", "Rollout"}]
+    assert workload["spec"]["template"]["spec"]["containers"][0]["image"] == image
+
+
+@pytest.mark.parametrize(
+    ("overlay", "image"), [("cpu", "classifier:latest"), ("cpu", "x@sha256:12"), ("none", "x@sha256:" + "0" * 64)]
+)
+def test_a_tag_or_an_unknown_overlay_is_refused(overlay: str, image: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(MANIFESTS, tmp_path / "k8s")
+    done = subprocess.run((sys.executable, copy / "pin.py", overlay, image), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
