@@ -169,7 +169,7 @@ MODEL = [
         "percentunit",
         "sum(rate(classifier_confidence_sum[1h])) / sum(rate(classifier_confidence_count[1h]))",
     ),
-    stat("Guesses (≤ 0.5)", "percentunit", "classifier:low_confidence:ratio1h", red_above=0.1),
+    stat("Foreign images", "percentunit", "classifier:foreign_images:ratio1h", red_above=0.2),
     stat("Class mix drift (PSI)", "short", "classifier:class_mix_drift:psi", red_above=0.25),
     stat("Confidence drift (KS)", "short", "classifier:confidence_drift:ks", red_above=0.15),
     stat("Images in the last hour", "short", "classifier:images:increase1h"),
@@ -208,7 +208,14 @@ MODEL = [
         about="Alerts above 0.25 and 0.15, given 1,000 images an hour.",
         min=0,
     ),
-    panel("Guesses (confidence ≤ 0.5)", "percentunit", ("share", "classifier:low_confidence:ratio1h"), min=0),
+    panel("Foreign images", "percentunit", ("share", "classifier:foreign_images:ratio1h"), min=0),
+    panel(
+        "Input drift, by feature",
+        "short",
+        ("{{feature}} (PSI)", "classifier:input_drift:psi"),
+        about="The last hour against the validation images of the artifact; 0.25 is the usual mark of a major shift.",
+        min=0,
+    ),
     panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH),
 ]
 
