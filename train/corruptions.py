@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model.preprocess import Pixels
 
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[Any]
 Rng = np.random.Generator
 SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED_SIDE = 32
@@ -104,7 +104,7 @@ def snow(
         flakes = cv2.filter2D(flakes, -1, _streak(radius * scale, sigma * scale, rng.uniform(-135, -45)))[..., None]
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
         white = kept * image + (1 - kept) * np.maximum(image, gray * 1.5 + 0.5)
-        return white + flakes + flakes[::-1, ::-1]
+        return np.asarray(white + flakes + flakes[::-1, ::-1])
 
     return _each(images, fall)
 
@@ -114,14 +114,14 @@ def frost(images: Floats, kept: float, weight: float, rng: Rng) -> Floats:
 
     def freeze(image: Floats) -> Floats:
         ridges = 1 - np.abs(2 * _cloud(image, 1.5, rng) - 1)
-        return kept * image + weight * ridges[..., None] * FROST_COLOUR
+        return np.asarray(kept * image + weight * ridges[..., None] * FROST_COLOUR)
 
     return _each(images, freeze)
 
 
 def fog(images: Floats, thickness: float, decay: float, rng: Rng) -> Floats:
     def cover(image: Floats) -> Floats:
-        brightest = image.max()
+        brightest = float(image.max())
         return (image + thickness * _cloud(image, decay, rng)[..., None]) * brightest / (brightest + thickness)
 
     return _each(images, cover)
@@ -132,7 +132,7 @@ def brightness(images: Floats, added: float, rng: Rng) -> Floats:
 
 
 def contrast(images: Floats, factor: float, rng: Rng) -> Floats:
-    mean = images.mean(axis=(1, 2), keepdims=True)
+    mean: Floats = images.mean(axis=(1, 2), keepdims=True)
     return (images - mean) * factor + mean
 
 
@@ -171,7 +171,7 @@ def jpeg_compression(images: Floats, quality: int, rng: Rng) -> Floats:
     def recompress(image: Floats) -> Floats:
         bgr = cv2.cvtColor(_to_pixels(image), cv2.COLOR_RGB2BGR)
         _, content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        return cv2.imdecode(content, cv2.IMREAD_COLOR_RGB) / 255
+        return np.asarray(cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)) / 255
 
     return _each(images, recompress)
 
@@ -243,7 +243,7 @@ def _each(images: Floats, change: Callable[[Floats], Any]) -> Floats:
 
 def _scale(images: Floats) -> float:
     """What a length is multiplied with; on images that are smaller still, shorter ones would do nothing."""
-    return max(1.0, min(images.shape[1:3]) / PUBLISHED_SIDE)
+    return max(1.0, float(min(images.shape[1:3])) / PUBLISHED_SIDE)
 
 
 def _zoomed(image: Floats, factor: float) -> Floats:
@@ -257,21 +257,21 @@ def _streak(radius: float, sigma: float, degrees: float) -> Floats:
     """A kernel that smears along a line to one side, ever weaker."""
     steps = np.arange(0, radius + 0.5, 0.5)
     reach = int(np.ceil(radius))
-    kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
+    kernel: Floats = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
     angle = np.deg2rad(degrees)
     rows, columns = (np.rint(reach + steps * f(angle)).astype(int) for f in (np.sin, np.cos))
     np.add.at(kernel, (rows, columns), np.exp(-(steps**2) / (2 * sigma**2)))
-    return kernel / kernel.sum()
+    return np.asarray(kernel / kernel.sum())
 
 
 def _cloud(image: Floats, decay: float, rng: Rng) -> Floats:
     """(H, W) from 0 to 1: random hills, each octave twice as fine and ``decay`` times as low as the one before."""
     height, width = image.shape[:2]
-    hills = np.zeros((height, width), np.float32)
+    hills: Floats = np.zeros((height, width), np.float32)
     for octave in range(int(np.log2(min(height, width)))):
         cells = rng.uniform(-1, 1, (2 ** (octave + 1),) * 2).astype(np.float32)
-        hills += cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC) / decay**octave
-    return (hills - hills.min()) / np.ptp(hills)
+        hills += np.asarray(cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC)) / decay**octave
+    return np.asarray((hills - hills.min()) / np.ptp(hills))
 
 
 def _in_hsv(images: Floats, channel: int, factor: float, added: float) -> Floats:

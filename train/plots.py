@@ -37,7 +37,7 @@ def _axes(width: float, height: float, title: str, **labels: str) -> tuple[Figur
     figure = Figure(figsize=(width, height), layout="constrained")
     axes: Axes = figure.subplots()
     _style(axes)
-    axes.set(title=title, **labels)  # type: ignore[arg-type]
+    axes.set(title=title, **labels)
     return figure, axes
 
 

@@ -144,8 +144,7 @@ def about_data(artifact: Artifact, note: str) -> str:
     parts += [note] if note else known or ["Its origin and licence are known to who trained on it, not to this page."]
     findings = training.get("check")
     if findings is None:
-        rows = [(split, count) for split, count in training["images"].items()]
-        return "\n\n".join([*parts, table(("split", "images"), rows)])
+        return "\n\n".join([*parts, table(("split", "images"), [*training["images"].items()])])
     rows = [(split, sum(c.values()), min(c.values()), max(c.values())) for split, c in findings["images"].items()]
     parts.append(table(("split", "images", "smallest class", "largest class"), rows))
     sizes = findings["sizes"]
