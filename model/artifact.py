@@ -2,7 +2,7 @@
 
     config.json          classes, input size, normalisation, temperature
     model.safetensors    weights; convolutions and the head rounded to FP16, everything else FP32
-    model.onnx           the same weights for ONNX Runtime, uint8 NHWC in, FP32 logits out
+    model.onnx           the graph for ONNX Runtime, uint8 NHWC in, FP32 out; its weights are those of model.safetensors
     model.int8.onnx      the same, statically quantised
     reference.npz        a few images and the outputs that each format must reproduce on any machine; and its outputs
                          for the validation images, which calibrate what is said of new ones

@@ -119,7 +119,7 @@ class ServedNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.network = ConvNet(config)
-        self.register_buffer("bank", torch.zeros(config.bank, config.widths[-1]))
+        self.register_buffer("bank", torch.zeros(config.widths[-1], config.bank))
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) raw pixels to (N, K + 1) float32: logits, then familiarity."""
@@ -131,7 +131,7 @@ class ServedNet(nn.Module):
 
     def outputs(self, maps: Tensor) -> Tensor:
         features = maps.amax(dim=(2, 3))
-        similarity = F.normalize(features.float(), dim=1) @ self.bank.float().T
+        similarity = F.normalize(features.float(), dim=1) @ self.bank.float()
         familiarity = similarity.topk(NEIGHBOURS, dim=1).values[:, -1:]
         return torch.cat([self.network.logits(features), familiarity], dim=1)
 
@@ -148,7 +148,7 @@ class ServedNet(nn.Module):
     @torch.no_grad()
     def init_bank(self, images: Tensor) -> None:
         """Fill the bank with the unit-length features of ``images`` (config.bank, H, W, 3)."""
-        for slots, batch in zip(torch.split(self.bank, BANK_BATCH), torch.split(images, BANK_BATCH), strict=True):
+        for slots, batch in zip(torch.split(self.bank.T, BANK_BATCH), torch.split(images, BANK_BATCH), strict=True):
             maps = self.network.feature_maps(self.network.stem(batch))
             slots.copy_(F.normalize(maps.amax(dim=(2, 3)), dim=1))
 

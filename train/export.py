@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -141,21 +143,69 @@ def export_onnx(served: ServedNet, config: ModelConfig, path: Path) -> None:
     program.save(path)
 
 
-def store_half(path: Path) -> None:
-    """Rewrite the large constants of an ONNX file as FP16 behind a Cast, which engines fold away when they load it."""
+def store_half(path: Path, weights: Path | None = None) -> None:
+    """Rewrite the large constants of an ONNX file as FP16 behind a Cast, which engines fold away when they load it.
+
+    Those that are rows of a tensor of ``weights``, a safetensors file beside it, times a factor each (by which
+    BatchNorm was folded into them) are not stored again: the file refers to that one.
+    """
     model = onnx.load(path)
-    casts = []
+    shared = Shared(weights) if weights else None
+    nodes = []
     for constant in model.graph.initializer:
         # The stem is small and stays FP32: it sees raw pixels, of which FP16 weights would lose a hundred times more.
         if constant.data_type != TensorProto.FLOAT or math.prod(constant.dims) < LARGE_CONSTANT:
             continue
-        name = constant.name
-        constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), name + "_fp16"))
-        casts.append(helper.make_node("Cast", [name + "_fp16"], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
+        name, key = constant.name, constant.name.removeprefix("served.")
+        values = numpy_helper.to_array(constant)
+        half, full = name + "_fp16", name + "_fp32"
+        if shared and (factors := shared.factors(key, values)) is not None:
+            shared.refer(constant, half, key)
+            model.graph.initializer.append(numpy_helper.from_array(factors, name + "_factors"))
+            nodes += [
+                helper.make_node("Cast", [half], [full], to=TensorProto.FLOAT),
+                helper.make_node("Mul", [full, name + "_factors"], [name]),
+            ]
+        else:
+            constant.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half))
+            nodes.append(helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT))
+    nodes += model.graph.node
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, path)
+
+
+class Shared:
+    """A safetensors file as external data of ONNX: its tensors lie in it as plain little-endian rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._tensors = path, load_file(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header, self._start = json.loads(file.read(length)), 8 + length
+
+    def factors(self, key: str, values: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """What each row of the tensor ``key`` is multiplied with to give ``values``; None when it is not that."""
+        tensor = self._tensors.get(key)
+        if tensor is None or tensor.shape != values.shape:
+            return None
+        rows, stored = values.reshape(len(values), -1), tensor.reshape(len(values), -1).astype(np.float32)
+        factors = (rows * stored).sum(axis=1) / np.maximum((stored**2).sum(axis=1), 1e-12)
+        if not np.allclose(factors[:, None] * stored, rows, rtol=1e-3, atol=1e-5):
+            return None
+        return np.asarray(factors.reshape(-1, *[1] * (values.ndim - 1)), np.float32)
+
+    def refer(self, constant: TensorProto, name: str, key: str) -> None:
+        """Make ``constant`` an FP16 tensor called ``name`` whose content is that of ``key``."""
+        begin, end = self._header[key]["data_offsets"]
+        dims = [*constant.dims]
+        constant.Clear()
+        constant.name, constant.data_type, constant.data_location = name, TensorProto.FLOAT16, TensorProto.EXTERNAL
+        constant.dims.extend(dims)
+        place = {"location": self._path.name, "offset": str(self._start + begin), "length": str(end - begin)}
+        for field, value in place.items():
+            entry = constant.external_data.add()
+            entry.key, entry.value = field, value
 
 
 class Calibration(CalibrationDataReader):  # type: ignore[misc]
@@ -263,7 +313,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     export_onnx(served, config, out / files.ONNX)
     calibration = data.train.images[:: max(1, len(data.train) // CALIBRATION_IMAGES)]
     quantize(out / files.ONNX, out / files.ONNX_INT8, calibration)
-    store_half(out / files.ONNX)
+    store_half(out / files.ONNX, out / files.WEIGHTS)
     store_half(out / files.ONNX_INT8)
 
     samples = data.val.images[:: max(1, len(data.val) // REFERENCE_IMAGES)][:REFERENCE_IMAGES]
