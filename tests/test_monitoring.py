@@ -57,7 +57,7 @@ def test_names_are_told_from_functions_labels_and_durations() -> None:
     assert metrics(expr) == {"a:b_total", "c"}
 
 
-@pytest.mark.parametrize(("where", "expr"), expressions())
+@pytest.mark.parametrize(("where", "expr"), list(expressions()))
 def test_an_expression_uses_only_metrics_that_exist(where: str, expr: str) -> None:
     unknown = {m for m in metrics(expr) if m not in SCRAPED | RECORDED and not GPU.fullmatch(m)}
     assert not unknown, where

@@ -209,7 +209,7 @@ MODEL = [
         min=0,
     ),
     panel("Guesses (confidence ≤ 0.5)", "percentunit", ("share", "classifier:low_confidence:ratio1h"), min=0),
-    panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH),
+    panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH, height=4),
 ]
 
 MACHINE = [
