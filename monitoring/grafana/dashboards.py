@@ -216,7 +216,7 @@ MODEL = [
         about="The last hour against the validation images of the artifact; 0.25 is the usual mark of a major shift.",
         min=0,
     ),
-    panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH),
+    panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH, height=4),
 ]
 
 MACHINE = [

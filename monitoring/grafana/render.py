@@ -18,11 +18,14 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no display
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import Bbox
 
 from monitoring.grafana.dashboards import FOLDER, WIDTH
 
 Series = list[dict[str, Any]]
 POINTS = 60
+COLUMN, ROW, HEADER, MARGIN = 0.55, 0.28, 0.35, 0.5
+"""Of a picture, in inches."""
 SCALES = {
     "percentunit": (100, " %"),
     "percent": (1, " %"),
@@ -86,14 +89,18 @@ def draw_panel(axes: Axes, panel: dict[str, Any], found: list[tuple[str, dict[st
 
 def draw(prometheus: str, board: dict[str, Any], path: Path, minutes: float) -> None:
     """One picture of a dashboard, its panels where Grafana has them; time is in minutes before now."""
-    rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in board["panels"])
-    figure = plt.figure(figsize=(13, rows * 0.27 + 0.4))
-    grid = figure.add_gridspec(rows, WIDTH, hspace=5, wspace=3.5, left=0.04, right=0.99, top=0.95, bottom=0.03)
+    height = ROW * max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in board["panels"]) + HEADER
+    figure = plt.figure(figsize=(COLUMN * WIDTH, height))
     for panel in board["panels"]:
         p = panel["gridPos"]
-        axes = figure.add_subplot(grid[p["y"] : p["y"] + p["h"], p["x"] : p["x"] + p["w"]])
-        draw_panel(axes, panel, answers(prometheus, panel, minutes))
-    figure.suptitle(board["title"], x=0.04, y=0.99, ha="left", fontsize=10)
+        box = Bbox.from_bounds(
+            (COLUMN * p["x"] + MARGIN) / (COLUMN * WIDTH),
+            1 - (HEADER + ROW * (p["y"] + p["h"]) - MARGIN / 2) / height,
+            (COLUMN * p["w"] - 1.3 * MARGIN) / (COLUMN * WIDTH),
+            (ROW * p["h"] - MARGIN) / height,
+        )
+        draw_panel(figure.add_axes(box.bounds), panel, answers(prometheus, panel, minutes))
+    figure.suptitle(board["title"], x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=11)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

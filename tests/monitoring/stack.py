@@ -25,11 +25,11 @@ from tests.live import REPOSITORY, free_port, tail
 
 MONITORING = REPOSITORY / "monitoring"
 START_SECONDS = 180.0
-TICK = "2s"
+TICK = "5s"
 """Between scrapes, and between evaluations."""
 FASTER = 20
 """How much shorter waiting times and windows are; windows have room for a few scrapes, and end before the test does."""
-MIN_WINDOW, MAX_WINDOW, OFFSET = 15, 60, 20
+MIN_WINDOW, MAX_WINDOW, OFFSET = 30, 90, 30
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -156,6 +156,9 @@ class Received:
             server.shutdown()
             server.server_close()
 
+    def forget(self) -> None:
+        self.messages.clear()
+
     def wait_for(self, where: str, *parts: str, limit: float = 240) -> str:
         """The first message to ``where`` that contains all of ``parts``."""
         deadline = time.monotonic() + limit
@@ -229,6 +232,7 @@ class Stack:
         """Just TLS and a status page: the product's own configuration is tested with the Compose stack."""
         subprocess.run(
             f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 90 -subj /CN=localhost "
+            f"-addext subjectAltName=IP:127.0.0.1 "
             f"-keyout {self.folder}/key.pem -out {self.folder}/certificate.pem",
             shell=True,
             check=True,
@@ -238,7 +242,7 @@ class Stack:
         config.write_text(f"""
             pid nginx.pid; error_log stderr; worker_processes 1; events {{}}
             http {{
-              access_log off;
+              access_log off; client_body_buffer_size 1m;
               proxy_buffering off;
               client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
               server {{
