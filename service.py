@@ -38,6 +38,7 @@ from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.tuning import BATCHES, best_batch, compare
 from serving import logs, metrics
+from serving.access import GUARDED, AccessError, Keys
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
@@ -48,6 +49,8 @@ from serving.replies import Replies
 from serving.requests import read_timeout
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
 from serving.shadow import Shadowed
+from serving.usage import Usage
+from serving.visits import Visits
 
 logger = logging.getLogger("classifier.service")
 
@@ -70,8 +73,12 @@ try:
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None
     if len(TAGS) > 1 or SHADOW:
         load_models()  # one clear line now instead of a traceback from every worker
+    KEYS = Keys(settings.api_keys) if settings.api_keys else None
+    USAGE = Usage(settings.usage_file) if KEYS else None
 except (store.StoreError, ArtifactError, EnsembleError) as error:
     raise configuration.SettingsError(f"error: MODEL={settings.model!r}, SHADOW={settings.shadow!r}: {error}") from None
+except AccessError as error:
+    raise configuration.SettingsError(f"error: {error}") from None
 TAG = ",".join(TAGS)
 RUNTIME = settings.resolved_runtime()
 if RUNTIME == "fastest":
@@ -82,6 +89,8 @@ if RUNTIME == "fastest":
     os.environ[MEASURED] = orjson.dumps({"images_per_second": rates, "failed": failed}).decode()
 # A worker that is started later serves the same.
 os.environ.update({"MODEL": TAG, "SHADOW": SHADOW or "", "RUNTIME": RUNTIME})
+if USAGE:
+    os.environ["USAGE_FILE"] = str(USAGE.file)
 TOPOLOGY = settings.resolved_topology()
 GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
 
@@ -89,18 +98,7 @@ DEFAULT_BATCH = 32
 """Until the best one has been measured; and of a hop to the runner."""
 RUNNER_MAX_BATCH = 256
 """Images of one batch of the runner, gathered over all workers."""
-PATHS = (
-    "/classify",
-    "/classify/batch",
-    "/explain",
-    "/model",
-    "/livez",
-    "/healthz",
-    "/readyz",
-    "/metrics",
-    "/docs.json",
-    "/schema.json",
-)
+PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
 VERIFY_SECONDS = 10.0
 """For the reference images; longer means that the engine hangs."""
 HOUR = 3600.0
@@ -151,6 +149,11 @@ def start_engine(worker: int) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
     return engine, Shadowed(engine, shadow.engine(RUNTIME, settings.threads, device)) if shadow else engine
 
 
+def process_name() -> str:
+    """Of an API worker, in its logs and their files."""
+    return f"api-{bentoml.server_context.worker_index or 1}"
+
+
 def json_response(document: bytes) -> Response:
     return Response(document, media_type="application/json")
 
@@ -181,10 +184,11 @@ class ClassifierService(Service[Any]):
         assert isinstance(app, Starlette)
         app.add_route("/model", lambda request: bentoml.get_current_service().card(), ["GET"])
         if is_main:
-            document = orjson.dumps(describe(self.openapi_spec.asdict()))
+            document = orjson.dumps(describe(self.openapi_spec.asdict(), asks_for_keys=KEYS is not None))
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
-        return Gateway(app, PATHS, settings.log_requests)
+        visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
+        return Gateway(app, PATHS, settings.log_requests, visits)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above
@@ -198,7 +202,7 @@ class Classifier:
 
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
-        logs.configure(settings, f"api-{worker}")
+        logs.configure(settings, process_name())
         self._served, _ = load_models()
         self._reference = self._served.reference(RUNTIME)
         self._drift = Drift(self._served.config, self._reference)

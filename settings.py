@@ -5,17 +5,32 @@ A setting is an environment variable of the field's name in capitals: ``RUNTIME=
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model import runtimes
 from model.preprocess import MAX_PIXELS
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+def _writable(directory: Path) -> Path:
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PydanticCustomError("writable", "a directory that can be written")
+    return directory
+
+
+WritableDirectory = Annotated[Path, AfterValidator(_writable)]
+"""Made when missing; found out at the start, not with the first request."""
 
 
 class SettingsError(SystemExit):
@@ -56,6 +71,22 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """Width times height of one image, from its header."""
+    api_keys: Path | None = None
+    """File of API keys (serving/access.py), read again when it changes; without it anyone may call."""
+    usage_file: Path | None = None
+    """SQLite file of what each key has used; by default a temporary one, and a restart forgets the quotas."""
+    audit_directory: WritableDirectory | None = None
+    """Folder of the audit log, a rotating file for each process; none by default."""
+    review_directory: WritableDirectory | None = None
+    """Folder that keeps images of low confidence for labelling and retraining; none by default."""
+    review_below: float = Field(default=0.5, gt=0, le=1)
+    """Confidence under which an image is kept."""
+    review_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of those that is kept, drawn at random."""
+    review_days: float = Field(default=30.0, gt=0)
+    """Age at which a kept image is removed."""
+    review_bytes: int = Field(default=2**30, ge=2**20)
+    """Size of the folder at which the oldest images are removed."""
     log_level: Level = "INFO"
     log_requests: bool = True
     """One line for each request."""

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import metrics
 from serving.context import choose_request_id, request_id, watch
 from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
+from serving.visits import Visits
 
 logger = logging.getLogger("classifier.access")
 
@@ -26,10 +27,10 @@ UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
 
 
 class Gateway:
-    """Wraps ``app``, which answers on ``paths``."""
+    """Wraps ``app``, which answers on ``paths``; ``visits`` are for who may call, and what is kept of it."""
 
-    def __init__(self, app: ASGIApp, paths: Collection[str], log_requests: bool) -> None:
-        self._app, self._paths, self._log_requests = app, frozenset(paths), log_requests
+    def __init__(self, app: ASGIApp, paths: Collection[str], log_requests: bool, visits: Visits | None = None) -> None:
+        self._app, self._paths, self._log_requests, self._visits = app, frozenset(paths), log_requests, visits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -45,11 +46,16 @@ class Gateway:
         token = request_id.set(chosen)
         watch(receive)
         reply = _Reply(scope, receive, send, chosen)
+        visit = self._visits.begin(scope) if self._visits else None
         try:
+            if visit:
+                visit.authorize(Headers(scope=scope))
             if scope["path"] in self._paths:
                 await self._app(scope, receive, reply)
             else:
                 await reply.fail(from_status(HTTPStatus.NOT_FOUND))
+        except ApiError as error:
+            await reply.fail(error)
         except Exception as error:
             logger.exception("unhandled error")
             await reply.fail(from_exception(error))
@@ -58,6 +64,8 @@ class Gateway:
                 metrics.REJECTED.labels(reply.code).inc()
             if self._log_requests and scope["path"] not in UNLOGGED:
                 self._log(scope, reply, time.perf_counter() - started)
+            if visit:
+                visit.end(reply.status, reply.code)
             request_id.reset(token)
 
     def _log(self, scope: Scope, reply: _Reply, seconds: float) -> None:

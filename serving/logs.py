@@ -10,8 +10,10 @@ import atexit
 import logging
 import os
 import queue
+import time
 from collections.abc import Iterator
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler, SMTPHandler
+from typing import Any
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
@@ -20,6 +22,7 @@ from settings import Settings
 
 ROTATE_BYTES, ROTATE_FILES = 10 * 2**20, 5
 SMTP_TIMEOUT = 10.0
+SELDOM_SECONDS = 60.0
 
 
 class RequestFilter(logging.Filter):
@@ -28,6 +31,20 @@ class RequestFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()
         return True
+
+
+class Seldom:
+    """Logs what may go wrong with every request once a minute at most, with the number of times."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger, self._times, self._next = logger, 0, 0.0
+
+    def error(self, message: str, **fields: Any) -> None:
+        self._times += 1
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + SELDOM_SECONDS
+            self._logger.error(message, extra={**fields, "times": self._times})
+            self._times = 0
 
 
 def configure(settings: Settings, process_name: str) -> None:

@@ -46,6 +46,7 @@ EXPECTED_SHARE = Gauge(
     multiprocess_mode="livemax",
 )
 REJECTED = Counter("classifier_rejected_total", "Requests and images answered with an error, by its code.", ["reason"])
+KEY_IMAGES = Counter("classifier_key_images_total", "Images taken from the holder of each API key.", ["key"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
 BATCH_LIMIT = Gauge(
     "classifier_batch_limit_images", "Images that one batch may hold, as measured.", multiprocess_mode="livemax"

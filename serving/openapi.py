@@ -5,6 +5,8 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+from serving.access import GUARDED
+
 Document = dict[str, Any]
 
 ERRORS = {
@@ -17,8 +19,21 @@ ERRORS = {
     HTTPStatus.GATEWAY_TIMEOUT: "deadline_exceeded",
 }
 """Status to the codes that go with it."""
+KEY_ERRORS = {
+    HTTPStatus.UNAUTHORIZED: "unauthorized: no API key, or an unknown one",
+    HTTPStatus.FORBIDDEN: "forbidden: the API key has expired, or is not for this path",
+    HTTPStatus.TOO_MANY_REQUESTS: "overloaded, as without keys; rate_limited or quota_exceeded: too many images were "
+    "sent with this API key; Retry-After says for how long",
+}
+"""What comes to them where API keys are asked for."""
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 REQUEST_ID = {"X-Request-ID": {"description": "As sent, or made.", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+AUTHENTICATE = {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}}
+HEADERS = {HTTPStatus.UNAUTHORIZED: AUTHENTICATE, HTTPStatus.TOO_MANY_REQUESTS: RETRY_AFTER}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 OPTIONS = [
@@ -40,17 +55,32 @@ def _object(name: str, schema: Document) -> Document:
     return {"type": "object", "required": [name], "properties": {name: schema}}
 
 
-def describe(spec: Document) -> Document:
-    """BentoML's OpenAPI document, changed in place to name every form, error and header of our endpoints."""
-    failure = {"$ref": "#/components/schemas/Failure"}
-    errors = {
+def _failures(errors: dict[HTTPStatus, str]) -> Document:
+    """Replies by status, from the codes that go with it."""
+    failure = _json({"$ref": "#/components/schemas/Failure"})
+    return {
         str(status.value): {
             "description": codes,
-            "headers": {**REQUEST_ID, **(RETRY_AFTER if status == HTTPStatus.TOO_MANY_REQUESTS else {})},
-            "content": _json(failure),
+            "headers": {**REQUEST_ID, **HEADERS.get(status, {})},
+            "content": failure,
         }
-        for status, codes in ERRORS.items()
+        for status, codes in errors.items()
     }
+
+
+def _ask_for_keys(spec: Document) -> None:
+    spec["components"]["securitySchemes"] = KEY_SCHEMES
+    for path in set(GUARDED) & set(spec["paths"]):
+        for method, operation in spec["paths"][path].items():
+            operation["security"] = [{name: []} for name in KEY_SCHEMES]
+            operation["responses"].update(_failures(KEY_ERRORS))
+            if method == "get":  # no images, no limits
+                del operation["responses"]["429"]
+
+
+def describe(spec: Document, asks_for_keys: bool) -> Document:
+    """BentoML's OpenAPI document, changed in place to name every form, error and header of our endpoints."""
+    errors = _failures(ERRORS)
     several = {"type": "array", "minItems": 1, "items": ENCODED}
     for path, field, body in (
         ("/classify", "image", ENCODED),
@@ -74,4 +104,6 @@ def describe(spec: Document) -> Document:
     spec["info"] = {"title": "classifier", "version": spec["info"]["version"], "description": "Image classification."}
     for unused in ("InvalidArgument", "NotFound", "InternalServerError", "TaskStatusResponse"):
         spec["components"]["schemas"].pop(unused, None)
+    if asks_for_keys:
+        _ask_for_keys(spec)
     return spec

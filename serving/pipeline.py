@@ -16,11 +16,12 @@ from model.artifact import Outputs
 from model.batching import Batcher
 from model.classifier import Classifier
 from model.preprocess import Header, Pixels, decode, inspect, render, resize
-from serving import metrics
+from serving import metrics, visits
 from serving.context import client_waits
 from serving.errors import ApiError, from_exception
 from serving.replies import Replies
-from serving.requests import Item, read_image, read_images, read_options
+from serving.requests import Item, Options, read_image, read_images, read_options
+from serving.visits import Verdict
 from settings import Settings
 
 LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
@@ -43,38 +44,41 @@ class Pipeline:
         options = read_options(request)
         with metrics.timed("read"):
             data = await read_image(request, self._settings)
+        await visits.admit([data])
         with metrics.timed("decode"):
             image = await self._decode(data)
-        outputs = await self._outputs(image[None])
+        prediction = self._classifier(await self._outputs(image[None]))[0]
+        visits.judge([data], [prediction])
         with metrics.timed("reply"):
-            return _json(self._replies(self._classifier(outputs)[0], options))
+            return _json(self._replies(prediction, options))
 
     async def classify_batch(self, request: Request) -> Response:
         options = read_options(request)
         with metrics.timed("read"):
             items = await read_images(request, self._settings)
+        await visits.admit(items)
         with metrics.timed("decode"):
             decoded = [await self._attempt(item) for item in items]
         images = [image for image in decoded if not isinstance(image, ApiError)]
         predictions = iter(self._classifier(await self._outputs(np.stack(images))) if images else ())
+        verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
+        visits.judge(items, verdicts)
         with metrics.timed("reply"):
-            return _json(
-                {
-                    "results": [
-                        item.body() if isinstance(item, ApiError) else self._replies(next(predictions), options)
-                        for item in decoded
-                    ]
-                }
-            )
+            return _json({"results": [self._result(verdict, options) for verdict in verdicts]})
+
+    def _result(self, verdict: Verdict, options: Options) -> dict[str, Any]:
+        return verdict.body() if isinstance(verdict, ApiError) else self._replies(verdict, options)
 
     async def explain(self, request: Request) -> Response:
         """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
         options = read_options(request)
         data = await read_image(request, self._settings)
+        await visits.admit([data])
         loop = asyncio.get_running_loop()
         original = await loop.run_in_executor(self._decoders, decode, data, inspect(data, self._settings.max_pixels))
         image = resize(original, self._size)
         prediction = self._classifier(await self._outputs(image[None]))[0]
+        visits.judge([data], [prediction])
         evidence = await self._evidence(explain.views(image), client_waits())
         heat = explain.evidence_map(evidence, prediction.class_index, self._size)
         if JSON in request.headers.get("accept", ""):

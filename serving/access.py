@@ -1,0 +1,245 @@
+"""API keys: who may call, from a file that is read again whenever it changes.
+
+    python -m serving.access add NAME FILE [--images-per-second 20] [--images-per-day 100000] [--expires 2030-01-31]
+    python -m serving.access list FILE
+    python -m serving.access remove NAME FILE
+
+``add`` prints the new key, which is kept nowhere: FILE, which the setting API_KEYS names, holds its SHA-256 alone.
+
+    [alice]
+    sha256 = "..."
+    images_per_second = 20     # beyond: 429 rate_limited. A batch of N images counts N
+    images_per_day = 100000    # by UTC; beyond: 429 quota_exceeded
+    expires = 2030-01-31       # the first day, by UTC, on which it is refused
+    paths = ["/classify"]      # 403 on the others; without it none is refused
+
+A plain SHA-256 is right here, as it would not be for passwords: a key is 256 random bits, which nobody guesses, so
+there is nothing that a salt or a slow hash would protect; and a slow one, computed for every request that anyone sends,
+would let anyone keep the server busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+import tomllib
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.datastructures import Headers
+
+from serving.errors import ApiError
+
+logger = logging.getLogger("classifier.access")
+
+Guarded = Literal["/classify", "/classify/batch", "/explain", "/model", "/docs.json", "/schema.json"]
+GUARDED: tuple[str, ...] = get_args(Guarded)
+"""Paths that ask for a key. The others are for probes and Prometheus, which have none: nginx does not pass them on, and
+a NetworkPolicy keeps them to the cluster."""
+CHECK_SECONDS = 1.0
+"""Between two looks at whether the file has changed."""
+
+
+class AccessError(RuntimeError):
+    """A file of keys that cannot be used; the message names what is wrong, and never a value of it."""
+
+
+class Key(BaseModel):
+    """What the file says of one key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    images_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    images_per_day: int | None = Field(default=None, ge=1)
+    expires: date | None = None
+    paths: list[Guarded] | None = None
+
+
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+"""A bare key of TOML, harmless in a log and as a label of a metric."""
+_FILE = TypeAdapter(dict[Name, Key])
+
+
+def read(file: Path) -> dict[str, Key]:
+    """The keys in ``file`` by name; raises ``AccessError``."""
+    try:
+        return _parse(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AccessError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise AccessError(f"{file}: {error}") from None
+
+
+def _parse(text: str) -> dict[str, Key]:
+    """Raises ``ValueError``."""
+    try:
+        keys = _FILE.validate_python(tomllib.loads(text))
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]  # what was put in place of a hash may be a key
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if len({key.sha256 for key in keys.values()}) < len(keys):
+        raise ValueError("two names have the same sha256")
+    return keys
+
+
+class Keys:
+    """The keys of ``file`` as it now is; a change of it counts a second later. Raises ``AccessError`` at first."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._state, self._next_look = _state(file), 0.0
+        self._keys = read(file)
+
+    def authorize(self, headers: Headers, path: str) -> tuple[str, Key]:
+        """Name and limits of the key that a request for ``path`` has brought; raises ``ApiError`` 401 or 403."""
+        self._refresh()
+        name = self._find(presented(headers))
+        if name is None:
+            raise ApiError(
+                HTTPStatus.UNAUTHORIZED,
+                "unauthorized",
+                "no known API key; expected one in 'Authorization: Bearer KEY' or 'X-API-Key: KEY'",
+                {"www-authenticate": 'Bearer realm="classifier"'},
+            )
+        key = self._keys[name]
+        if key.expires and datetime.now(UTC).date() >= key.expires:
+            raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} expired on {key.expires}")
+        if key.paths is not None and path not in key.paths:
+            raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} may not call {path}")
+        return name, key
+
+    def _find(self, key: str) -> str | None:
+        """The name of a key: all are compared, each in constant time, so that time tells nothing of any."""
+        digest, found = sha256(key), None
+        for name, known in self._keys.items():
+            if hmac.compare_digest(digest, known.sha256):
+                found = name
+        return found
+
+    def _refresh(self) -> None:
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + CHECK_SECONDS
+        state = _state(self._file)
+        if state == self._state:
+            return
+        self._state = state
+        try:
+            self._keys = read(self._file)
+            logger.info("API keys read again", extra={"keys": len(self._keys)})
+        except AccessError as error:
+            logger.error("the API keys stay as they were", extra={"reason": str(error)})
+
+
+def presented(headers: Headers) -> str:
+    """The key in the headers of a request, or nothing."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    return credentials.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def sha256(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """Changes whenever the file does; None when it cannot be reached."""
+    with suppress(OSError):
+        status = file.stat()
+        return status.st_mtime_ns, status.st_ino, status.st_size
+    return None
+
+
+def add(file: Path, name: str, **limits: Any) -> str:
+    """Put a new key called ``name`` into ``file``, which is made when missing; returns the key."""
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    if name in _parse(before):
+        raise ValueError(f"there is a key {name!r} already")
+    key = secrets.token_urlsafe(32)
+    lines = [f"[{name}]", f'sha256 = "{sha256(key)}"']
+    lines += [f"{limit} = {_toml(value)}" for limit, value in limits.items() if value is not None]
+    after = before + "\n" * bool(before) + "\n".join(lines) + "\n"
+    _parse(after)
+    _replace(file, after)
+    return key
+
+
+def remove(file: Path, name: str) -> None:
+    """Take the key called ``name`` out of ``file``."""
+    before = file.read_text(encoding="utf-8")
+    keys = _parse(before)
+    if keys.pop(name, None) is None:
+        raise ValueError(f"there is no key {name!r}; there are {', '.join(keys) or 'none'}")
+    after = re.sub(rf"^\[{re.escape(name)}\].*?(?=^\[|\Z)", "", before, flags=re.MULTILINE | re.DOTALL)
+    if _parse(after) != keys:
+        raise ValueError(f"{name!r} is written in a way that this command cannot remove; edit the file")
+    _replace(file, after)
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Put ``text`` in place of the file at one stroke."""
+    target = file.resolve()
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as output:
+            output.write(text)
+            output.flush()
+            os.fsync(output.fileno())
+        # Readable by the user that serves, whoever that is: no key can be told from its hash.
+        temporary.chmod(target.stat().st_mode if target.exists() else 0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("add", "list", "remove"):
+        chosen = commands.add_parser(command)
+        if command != "list":
+            chosen.add_argument("name", metavar="NAME")
+        if command == "add":
+            chosen.add_argument("--images-per-second", type=float)
+            chosen.add_argument("--images-per-day", type=int)
+            chosen.add_argument("--expires", type=date.fromisoformat, metavar="YYYY-MM-DD")
+            chosen.add_argument("--path", action="append", dest="paths", choices=GUARDED, help="may be repeated")
+        chosen.add_argument("file", metavar="FILE", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = vars(_arguments())
+    command, file = options.pop("command"), options.pop("file")
+    if command == "add":
+        print(add(file, **options))
+    elif command == "remove":
+        remove(file, **options)
+    else:
+        for name, key in read(file).items():
+            print(name, *(f"{limit}={value}" for limit, value in key if value is not None and limit != "sha256"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (AccessError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

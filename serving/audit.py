@@ -1,0 +1,61 @@
+"""The audit log: a JSON line for each request to the guarded API, and nothing of what the images show.
+
+    {"time", "request_id", "key", "client", "path", "status", "code", "model",
+     "images": [{"sha256", "class", "confidence"}, ...]}
+
+An image of a batch that failed has ``code`` in place of a verdict. The lines are appended to a file of this process
+alone, which rotates; a thread writes them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from serving.logs import Seldom
+
+logger = logging.getLogger("classifier.audit")
+
+ROTATE_BYTES, ROTATE_FILES = 64 * 2**20, 15
+"""The current file and 15 older ones: 1 GiB a process, three million requests for one image each."""
+WAITING_LINES = 10_000
+"""For a disk that is slow; beyond it lines are lost, and the log of the service says so."""
+
+
+class Audit:
+    """Appends to ``directory/audit-<process_name>.jsonl``; two processes that rotate one file would lose lines."""
+
+    def __init__(self, directory: Path, process_name: str) -> None:
+        lines: queue.Queue[logging.LogRecord] = queue.Queue(WAITING_LINES)
+        path = directory / f"audit-{process_name}.jsonl"
+        file = _File(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_FILES, encoding="utf-8")
+        self._queue = _Queue(lines)
+        listener = QueueListener(lines, file)
+        listener.start()
+        atexit.register(listener.stop)
+
+    def write(self, **fields: Any) -> None:
+        self._queue.handle(logging.makeLogRecord({"msg": orjson.dumps(fields).decode()}))
+
+
+class _Complaining(logging.Handler):
+    """Says in the log of the service, now and then, that lines are lost; the standard library prints a traceback."""
+
+    _complaints = Seldom(logger)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the standard library's name
+        self._complaints.error("audit lines are lost")
+
+
+class _File(_Complaining, RotatingFileHandler):
+    pass
+
+
+class _Queue(_Complaining, QueueHandler):
+    pass

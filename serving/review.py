@@ -1,0 +1,163 @@
+"""Images that the model was unsure of, kept for people to label and for the next training. Off unless it is asked for.
+
+Each is a file as it was sent, named after its SHA-256, with a JSON line beside it that says what was answered. A
+sample, an age and a size bound what is kept, over every process that shares the directory. A thread does all of it, and
+what it cannot keep is not kept: no request ever waits or fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import orjson
+
+from model.classifier import Prediction
+from model.preprocess import read_header
+from serving.logs import Seldom
+from settings import Settings
+
+logger = logging.getLogger("classifier.review")
+
+WAITING_IMAGES = 16
+"""Images in memory that wait for the thread; of more, none is kept."""
+SWEEP_SECONDS = 600.0
+"""Between two looks for images that have grown too old."""
+SWEEP_TO = 0.9
+"""Share of the size cap that is left when it was reached, so that the directory is not listed for every image."""
+BLOCK = 4096
+"""A file takes whole blocks of the disk, and there are many small ones."""
+DAY_SECONDS = 86_400
+LEDGER = ".bytes"
+"""File with the bytes that are kept; whoever changes the directory holds its lock."""
+
+
+class Sighting(NamedTuple):
+    """An image as sent, and what was said of it; ``about`` is put into its JSON line too."""
+
+    data: bytes
+    prediction: Prediction
+    about: dict[str, str | None]
+
+
+class Review:
+    """Keeps a sample of the images of low confidence in the directory that the settings name."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.review_directory
+        self._directory = settings.review_directory
+        self._share, self._below = settings.review_share, settings.review_below
+        self._max_age, self._max_bytes = settings.review_days * DAY_SECONDS, settings.review_bytes
+        self._complaints = Seldom(logger)
+        self._waiting: queue.Queue[Sighting] = queue.Queue(WAITING_IMAGES)
+        threading.Thread(target=self._work, name="review", daemon=True).start()
+
+    def offer(self, data: bytes, prediction: Prediction, about: dict[str, str | None]) -> None:
+        """Keep the image if the model is unsure of it, it is drawn, and the thread is not behind."""
+        if prediction.confidence < self._below and random.random() < self._share and not self._waiting.full():
+            self._waiting.put_nowait(Sighting(data, prediction, about))  # one thread offers, so that there is room
+
+    def _work(self) -> None:
+        next_sweep = 0.0
+        while True:
+            try:
+                if time.monotonic() >= next_sweep:
+                    next_sweep = time.monotonic() + SWEEP_SECONDS
+                    with self._ledger() as ledger:
+                        _note(ledger, self._sweep(self._max_bytes))
+                self._keep(self._waiting.get(timeout=max(0.0, next_sweep - time.monotonic())))
+            except queue.Empty:
+                pass
+            except Exception as error:  # a full disk, a directory taken away: the service goes on
+                self._complaints.error("images for review are not kept", reason=repr(error))
+
+    def _keep(self, sighting: Sighting) -> None:
+        name = hashlib.sha256(sighting.data).hexdigest()
+        image = self._directory / f"{name}.{read_header(sighting.data).format.lower()}"
+        line = orjson.dumps(_describe(sighting, name)) + b"\n"
+        size = _on_disk(len(sighting.data)) + _on_disk(len(line))
+        if size > self._max_bytes:
+            return
+        with self._ledger() as ledger:
+            if image.exists():  # sent before
+                return
+            held = int(ledger.read() or 0)
+            if held + size > self._max_bytes:
+                held = self._sweep(min(SWEEP_TO * self._max_bytes, self._max_bytes - size))
+            _note(ledger, held + size)  # first: whatever fails below never makes room for too much
+            _write({image: sighting.data, image.with_suffix(".json"): line})
+
+    def _sweep(self, max_bytes: float) -> int:
+        """Remove what is too old, and the oldest until at most ``max_bytes`` are left; returns what is left."""
+        kept = self._kept()
+        held = sum(size for _, size, _ in kept)
+        oldest = time.time() - self._max_age
+        for modified, size, files in kept:
+            if modified >= oldest and held <= max_bytes:
+                break
+            held -= size
+            for file in files:
+                file.unlink(missing_ok=True)
+        return held
+
+    def _kept(self) -> list[tuple[float, int, list[Path]]]:
+        """Time, size and files of each image with its line, the oldest first."""
+        pairs: dict[str, list[Path]] = {}
+        for file in self._directory.iterdir():
+            if file.name != LEDGER:
+                pairs.setdefault(file.stem, []).append(file)
+        states = [([file.stat() for file in files], files) for files in pairs.values()]
+        return sorted(
+            (max(s.st_mtime for s in state), sum(_on_disk(s.st_size) for s in state), files) for state, files in states
+        )
+
+    @contextmanager
+    def _ledger(self) -> Iterator[TextIO]:
+        with (self._directory / LEDGER).open("a+") as ledger:
+            fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
+            ledger.seek(0)
+            yield ledger
+
+
+def _describe(sighting: Sighting, name: str) -> dict[str, Any]:
+    prediction = sighting.prediction
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **sighting.about,
+        "sha256": name,
+        "class": prediction.class_name,
+        "confidence": round(prediction.confidence, 6),
+        "probabilities": [round(p, 6) for p in prediction.probabilities.tolist()],
+    }
+
+
+def _note(ledger: TextIO, size: int) -> None:
+    ledger.seek(0)
+    ledger.truncate()
+    ledger.write(str(size))
+    ledger.flush()
+
+
+def _write(contents: dict[Path, bytes]) -> None:
+    """All of the files or none."""
+    try:
+        for path, content in contents.items():
+            path.write_bytes(content)
+    except OSError:
+        for path in contents:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _on_disk(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

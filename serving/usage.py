@@ -1,0 +1,118 @@
+"""How many images each API key has had: rate and quota, held over every worker process of a server.
+
+The counts are in a small SQLite file that the workers share, and no request waits for it on the event loop. A file that
+fails limits nobody: that is logged, and the service goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import sqlite3
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+from typing import NamedTuple
+
+from serving.access import AccessError, Key
+from serving.errors import ApiError
+from serving.logs import Seldom
+
+logger = logging.getLogger("classifier.usage")
+
+DAY_SECONDS = 86_400
+PATIENCE_SECONDS = 1.0
+"""For another process to let go of the file; it needs well under a millisecond."""
+SET_UP = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS usage (name TEXT PRIMARY KEY, tokens REAL, updated REAL, day INTEGER, images INTEGER);
+"""
+
+
+class Account(NamedTuple):
+    """What a key has left of its second and has had of its day."""
+
+    tokens: float = math.inf
+    updated: float = 0.0
+    day: int = 0
+    images: int = 0
+
+    def charge(self, key: Key, images: int, now: float) -> Account:
+        """The account after ``images`` more at the time ``now``; raises ``ApiError`` when the key has not that many."""
+        day = int(now // DAY_SECONDS)
+        had = self.images if self.day == day else 0
+        if key.images_per_day is not None and had + images > key.images_per_day:
+            raise _refusal(
+                "quota_exceeded",
+                f"{had} of {key.images_per_day} images a day were sent, and now {images}",
+                (day + 1) * DAY_SECONDS - now,
+            )
+        return Account(self._spend(key, images, now), now, day, had + images)
+
+    def _spend(self, key: Key, images: int, now: float) -> float:
+        """Tokens left in a bucket of one second's images.
+
+        A batch larger than the bucket is let in when it is full, and owes the rest: the rate holds, and a small one
+        shuts out no large batch for ever.
+        """
+        if key.images_per_second is None:
+            return math.inf
+        rate = key.images_per_second
+        full = max(1.0, rate)
+        tokens = min(full, self.tokens + max(0.0, now - self.updated) * rate)  # the clock may have been set back
+        wanted = min(images, full)
+        if tokens < wanted:
+            message = f"more than {rate:g} images a second were sent"
+            raise _refusal("rate_limited", message, (wanted - tokens) / rate)
+        return tokens - images
+
+
+class Usage:
+    """The accounts of every key, in ``file``; raises ``AccessError`` when that cannot be used.
+
+    Without a file it is a temporary one, which goes when this process does: the parent of the workers, which are told
+    of it as ``file``.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        if file is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="classifier-")
+            file = Path(self._temporary.name) / "usage.sqlite"
+        self.file = file
+        self._thread = ThreadPoolExecutor(1, "usage")
+        self._complaints = Seldom(logger)
+        try:
+            # The thread alone uses it from here on; transactions are begun by hand, for they read before they write.
+            self._database = sqlite3.connect(
+                file, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._database.executescript(SET_UP)
+        except sqlite3.Error as error:
+            raise AccessError(f"USAGE_FILE={str(file)!r}: {error}") from None
+
+    async def charge(self, name: str, key: Key, images: int) -> None:
+        """Count ``images`` sent with a key; raises ``ApiError`` 429, and counts none, when they are too many."""
+        if key.images_per_second is None and key.images_per_day is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._charge, name, key, images)
+        except sqlite3.Error as error:
+            self._complaints.error("API keys are not limited", reason=str(error))
+
+    def _charge(self, name: str, key: Key, images: int) -> None:
+        with self._database as database:
+            database.execute("BEGIN IMMEDIATE")
+            row = database.execute("SELECT tokens, updated, day, images FROM usage WHERE name = ?", (name,)).fetchone()
+            account = (Account(*row) if row else Account()).charge(key, images, time.time())
+            database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
+
+
+def _refusal(code: str, message: str, seconds: float) -> ApiError:
+    retry = max(1, math.ceil(seconds))
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS, code, f"{message}: try again in {retry} s", {"retry-after": str(retry)}
+    )

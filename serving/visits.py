@@ -1,0 +1,139 @@
+"""What is checked and kept of a request beyond answering it: key, usage, audit line, images for review.
+
+Where none of it is asked for there are no visits, and requests pay for an ``if``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from model.classifier import Prediction
+from serving import metrics
+from serving.access import GUARDED, Key, Keys
+from serving.audit import Audit
+from serving.context import request_id
+from serving.errors import ApiError
+from serving.requests import Item
+from serving.review import Review
+from serving.usage import Usage
+from settings import Settings
+
+Verdict = Prediction | ApiError
+"""What is said of one image."""
+LARGE_BYTES = 65_536
+"""From here on hashing takes longer than handing it to a thread."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """What the settings ask for; ``model`` is the tag of the model that answers."""
+
+    model: str
+    keys: Keys | None
+    usage: Usage | None
+    audit: Audit | None
+    review: Review | None
+
+    @classmethod
+    def open(
+        cls, settings: Settings, model: str, keys: Keys | None, usage: Usage | None, process_name: str
+    ) -> Visits | None:
+        """For the worker called ``process_name``; None where nothing is asked for."""
+        audit = Audit(settings.audit_directory, process_name) if settings.audit_directory else None
+        review = Review(settings) if settings.review_directory else None
+        return cls(model, keys, usage, audit, review) if keys or audit or review else None
+
+    def begin(self, scope: Scope) -> Visit | None:
+        """A visit for a request to the guarded API, and none for another."""
+        if scope["path"] not in GUARDED:
+            return None
+        client = scope.get("client")
+        visit = Visit(self, scope["path"], client[0] if client else None)
+        _current.set(visit)
+        return visit
+
+
+@dataclass(eq=False)
+class Visit:
+    """One request, from its key to its audit line."""
+
+    _visits: Visits
+    _path: str
+    _client: str | None
+    _name: str | None = None
+    """Of the key; None where nobody asks for one."""
+    _key: Key | None = None
+    _images: list[dict[str, Any]] = field(default_factory=list)
+
+    def authorize(self, headers: Headers) -> None:
+        """Raises ``ApiError`` 401 or 403."""
+        if self._visits.keys:
+            self._name, self._key = self._visits.keys.authorize(headers, self._path)
+
+    async def admit(self, items: Sequence[Item]) -> None:
+        """Charge the images to the key before any is decoded; raises ``ApiError`` 429."""
+        if self._visits.usage and self._name and self._key:
+            await self._visits.usage.charge(self._name, self._key, len(items))
+            metrics.KEY_IMAGES.labels(self._name).inc(len(items))
+        if self._visits.audit:
+            small = sum(len(item) for item in items if isinstance(item, bytes)) < LARGE_BYTES
+            self._images = _hash(items) if small else await asyncio.to_thread(_hash, items)
+
+    def judge(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
+        """Take down what was said of the images."""
+        for entry, verdict in zip(self._images, verdicts, strict=False):  # no entries without an audit log
+            entry.update(_summary(verdict))
+        if self._visits.review:
+            about = {"request_id": request_id.get(), "key": self._name, "model": self._visits.model}
+            for item, verdict in zip(items, verdicts, strict=True):
+                if isinstance(item, bytes) and isinstance(verdict, Prediction):
+                    self._visits.review.offer(item, verdict, about)
+
+    def end(self, status: int, code: str) -> None:
+        """Write the audit line; status 0 means that the client had gone before any answer."""
+        if self._visits.audit:
+            self._visits.audit.write(
+                time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                request_id=request_id.get(),
+                key=self._name,
+                client=self._client,
+                path=self._path,
+                status=status,
+                code=code or None,
+                model=self._visits.model,
+                images=self._images,
+            )
+
+
+_current: ContextVar[Visit | None] = ContextVar("visit", default=None)
+
+
+async def admit(items: Sequence[Item]) -> None:
+    """``Visit.admit`` of the request at hand, if it has a visit."""
+    if visit := _current.get():
+        await visit.admit(items)
+
+
+def judge(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
+    """``Visit.judge`` of the request at hand, if it has a visit."""
+    if visit := _current.get():
+        visit.judge(items, verdicts)
+
+
+def _hash(items: Sequence[Item]) -> list[dict[str, Any]]:
+    return [{"sha256": hashlib.sha256(item).hexdigest()} if isinstance(item, bytes) else {} for item in items]
+
+
+def _summary(verdict: Verdict) -> dict[str, Any]:
+    if isinstance(verdict, ApiError):
+        return {"code": verdict.code}
+    return {"class": verdict.class_name, "confidence": round(verdict.confidence, 6)}

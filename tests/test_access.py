@@ -1,0 +1,302 @@
+"""Who may call: keys, limits and their file, on the real server with two workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import requests
+
+from serving import access
+from tests import toy
+from tests.live import LOG, command, encode, environment, free_port, picture, samples, serve, total
+
+IMAGE = encode(picture())
+OPEN = ("/livez", "/healthz", "/readyz", "/metrics")
+LIMITS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "other": {},
+    "expired": {"expires": "2020-01-01"},
+    "card": {"paths": ["/model", "/docs.json"]},
+    "slow": {"images_per_second": 0.05},
+    "frugal": {"images_per_day": 20},
+}
+
+
+class Guarded(NamedTuple):
+    """A server that asks for keys, the file of them, and each by its name."""
+
+    url: str
+    home: Path
+    file: Path
+    keys: dict[str, str]
+
+
+def write_keys(file: Path) -> dict[str, str]:
+    return {name: access.add(file, name, **limits) for name, limits in LIMITS.items()}
+
+
+@pytest.fixture(scope="module", params=["embedded", "runner"])
+def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    home = tmp_path_factory.mktemp("guarded")
+    keys = write_keys(home / "keys.toml")
+    with serve(request.param, home, API_KEYS=home / "keys.toml", AUDIT_DIRECTORY=home / "audit") as url:
+        yield Guarded(url, home, home / "keys.toml", keys)
+
+
+def call(url: str, path: str = "/classify", key: str | None = None, images: int = 1) -> requests.Response:
+    """A request as its endpoint takes it, on a connection of its own, which either worker may accept."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if path not in ("/classify", "/classify/batch", "/explain"):
+        return requests.get(url + path, headers=headers, timeout=60)
+    field = "images" if path == "/classify/batch" else "image"
+    return requests.post(url + path, files=[(field, IMAGE)] * images, headers=headers, timeout=60)
+
+
+def assert_refused(response: requests.Response, status: int, code: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"code", "message", "request_id"}
+    assert error["code"] == code
+    assert error["request_id"] == response.headers["X-Request-ID"]
+
+
+@pytest.mark.parametrize("path", access.GUARDED)
+def test_the_api_asks_for_a_key(guarded: Guarded, path: str) -> None:
+    for wrong in (None, "unknown", guarded.keys["free"][:-1], "free", access.sha256(guarded.keys["free"])):
+        response = call(guarded.url, path, wrong)
+        assert_refused(response, 401, "unauthorized")
+        assert response.headers["WWW-Authenticate"].startswith("Bearer")
+    assert call(guarded.url, path, guarded.keys["free"]).status_code == 200
+    assert call(guarded.url, path, guarded.keys["other"]).status_code == 200
+
+
+def test_a_key_may_come_in_either_header(guarded: Guarded) -> None:
+    key = guarded.keys["free"]
+    for headers in ({"Authorization": f"Bearer {key}"}, {"authorization": f"bearer {key}"}, {"X-API-Key": key}):
+        assert requests.get(f"{guarded.url}/model", headers=headers, timeout=60).status_code == 200
+    for headers in ({"Authorization": key}, {"Authorization": f"Basic {key}"}, {"X-API-Key": f"Bearer {key}"}):
+        assert_refused(requests.get(f"{guarded.url}/model", headers=headers, timeout=60), 401, "unauthorized")
+    assert call(f"{guarded.url}/model?key={key}").status_code == 401
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_probes_and_metrics_ask_for_none(guarded: Guarded, path: str) -> None:
+    assert call(guarded.url, path).status_code == 200
+
+
+def test_an_unknown_path_is_unknown_to_everyone(guarded: Guarded) -> None:
+    assert_refused(requests.get(f"{guarded.url}/nowhere", timeout=60), 404, "not_found")
+
+
+def test_what_a_key_may_not_do_is_forbidden(guarded: Guarded) -> None:
+    response = call(guarded.url, key=guarded.keys["expired"])
+    assert_refused(response, 403, "forbidden")
+    assert "2020-01-01" in response.json()["error"]["message"]
+    assert call(guarded.url, "/model", guarded.keys["card"]).status_code == 200
+    assert_refused(call(guarded.url, key=guarded.keys["card"]), 403, "forbidden")
+
+
+def test_a_quota_holds_over_both_workers(guarded: Guarded) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: call(guarded.url, key=guarded.keys["frugal"]), range(40)))
+    assert Counter(reply.status_code for reply in replies) == {200: 20, 429: 20}
+    for reply in replies:
+        if reply.status_code == 429:
+            assert_refused(reply, 429, "quota_exceeded")
+            assert 1 <= int(reply.headers["Retry-After"]) <= 86_400
+    # Both workers had a part in it, each with a file of its own.
+    time.sleep(1)
+    lines = [path.read_text().count('"frugal"') for path in (guarded.home / "audit").iterdir()]
+    assert len(lines) == 2
+    assert all(lines)
+    assert sum(lines) == 40
+    values = samples(guarded.url)
+    assert total(values, "classifier_key_images_total", key="frugal") == 20
+    assert total(values, "classifier_rejected_total", reason="quota_exceeded") == 20
+
+
+def test_a_rate_holds_over_both_workers_and_a_batch_counts_its_images(guarded: Guarded) -> None:
+    assert call(guarded.url, "/classify/batch", guarded.keys["slow"], images=3).status_code == 200
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: call(guarded.url, key=guarded.keys["slow"]), range(16)))
+    for reply in replies:
+        assert_refused(reply, 429, "rate_limited")
+        # Two images are owed and one is wanted, at one in twenty seconds.
+        assert 20 < int(reply.headers["Retry-After"]) <= 60
+    values = samples(guarded.url)
+    assert total(values, "classifier_key_images_total", key="slow") == 3
+    assert total(values, "classifier_rejected_total", reason="rate_limited") == 16
+
+
+def test_refusals_are_counted_by_their_codes(guarded: Guarded) -> None:
+    before = samples(guarded.url)
+    call(guarded.url)
+    call(guarded.url, key=guarded.keys["expired"])
+    call(guarded.url, key=guarded.keys["expired"])
+    after = samples(guarded.url)
+    for reason, more in (("unauthorized", 1), ("forbidden", 2)):
+        counted = [total(values, "classifier_rejected_total", reason=reason) for values in (before, after)]
+        assert counted[1] - counted[0] == more
+    assert not [series for series in after if "classifier_key_images" in series and 'key="expired"' in series]
+
+
+def test_the_api_is_described_with_its_keys(guarded: Guarded) -> None:
+    document = call(guarded.url, "/docs.json", guarded.keys["free"]).json()
+    schemes = document["components"]["securitySchemes"]
+    assert {(scheme["type"], scheme.get("scheme") or scheme["name"]) for scheme in schemes.values()} == {
+        ("http", "bearer"),
+        ("apiKey", "X-API-Key"),
+    }
+    for path, method in (("/classify", "post"), ("/classify/batch", "post"), ("/explain", "post"), ("/model", "get")):
+        operation = document["paths"][path][method]
+        assert operation["security"] == [{name: []} for name in schemes]
+        assert {"401", "403"} <= set(operation["responses"])
+        assert "WWW-Authenticate" in operation["responses"]["401"]["headers"]
+    limited = document["paths"]["/classify"]["post"]["responses"]["429"]
+    assert "quota_exceeded" in limited["description"]
+    assert "Retry-After" in limited["headers"]
+
+
+def until(url: str, key: str, status: int, seconds: float = 10.0) -> None:
+    """Wait until ten requests in a row, to whichever worker, are answered with ``status``."""
+    deadline = time.monotonic() + seconds
+    while [call(url, "/model", key).status_code for _ in range(10)] != [status] * 10:
+        assert time.monotonic() < deadline
+
+
+def replace(file: Path, text: str | None) -> None:
+    """At one stroke; None removes it."""
+    other = file.with_name("other")
+    other.write_text(text or "")
+    other.replace(file)
+    if text is None:
+        file.unlink()
+
+
+def test_keys_come_and_go_without_a_restart(guarded: Guarded) -> None:
+    new = access.add(guarded.file, "new")
+    until(guarded.url, new, 200)
+    access.remove(guarded.file, "new")
+    until(guarded.url, new, 401)
+    assert call(guarded.url, "/model", guarded.keys["free"]).status_code == 200
+
+
+def test_a_file_that_breaks_changes_nothing_and_is_logged(guarded: Guarded) -> None:
+    good = guarded.file.read_text()
+    for broken in (good + "[free]\n", good + f'[leak]\nsha256 = "{guarded.keys["other"]}"\n', None):
+        replace(guarded.file, broken)
+        time.sleep(1.5)
+        assert [call(guarded.url, "/model", guarded.keys["free"]).status_code for _ in range(10)] == [200] * 10
+        assert call(guarded.url, "/model", "unknown").status_code == 401
+    log = (guarded.home / LOG).read_text()
+    errors = [json.loads(line) for line in log.splitlines() if "the API keys stay as they were" in line]
+    assert 3 <= len(errors) <= 6  # each change once a worker, and not with every request
+    assert {error["level"] for error in errors} == {"ERROR"}
+    assert guarded.keys["other"] not in log
+    replace(guarded.file, good)
+    until(guarded.url, guarded.keys["other"], 200)
+
+
+# --- the file ---
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[a\n", "Expected ']'"),
+        ('[a]\nsha256 = "secret"\n', "a.sha256: String should match pattern"),
+        ("[a]\nimages_per_day = 1\n", "a.sha256: Field required"),
+        ('["a b"]\nsha256 = "0"\n', "a b"),
+        (f'[a]\nsha256 = "{"0" * 64}"\nimages_per_second = 0\n', "a.images_per_second: Input should be greater than 0"),
+        (f'[a]\nsha256 = "{"0" * 64}"\nimages_per_hour = 1\n', "a.images_per_hour: Extra inputs"),
+        (f'[a]\nsha256 = "{"0" * 64}"\nexpires = "soon"\n', "a.expires: Input should be a valid date"),
+        (f'[a]\nsha256 = "{"0" * 64}"\npaths = ["/metrics"]\n', "a.paths.0: Input should be '/classify'"),
+        (f'[a]\nsha256 = "{"0" * 64}"\n[b]\nsha256 = "{"0" * 64}"\n', "two names have the same sha256"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused_without_telling_its_values(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(text)
+    with pytest.raises(access.AccessError) as caught:
+        access.Keys(file)
+    assert reason in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"API_KEYS": "nowhere.toml"}, "nowhere.toml: No such file or directory"),
+        ({"API_KEYS": "broken.toml"}, "broken.toml: a.sha256: Field required"),
+        ({"API_KEYS": "good.toml", "USAGE_FILE": "broken.toml"}, "file is not a database"),
+        ({"AUDIT_DIRECTORY": "good.toml"}, "AUDIT_DIRECTORY=.*good.toml'; expected a directory that can be written"),
+    ],
+)
+def test_what_cannot_be_used_stops_the_start_with_one_line(
+    tmp_path: Path, settings: dict[str, str], expected: str
+) -> None:
+    (tmp_path / "broken.toml").write_text("[a]\n" + "# far from a database\n" * 100)
+    access.add(tmp_path / "good.toml", "a")
+    chosen = {name: tmp_path / value for name, value in settings.items()}
+    result = subprocess.run(
+        command(free_port()),
+        cwd=toy.ROOT,
+        env=environment(tmp_path, **chosen),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert re.search(expected, line), line
+
+
+def test_the_command_adds_lists_and_removes(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    options = ("--images-per-second", "2.5", "--images-per-day", 100, "--expires", "2099-12-31")
+    options += ("--path", "/classify", "--path", "/model")
+    alice = toy.run("serving.access", "add", "alice", *options, file).strip()
+    file.write_text(f"# ours\n{file.read_text()}")
+    bob = toy.run("serving.access", "add", "bob", file).strip()
+    text = file.read_text()
+    assert len(alice) >= 43
+    assert alice not in text
+    assert bob not in text
+    assert hashlib.sha256(alice.encode()).hexdigest() in text
+    listed = toy.run("serving.access", "list", file).splitlines()
+    assert listed[0].startswith("alice images_per_second=2.5 images_per_day=100 expires=2099-12-31 paths=['/classify'")
+    assert listed[1] == "bob"
+    assert "already" in toy.run("serving.access", "add", "bob", file, code=1)
+    assert "no key 'carol'" in toy.run("serving.access", "remove", "carol", file, code=1)
+    assert file.read_text() == text
+    toy.run("serving.access", "remove", "alice", file)
+    assert list(access.read(file)) == ["bob"]
+    assert file.read_text().startswith("# ours\n[bob]")
+    toy.run("serving.access", "remove", "bob", file)
+    assert access.read(file) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.toml"]
+
+
+def test_a_bad_limit_or_name_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    access.add(file, "alice")
+    text = file.read_text()
+    for name, limits in (("bob", {"images_per_second": -1}), ("b]\nob", {}), ("bob smith", {})):
+        with pytest.raises(ValueError):
+            access.add(file, name, **limits)
+    assert file.read_text() == text

@@ -1,0 +1,203 @@
+"""The store of images to be looked at again: what gets in, and that its caps hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from model.classifier import Prediction
+from serving import review
+from serving.review import BLOCK, LEDGER, Review
+from settings import load
+from tests import toy
+from tests.live import encode, environment, picture, serve
+
+PAIR = 2 * BLOCK
+"""What a small image and its line take."""
+ABOUT = {"request_id": "r", "key": "alice", "model": "toy:1"}
+
+
+def store(directory: Path, **settings: Any) -> Review:
+    return Review(load(review_directory=directory, **{"review_share": 1, "review_below": 0.6, **settings}))
+
+
+def unsure(confidence: float = 0.5) -> Prediction:
+    return Prediction(1, "frame", np.array([1 - confidence, confidence], np.float32), True)
+
+
+def images(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.suffix == ".png")
+
+
+def size(directory: Path) -> int:
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in directory.iterdir() if path.name != LEDGER)
+
+
+def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def offer(kept: Review, *seeds: int) -> None:
+    """Images one after the other, each when the thread has taken the one before."""
+    for seed in seeds:
+        wait(kept._waiting.empty)
+        kept.offer(encode(picture(seed)), unsure(), ABOUT)
+    wait(kept._waiting.empty)
+
+
+def test_an_image_is_kept_as_sent_with_what_was_said_of_it(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    data = encode(picture())
+    kept.offer(data, unsure(), ABOUT)
+    kept.offer(data, unsure(), ABOUT)  # once is enough
+    name = hashlib.sha256(data).hexdigest()
+    wait(lambda: (tmp_path / f"{name}.json").exists())
+    wait(kept._waiting.empty)
+    assert (tmp_path / f"{name}.png").read_bytes() == data
+    (line,) = (tmp_path / f"{name}.json").read_text().splitlines()
+    about = json.loads(line)
+    assert about.pop("time").endswith("+00:00")
+    assert about == {**ABOUT, "sha256": name, "class": "frame", "confidence": 0.5, "probabilities": [0.5, 0.5]}
+    assert len(list(tmp_path.iterdir())) == 3
+    assert int((tmp_path / LEDGER).read_text()) == size(tmp_path) == PAIR
+
+
+def test_only_a_share_of_the_unsure_ones_is_taken(tmp_path: Path) -> None:
+    kept = store(tmp_path, review_share=0.5, review_below=0.6)
+    kept._waiting.maxsize = 10_000
+    kept._keep = lambda sighting: taken.append(sighting)  # type: ignore[method-assign]
+    taken: list[Any] = []
+    for _ in range(1000):
+        kept.offer(b"", unsure(0.61), ABOUT)
+    assert kept._waiting.empty()
+    assert not taken
+    for _ in range(1000):
+        kept.offer(b"", unsure(0.59), ABOUT)
+    wait(kept._waiting.empty)
+    assert 400 < len(taken) < 600
+
+
+def test_the_oldest_give_way_when_the_size_is_reached(tmp_path: Path) -> None:
+    kept = store(tmp_path, review_bytes=2**20)
+    room = 2**20 // PAIR
+    offer(kept, *range(room))
+    wait(lambda: len(images(tmp_path)) == room)
+    first, last = (hashlib.sha256(encode(picture(seed))).hexdigest() for seed in (0, room))
+    os.utime(tmp_path / f"{first}.png", (time.time() - 60,) * 2)
+    os.utime(tmp_path / f"{first}.json", (time.time() - 60,) * 2)
+    offer(kept, room)
+    wait((tmp_path / f"{last}.json").exists)
+    assert not (tmp_path / f"{first}.png").exists()
+    assert not (tmp_path / f"{first}.json").exists()
+    assert 0.8 * room < len(images(tmp_path)) <= room
+    assert int((tmp_path / LEDGER).read_text()) == size(tmp_path) <= 2**20
+
+
+def test_the_size_holds_over_all_that_share_the_directory(tmp_path: Path) -> None:
+    stores = [store(tmp_path, review_bytes=2**20) for _ in range(3)]
+    largest = 0
+    threads = [
+        threading.Thread(target=offer, args=(kept, *range(100 * number, 100 * number + 90)))
+        for number, kept in enumerate(stores)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        with (tmp_path / LEDGER).open("a+") as ledger:
+            review.fcntl.flock(ledger, review.fcntl.LOCK_EX)
+            largest = max(largest, size(tmp_path))
+        time.sleep(0.01)
+    assert 0.8 * 2**20 < largest <= 2**20
+    assert {path.stem for path in images(tmp_path)} == {path.stem for path in tmp_path.glob("*.json")}
+
+
+def test_an_image_larger_than_the_store_is_not_kept(tmp_path: Path) -> None:
+    kept = store(tmp_path, review_bytes=2**20)
+    kept.offer(encode(picture(0, 700, 700), "BMP"), unsure(), ABOUT)
+    offer(kept, 1)
+    wait(lambda: len(images(tmp_path)) == 1)
+    assert not list(tmp_path.glob("*.bmp"))
+
+
+def test_images_grow_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(review, "SWEEP_SECONDS", 0.2)
+    kept = store(tmp_path, review_days=1)
+    offer(kept, 0, 1)
+    wait(lambda: len(list(tmp_path.glob("*.json"))) == 2)
+    old = images(tmp_path)[0]
+    for path in (old, old.with_suffix(".json")):
+        os.utime(path, (time.time() - 86_401,) * 2)
+    wait(lambda: not old.exists() and not old.with_suffix(".json").exists())
+    wait(lambda: int((tmp_path / LEDGER).read_text() or 0) == PAIR)
+    assert len(images(tmp_path)) == 1
+
+
+def test_a_disk_that_takes_nothing_leaves_nothing_half_and_is_said_once(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: a write stops half-way with an error of the system."""
+    program = f"""
+import resource, time
+from tests.test_review import *
+directory = Path({str(tmp_path)!r})
+kept = store(directory)
+wait((directory / LEDGER).exists)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+offer(kept, *range(20))
+time.sleep(0.3)
+assert [path.name for path in directory.iterdir()] == [LEDGER], list(directory.iterdir())
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+offer(kept, 21)
+wait(lambda: len(list(directory.glob("*.json"))) == 1)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=toy.ROOT, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("images for review are not kept") == 1
+
+
+def test_what_waits_in_memory_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = store(tmp_path)
+    wait((tmp_path / LEDGER).exists)
+    with (tmp_path / LEDGER).open("a+") as ledger, caplog.at_level(logging.ERROR):
+        review.fcntl.flock(ledger, review.fcntl.LOCK_EX)  # the disk hangs
+        for seed in range(100):
+            kept.offer(encode(picture(seed)), unsure(), ABOUT)
+        assert kept._waiting.qsize() == review.WAITING_IMAGES
+    wait(kept._waiting.empty)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_server_keeps_images_when_asked_and_only_then(tmp_path: Path, on: bool) -> None:
+    directory = tmp_path / "review"
+    asking = {"REVIEW_DIRECTORY": directory} if on else {}
+    sent = [encode(picture(seed)) for seed in range(4)]
+    with serve("embedded", tmp_path / "home", REVIEW_BELOW=1, REVIEW_SHARE=1, **asking) as url:
+        parts = [("images", image) for image in (*sent[:3], b"no image")]
+        results = requests.post(f"{url}/classify/batch", files=parts, timeout=60).json()["results"]
+        result = requests.post(f"{url}/classify", files={"image": sent[3]}, timeout=60).json()
+        if on:
+            wait(lambda: len(list(directory.glob("*.json"))) == 4)
+    assert directory.exists() == on
+    for data, reply in zip(sent, [*results[:3], result], strict=True) if on else ():
+        name = hashlib.sha256(data).hexdigest()
+        about = json.loads((directory / f"{name}.json").read_text())
+        assert (directory / f"{name}.png").read_bytes() == data
+        assert (about["class"], about["confidence"]) == (reply["class_name"], reply["confidence"])
+        assert (about["request_id"], about["model"], about["key"]) == (reply["request_id"], reply["model"], None)

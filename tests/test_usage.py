@@ -1,0 +1,132 @@
+"""Rates and quotas, by a clock of the test's own; and the file that holds the counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.access import AccessError, Key
+from serving.errors import ApiError
+from serving.usage import DAY_SECONDS, Account, Usage
+
+NOON = 20_000 * DAY_SECONDS + DAY_SECONDS / 2
+
+
+def key(**limits: Any) -> Key:
+    return Key(sha256="0" * 64, **limits)
+
+
+def refusal(account: Account, limits: Key, images: int, now: float) -> tuple[str, int]:
+    with pytest.raises(ApiError) as caught:
+        account.charge(limits, images, now)
+    assert caught.value.status == 429
+    return caught.value.code, int(caught.value.headers["retry-after"])
+
+
+def test_a_second_of_images_may_come_at_once_and_then_as_many_a_second() -> None:
+    limits, account = key(images_per_second=10), Account()
+    for _ in range(10):
+        account = account.charge(limits, 1, NOON)
+    assert refusal(account, limits, 1, NOON) == ("rate_limited", 1)
+    assert refusal(account, limits, 1, NOON + 0.09) == ("rate_limited", 1)
+    account = account.charge(limits, 1, NOON + 0.11)
+    assert refusal(account, limits, 1, NOON + 0.11) == ("rate_limited", 1)
+    taken, now = 0, NOON + 10
+    while now < NOON + 20:
+        now += 0.01
+        with contextlib.suppress(ApiError):
+            account, taken = account.charge(limits, 1, now), taken + 1
+    assert 100 <= taken <= 111  # ten seconds' worth, and the ten that were saved up before
+
+
+def test_a_batch_larger_than_a_second_waits_for_a_full_bucket_and_owes_the_rest() -> None:
+    limits = key(images_per_second=2)
+    account = Account().charge(limits, 20, NOON)
+    assert refusal(account, limits, 1, NOON) == ("rate_limited", 10)  # 18 owed, one wanted, two a second
+    assert refusal(account, limits, 20, NOON) == ("rate_limited", 10)
+    assert refusal(account, limits, 1, NOON + 9.4) == ("rate_limited", 1)
+    assert account.charge(limits, 1, NOON + 9.6)
+
+
+def test_less_than_one_image_a_second() -> None:
+    limits = key(images_per_second=0.1)
+    account = Account().charge(limits, 1, NOON)
+    assert refusal(account, limits, 1, NOON + 1) == ("rate_limited", 9)
+    assert account.charge(limits, 1, NOON + 10.1)
+
+
+def test_a_clock_set_back_gives_nothing_and_blocks_nobody() -> None:
+    limits = key(images_per_second=1)
+    account = Account().charge(limits, 1, NOON)
+    refusal(account, limits, 1, NOON - 3600)
+    account = Account(1.0, NOON, 20_000, 1).charge(limits, 1, NOON - 3600)
+    assert account.charge(limits, 1, NOON - 3598)
+
+
+def test_a_quota_is_for_a_day_by_utc() -> None:
+    limits = key(images_per_day=100)
+    account = Account().charge(limits, 60, NOON).charge(limits, 40, NOON + 1)
+    assert refusal(account, limits, 1, NOON + 2) == ("quota_exceeded", DAY_SECONDS // 2 - 2)
+    assert refusal(Account(), limits, 101, NOON)[0] == "quota_exceeded"
+    tomorrow = account.charge(limits, 100, NOON + DAY_SECONDS / 2)
+    assert tomorrow.images == 100
+
+
+def test_what_is_refused_is_not_charged(tmp_path: Path) -> None:
+    usage, limits = Usage(tmp_path / "usage"), key(images_per_day=10)
+
+    async def send(*batches: int) -> list[bool]:
+        results = await asyncio.gather(*(usage.charge("a", limits, n) for n in batches), return_exceptions=True)
+        return [result is None for result in results]
+
+    assert asyncio.run(send(8, 3, 2, 1)) == [True, False, True, False]
+
+
+def test_two_processes_share_the_file_and_a_restart_keeps_it(tmp_path: Path) -> None:
+    limits = key(images_per_day=5)
+
+    def taken(usage: Usage, name: str = "a") -> int:
+        async def send() -> int:
+            results = await asyncio.gather(*(usage.charge(name, limits, 1) for _ in range(3)), return_exceptions=True)
+            return results.count(None)
+
+        return asyncio.run(send())
+
+    first, second = Usage(tmp_path / "usage"), Usage(tmp_path / "usage")
+    assert (taken(first), taken(second), taken(first)) == (3, 2, 0)
+    assert taken(second, "b") == 3
+    assert taken(Usage(tmp_path / "usage")) == 0
+
+
+def test_without_limits_nothing_is_counted(tmp_path: Path) -> None:
+    usage = Usage(tmp_path / "usage")
+    (tmp_path / "usage").write_bytes(b"gone")
+    asyncio.run(usage.charge("a", key(), 1_000_000))
+
+
+def test_a_file_that_fails_limits_nobody_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    usage = Usage(tmp_path / "usage")
+    usage._database.execute("DROP TABLE usage")
+    with caplog.at_level(logging.ERROR):
+        for _ in range(5):
+            asyncio.run(usage.charge("a", key(images_per_day=1), 1))
+    assert [record.message for record in caplog.records] == ["API keys are not limited"]
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "usage").write_bytes(b"not a database" * 100)
+    with pytest.raises(AccessError, match=r"^USAGE_FILE='.*usage': file is not a database$"):
+        Usage(tmp_path / "usage")
+
+
+def test_the_default_is_a_temporary_file() -> None:
+    usage = Usage(None)
+    assert usage.file.exists()
+    directory = usage.file.parent
+    usage._temporary.cleanup()
+    assert not directory.exists()
