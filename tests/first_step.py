@@ -29,12 +29,13 @@ def gradients(fit: Fit) -> dict[str, Tensor]:
     """Of the first batch, with BatchNorm by its running statistics, which no share of a batch changes."""
     fit.network.eval()
     fit.backward(next(fit.batches.epoch(0)))
-    return {name: p.grad.contiguous() for name, p in fit.trained.items() if p.grad is not None}
+    return {name: p.grad.clone().contiguous() for name, p in fit.trained.items() if p.grad is not None}
 
 
 def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
     """The loss scale after a batch whose gradients overflow in this process, or in another one."""
     fit.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fit.network.zero_grad()
     batch = next(fit.batches.epoch(0))
     fit.backward(batch._replace(views=batch.views * torch.inf) if overflows else batch)
     for optimizer, _ in fit.optimizers:

@@ -71,7 +71,7 @@ class Group:
             yield
         except RuntimeError as error:
             raise LostProcessError(
-                f"process {self.rank} of {self.size} has lost another one; go on with --resume ({error})"
+                f"process {self.rank} of {self.size} has lost another, which may tell why; go on with --resume"
             ) from error
 
 
