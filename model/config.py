@@ -45,6 +45,11 @@ class ModelConfig(BaseModel):
     bank: int = Field(default=0, ge=0)
     """Training images whose features an artifact keeps, to tell foreign images."""
 
+    @property
+    def stride(self) -> int:
+        """Pixels of the input for each place of the last feature map."""
+        return int(2 ** len(self.widths))
+
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=2) + "\n")
 

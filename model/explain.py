@@ -24,21 +24,26 @@ def views(image: Pixels) -> Pixels:
     )
 
 
-def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int]) -> Evidence:
+def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], stride: int) -> Evidence:
     """(VIEWS, h, w, K) evidence of the ``views`` to one map (H, W) for a class, zero or more, that sums to 1.
 
-    The network's own grid is coarse; moving the image under it and averaging what comes back gives a finer one. Only
+    The network's own grid is coarse, a cell for every ``stride`` pixels; moving the image under it and averaging what
+    comes back gives a finer one. Where pooling left out the last rows of an image, other views have them inside. Only
     what a place adds beyond the mean of all classes counts, for softmax does not see the rest.
     """
-    height, width = size
+    height, width = (min(side, stride * cells) for side, cells in zip(size, evidence.shape[1:3], strict=True))
     total, seen = np.zeros(size, np.float32), np.zeros(size, np.float32)
     contrast = evidence[..., class_index] - evidence.mean(axis=-1)
-    for grid, (rows, columns) in zip(contrast, _places(height, width), strict=True):
-        inside = np.ix_((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
-        places = np.ix_(rows[inside[0].ravel()], columns[inside[1].ravel()])
-        total[places] += cv2.resize(grid, (width, height))[inside]
+    for grid, (rows, columns) in zip(contrast, _places(*size), strict=True):
+        kept_rows, kept_columns = (
+            np.flatnonzero((places[:covered] >= 0) & (places[:covered] < side))
+            for places, covered, side in ((rows, height, size[0]), (columns, width, size[1]))
+        )
+        places = np.ix_(rows[kept_rows], columns[kept_columns])
+        fine = cv2.resize(grid, (stride * grid.shape[1], stride * grid.shape[0]))
+        total[places] += fine[np.ix_(kept_rows, kept_columns)]
         seen[places] += 1
-    positive = np.maximum(total / seen, 0)
+    positive = np.maximum(total / np.maximum(seen, 1), 0)
     return np.asarray(positive / max(float(positive.sum()), 1e-12), np.float32)
 
 

@@ -80,7 +80,7 @@ class Pipeline:
         prediction = self._classifier(await self._outputs(image[None]))[0]
         visits.judge([data], [prediction])
         evidence = await self._evidence(explain.views(image), client_waits())
-        heat = explain.evidence_map(evidence, prediction.class_index, self._size)
+        heat = explain.evidence_map(evidence, prediction.class_index, self._size, self._classifier.config.stride)
         if JSON in request.headers.get("accept", ""):
             return _json({**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()})
         return Response(await loop.run_in_executor(self._decoders, explain.overlay, original, heat), media_type=PNG)
