@@ -6,6 +6,7 @@ A setting is an environment variable of the field's name in capitals: ``RUNTIME=
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,7 +118,7 @@ def load(**overrides: Any) -> Settings:
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
-        raise SettingsError("error: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise SettingsError("error: " + "; ".join(_explain(error))) from None
     if (settings.smtp_host is None) != (settings.smtp_to is None):
         raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")
     if settings.max_queue < settings.max_request_images:
@@ -127,12 +128,19 @@ def load(**overrides: Any) -> Settings:
     return settings
 
 
-def _explain(error: Any) -> str:
-    """``RUNTIME='tpu'; expected …`` from one of pydantic's errors."""
-    name = str(error["loc"][0]).upper()
-    context = error.get("ctx", {})
-    if "expected" in context:
-        expected = "one of " + context["expected"].replace(" or ", ", ").replace("'", "")
-    else:
-        expected = error["msg"].removeprefix("Input should be ")
-    return f"{name}={error['input']!r}; expected {expected}"
+def _explain(error: ValidationError) -> Iterator[str]:
+    """``RUNTIME='tpu'; expected …`` for each setting that is wrong."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for one in error.errors():
+        _, expected = found.setdefault(str(one["loc"][0]).upper(), (one["input"], []))
+        expected.append(_expectation(one))
+    for name, (value, expected) in found.items():
+        yield f"{name}={value!r}; expected {' or '.join(expected)}"
+
+
+def _expectation(error: Any) -> str:
+    names = error.get("ctx", {}).get("expected")
+    if names is None:
+        return str(error["msg"].removeprefix("Input should be "))
+    choices = names.replace(" or ", ", ").replace("'", "")
+    return f"one of {choices}" if "," in choices else choices

@@ -23,8 +23,8 @@ def test_an_environment_variable_sets_a_field(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"runtime": "tpu"}, "error: RUNTIME='tpu'; expected one of auto, torch, onnx, onnx-int8"),
-        ({"max_batch": 0}, "error: MAX_BATCH=0; expected greater than or equal to 1"),
+        ({"runtime": "tpu"}, "error: RUNTIME='tpu'; expected one of auto, fastest, torch, onnx, onnx-int8"),
+        ({"max_batch": 0}, "error: MAX_BATCH=0; expected greater than or equal to 1 or auto"),
         ({"max_queue": 8, "max_request_images": 9}, "error: MAX_QUEUE=8; expected at least MAX_REQUEST_IMAGES=9"),
         ({"smtp_host": "mail"}, "error: SMTP_HOST and SMTP_TO go together; found only one of them"),
     ],

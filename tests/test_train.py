@@ -271,9 +271,9 @@ class TestExport:
         assert set(card["versions"]) == {"torch", "onnx", "onnxruntime", "bentoml"}
 
     def test_an_export_that_loses_accuracy_is_refused(self, loaded: data.Data) -> None:
-        right = np.eye(3, dtype=np.float32)[loaded.val.labels]
+        right = np.eye(4, dtype=np.float32)[loaded.val.labels]  # the last column is the familiarity
         wrong = right.copy()
-        wrong[:2] = np.roll(wrong[:2], 1, axis=1)
+        wrong[:2, :3] = np.roll(wrong[:2, :3], 1, axis=1)
         assert parity(right, right, loaded.val)["agreement"] == 1
         with pytest.raises(ParityError, match=r"INT8 accuracy 0\.8333"):
             parity(right, wrong, loaded.val)
