@@ -120,7 +120,7 @@ def run(program: str, tmp_path: Path) -> str:
 
 
 def test_the_files_rotate_and_their_number_is_bounded(tmp_path: Path) -> None:
-    for start, count in (("first", 10), ("second", 300)):  # a restart appends
+    for start, count in (("first", 10), ("second", 1000)):  # a restart appends
         program = f"""
 from pathlib import Path
 from serving import audit
@@ -137,7 +137,7 @@ for number in range({count}):
     names = ["audit-api-1.jsonl.2", "audit-api-1.jsonl.1", "audit-api-1.jsonl"]
     assert [file.name for file in files] == names
     assert all(0 < file.stat().st_size <= 4000 for file in files)
-    assert lines == [{"start": "second", "number": number} for number in range(300 - len(lines), 300)]
+    assert lines == [{"start": "second", "number": number} for number in range(1000 - len(lines), 1000)]
 
 
 def test_a_full_disk_stops_nothing_and_is_said_once(tmp_path: Path) -> None:

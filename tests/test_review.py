@@ -127,11 +127,12 @@ def test_the_size_holds_over_all_that_share_the_directory(tmp_path: Path) -> Non
     assert {path.stem for path in images(tmp_path)} == {path.stem for path in tmp_path.glob("*.json")}
 
 
-def test_an_image_larger_than_the_store_is_not_kept(tmp_path: Path) -> None:
+def test_an_image_larger_than_the_store_takes_no_other_with_it(tmp_path: Path) -> None:
     kept = store(tmp_path, review_bytes=2**20)
-    kept.offer(encode(picture(0, 700, 700), "BMP"), unsure(), ABOUT)
     offer(kept, 1)
-    wait(lambda: len(images(tmp_path)) == 1)
+    kept.offer(encode(picture(0, 700, 700), "BMP"), unsure(), ABOUT)
+    offer(kept, 2)
+    wait(lambda: len(images(tmp_path)) == 2)
     assert not list(tmp_path.glob("*.bmp"))
 
 
