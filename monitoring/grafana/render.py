@@ -66,7 +66,7 @@ def draw_panel(axes: Axes, panel: dict[str, Any], found: list[tuple[str, dict[st
     axes.set_title(panel["title"], fontsize=8, loc="left")
     defaults = panel["fieldConfig"]["defaults"]
     factor, unit = SCALES.get(defaults["unit"], (1, ""))
-    if panel["type"] != "timeseries":
+    if panel["type"] != "timeseries" or not found:
         axes.axis("off")
     if not found:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="grey", fontsize=8)
@@ -83,7 +83,9 @@ def draw_panel(axes: Axes, panel: dict[str, Any], found: list[tuple[str, dict[st
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
         axes.tick_params(labelsize=6)
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=defaults.get("min"))
+        highest = max(v for *_, points in found for _, v in points) * factor
+        if "min" in defaults:
+            axes.set_ylim(bottom=defaults["min"], top=1.3 * highest or 1)  # with room for the legend
         axes.legend(fontsize=5, loc="upper left", ncols=2)
 
 

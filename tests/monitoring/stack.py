@@ -206,6 +206,7 @@ class Stack:
                 "prometheus-nginx-exporter",
                 f"-web.listen-address={at['nginx']}",
                 f"-nginx.scrape-uri=http://{at['status']}/stub_status",
+                "-nginx.retries=30",  # until Nginx listens
             ],
             "node-exporter": ["prometheus-node-exporter", f"--web.listen-address={at['node']}"],
             "blackbox-exporter": [
