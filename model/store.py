@@ -223,8 +223,12 @@ def _minute(time: datetime) -> str:
 def _import(directory: Path) -> None:
     tag = put(directory)
     print(tag)
-    if tag != resolve(tag.partition(":")[0]):
+    if tag != _versioned(tag.partition(":")[0]):
         print(f"in the store, but not served; `make promote MODEL={tag}` changes that", file=sys.stderr)
+
+
+def _announce(tag: str) -> None:
+    print(f"MODEL={tag.partition(':')[0]} serves {tag} from its next start")
 
 
 def main() -> None:
@@ -251,9 +255,9 @@ def run(options: argparse.Namespace) -> None:
         case "compare":
             print(comparison.compare(get(options.a), get(options.b)))
         case "promote":
-            print(f"{promote(options.model, options.force)} is what MODEL=name serves from its next start")
+            _announce(promote(options.model, options.force))
         case "rollback":
-            print(f"{rollback(options.name)} is what MODEL=name serves from its next start")
+            _announce(rollback(options.name))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,7 @@ PANELS = [(name, panel) for name, board in DASHBOARDS.items() for panel in board
 
 
 class Client(threading.Thread):
-<<<<<<< ours
-    """Sends images through Nginx until it is stopped, a third of the requests without any; survives an outage."""
-=======
     """Sends images through Nginx until stopped, a third of the requests without one; goes on through an outage."""
->>>>>>> theirs
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(daemon=True)
