@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from model.preprocess import Pixels
 
-Floats = NDArray[Any]
+Floats = NDArray[np.float32]
+Noisy = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED_SIDE = 32
@@ -27,20 +28,20 @@ PUBLISHED_SIDE = 32
 FROST_COLOUR = np.array([0.85, 0.93, 1.0], np.float32)
 
 
-def gaussian_noise(images: Floats, scale: float, rng: Rng) -> Floats:
+def gaussian_noise(images: Floats, scale: float, rng: Rng) -> Noisy:
     return images + rng.normal(0, scale, images.shape)
 
 
-def shot_noise(images: Floats, photons: float, rng: Rng) -> Floats:
+def shot_noise(images: Floats, photons: float, rng: Rng) -> Noisy:
     return rng.poisson(images * photons) / photons
 
 
-def impulse_noise(images: Floats, share: float, rng: Rng) -> Floats:
+def impulse_noise(images: Floats, share: float, rng: Rng) -> Noisy:
     """Salt and pepper, in each channel."""
     return np.where(rng.random(images.shape) < share, rng.integers(0, 2, images.shape), images)
 
 
-def speckle_noise(images: Floats, scale: float, rng: Rng) -> Floats:
+def speckle_noise(images: Floats, scale: float, rng: Rng) -> Noisy:
     return images * (1 + rng.normal(0, scale, images.shape))
 
 
@@ -98,13 +99,14 @@ def snow(
     """Flakes drawn out by the wind, over a whitened image."""
     scale = _scale(images)
 
-    def fall(image: Floats) -> Floats:
+    def fall(image: Floats) -> Any:
         flakes = _zoomed(rng.normal(mean, spread, image.shape[:2]).astype(np.float32), zoom)
         flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1)
-        flakes = cv2.filter2D(flakes, -1, _streak(radius * scale, sigma * scale, rng.uniform(-135, -45)))[..., None]
+        wind = _streak(radius * scale, sigma * scale, rng.uniform(-135, -45))
+        blown = cv2.filter2D(flakes, -1, wind)[..., None]
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
         white = kept * image + (1 - kept) * np.maximum(image, gray * 1.5 + 0.5)
-        return np.asarray(white + flakes + flakes[::-1, ::-1])
+        return white + blown + blown[::-1, ::-1]
 
     return _each(images, fall)
 
@@ -112,16 +114,16 @@ def snow(
 def frost(images: Floats, kept: float, weight: float, rng: Rng) -> Floats:
     """Crystals: the ridges of a cloud pattern."""
 
-    def freeze(image: Floats) -> Floats:
+    def freeze(image: Floats) -> Any:
         ridges = 1 - np.abs(2 * _cloud(image, 1.5, rng) - 1)
-        return np.asarray(kept * image + weight * ridges[..., None] * FROST_COLOUR)
+        return kept * image + weight * ridges[..., None] * FROST_COLOUR
 
     return _each(images, freeze)
 
 
 def fog(images: Floats, thickness: float, decay: float, rng: Rng) -> Floats:
-    def cover(image: Floats) -> Floats:
-        brightest = float(image.max())
+    def cover(image: Floats) -> Any:
+        brightest = image.max()
         return (image + thickness * _cloud(image, decay, rng)[..., None]) * brightest / (brightest + thickness)
 
     return _each(images, cover)
@@ -132,8 +134,8 @@ def brightness(images: Floats, added: float, rng: Rng) -> Floats:
 
 
 def contrast(images: Floats, factor: float, rng: Rng) -> Floats:
-    mean: Floats = images.mean(axis=(1, 2), keepdims=True)
-    return (images - mean) * factor + mean
+    mean = images.mean(axis=(1, 2), keepdims=True)
+    return np.asarray((images - mean) * factor + mean, np.float32)
 
 
 def elastic_transform(images: Floats, push: float, smoothness: float, jitter: float, rng: Rng) -> Floats:
@@ -144,14 +146,14 @@ def elastic_transform(images: Floats, push: float, smoothness: float, jitter: fl
     centre = np.array([width // 2, height // 2], np.float32)
     corners = centre + np.array([[1, 1], [1, -1], [-1, -1]], np.float32) * (side // 3)
 
-    def bend(image: Floats) -> Floats:
+    def bend(image: Floats) -> Any:
         moved = corners + rng.uniform(-jitter, jitter, corners.shape).astype(np.float32) * side
         affine = cv2.getAffineTransform(corners, moved)
-        image = cv2.warpAffine(image, affine, (width, height), borderMode=cv2.BORDER_REFLECT_101)
+        mapped = cv2.warpAffine(image, affine, (width, height), borderMode=cv2.BORDER_REFLECT_101)
         across, down = rng.uniform(-1, 1, (2, height, width)).astype(np.float32) * push * side
         if smoothness:
             across, down = (cv2.GaussianBlur(field, (0, 0), smoothness * side) for field in (across, down))
-        return cv2.remap(image, x + across, y + down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        return cv2.remap(mapped, x + across, y + down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
     return _each(images, bend)
 
@@ -160,7 +162,7 @@ def pixelate(images: Floats, share: float, rng: Rng) -> Floats:
     height, width = images.shape[1:3]
     coarse = (int(width * share), int(height * share))
 
-    def coarsen(image: Floats) -> Floats:
+    def coarsen(image: Floats) -> Any:
         small = cv2.resize(image, coarse, interpolation=cv2.INTER_AREA)
         return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
 
@@ -168,7 +170,7 @@ def pixelate(images: Floats, share: float, rng: Rng) -> Floats:
 
 
 def jpeg_compression(images: Floats, quality: int, rng: Rng) -> Floats:
-    def recompress(image: Floats) -> Floats:
+    def recompress(image: Floats) -> Any:
         bgr = cv2.cvtColor(_to_pixels(image), cv2.COLOR_RGB2BGR)
         _, content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
         return np.asarray(cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)) / 255
@@ -257,21 +259,22 @@ def _streak(radius: float, sigma: float, degrees: float) -> Floats:
     """A kernel that smears along a line to one side, ever weaker."""
     steps = np.arange(0, radius + 0.5, 0.5)
     reach = int(np.ceil(radius))
-    kernel: Floats = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
+    kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
     angle = np.deg2rad(degrees)
     rows, columns = (np.rint(reach + steps * f(angle)).astype(int) for f in (np.sin, np.cos))
     np.add.at(kernel, (rows, columns), np.exp(-(steps**2) / (2 * sigma**2)))
-    return np.asarray(kernel / kernel.sum())
+    return np.asarray(kernel / kernel.sum(), np.float32)
 
 
 def _cloud(image: Floats, decay: float, rng: Rng) -> Floats:
     """(H, W) from 0 to 1: random hills, each octave twice as fine and ``decay`` times as low as the one before."""
     height, width = image.shape[:2]
-    hills: Floats = np.zeros((height, width), np.float32)
+    hills = np.zeros((height, width), np.float32)
     for octave in range(int(np.log2(min(height, width)))):
         cells = rng.uniform(-1, 1, (2 ** (octave + 1),) * 2).astype(np.float32)
-        hills += np.asarray(cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC)) / decay**octave
-    return np.asarray((hills - hills.min()) / np.ptp(hills))
+        octave_hills = np.asarray(cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC), np.float32)
+        hills += octave_hills / float(decay**octave)
+    return np.asarray((hills - hills.min()) / np.ptp(hills), np.float32)
 
 
 def _in_hsv(images: Floats, channel: int, factor: float, added: float) -> Floats:

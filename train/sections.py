@@ -97,7 +97,7 @@ def speed(figures: dict[str, Any]) -> str:
     """How the speed was measured."""
     if "speed" not in figures:
         return ""
-    return f"; the speed is of batches of {figures['speed']['batch']}, on one core of an {figures['speed']['cpu']}"
+    return f"; the speed is of batches of {figures['speed']['batch']} on one core, {figures['speed']['cpu']}"
 
 
 def per_class(figures: dict[str, Any]) -> str:
