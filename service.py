@@ -76,7 +76,8 @@ try:
     KEYS = Keys(settings.api_keys) if settings.api_keys else None
     USAGE = Usage(settings.usage_file) if KEYS else None
 except (store.StoreError, ArtifactError, EnsembleError) as error:
-    raise configuration.SettingsError(f"error: MODEL={settings.model!r}, SHADOW={settings.shadow!r}: {error}") from None
+    asked = f"MODEL={settings.model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
+    raise configuration.SettingsError(f"error: {asked}: {error}") from None
 except AccessError as error:
     raise configuration.SettingsError(f"error: {error}") from None
 TAG = ",".join(TAGS)

@@ -36,7 +36,7 @@ def test_images_like_the_reference_fill_every_bin_alike_and_others_do_not() -> N
     limits = edges(batch(1.0))
     same, darker = histogram(batch(1.0), limits), histogram(batch(0.3), limits)
     assert same.sum(axis=1).tolist() == darker.sum(axis=1).tolist() == [600] * 4
-    assert (np.abs(same - 600 / BINS) < 35).all()
+    assert (np.abs(same - 600 / BINS) < 50).all()
     assert darker[0, 0] > 300  # brightness: most lie in the lowest tenth
 
 

@@ -592,7 +592,7 @@ def test_a_burst_right_after_the_start_is_answered(tmp_path: Path) -> None:
 
 
 def test_a_caller_may_ask_for_a_shorter_deadline(embedded: Server) -> None:
-    images = files([encode(picture(i, 600, 600)) for i in range(32)])
+    images = files([encode(picture(i, 600, 600), "JPEG") for i in range(32)])
     assert_error(
         post(embedded.url, "/classify/batch", files=images, headers={"X-Request-Timeout": "0.001"}),
         504,
@@ -639,7 +639,7 @@ def test_a_missed_deadline_is_504(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"RUNTIME": "tpu"}, "RUNTIME='tpu'; expected one of auto, torch, onnx, onnx-int8"),
+        ({"RUNTIME": "tpu"}, "RUNTIME='tpu'; expected one of auto, fastest, torch, onnx, onnx-int8"),
         ({"MODEL": "nope:1"}, "MODEL='nope:1'"),
         ({"MAX_QUEUE": "0"}, "MAX_QUEUE='0'; expected greater than or equal to 1"),
         ({"WORKERS": "0"}, "WORKERS='0'; expected"),
