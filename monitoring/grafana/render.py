@@ -37,7 +37,7 @@ SCALES = {
 
 
 def query(prometheus: str, expr: str, instant: bool, minutes: float) -> Series:
-    """The series of a panel's query: their last values, or those of the last ``minutes``. None that is only NaN."""
+    """The series of a panel's query: their last values, or those of the last ``minutes``. NaN is no value."""
     now = time.time()
     window = {"time": now} if instant else {"start": now - 60 * minutes, "end": now, "step": 60 * minutes / POINTS}
     reply = requests.post(
@@ -46,8 +46,12 @@ def query(prometheus: str, expr: str, instant: bool, minutes: float) -> Series:
     body = reply.json()
     if body["status"] != "success":
         raise ValueError(f"{expr}: {body['error']}")
-    series = [{**s, "values": s.get("values") or [s["value"]]} for s in body["data"]["result"]]
-    return [s for s in series if any(value != "NaN" for _, value in s["values"])]
+    series = []
+    for each in body["data"]["result"]:
+        points = [(t, float(v)) for t, v in each.get("values") or [each["value"]] if v != "NaN"]
+        if points:
+            series.append({"labels": each["metric"], "points": points})
+    return series
 
 
 def answers(prometheus: str, panel: dict[str, Any], minutes: float) -> list[tuple[str, dict[str, str], Any]]:
@@ -56,9 +60,9 @@ def answers(prometheus: str, panel: dict[str, Any], minutes: float) -> list[tupl
     for target in panel["targets"]:
         for series in query(prometheus, target["expr"], target["instant"], minutes):
             legend = target["legendFormat"]
-            for label, value in series["metric"].items():
+            for label, value in series["labels"].items():
                 legend = legend.replace("{{" + label + "}}", value)
-            found.append((legend, series["metric"], [(t, float(v)) for t, v in series["values"]]))
+            found.append((legend, series["labels"], series["points"]))
     return found
 
 
