@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,11 @@ def test_made_images_fit_any_input_and_differ(kind: str) -> None:
 
 
 def test_the_card_keeps_what_was_measured(toy_artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
     photos = toy.make_folder(tmp_path / "photos", per_class=10)
     (photos / "disc").rename(photos / "elsewhere")
-    printed = toy.run("train.foreign", toy_artifact.path, toy_folder, "--photos", photos)
-    found = Artifact.load(toy_artifact.path).card["metrics"]["foreign"]
+    printed = toy.run("train.foreign", artifact, toy_folder, "--photos", photos)
+    found = Artifact.load(artifact).card["metrics"]["foreign"]
     assert found["kinds"]["noise"]["images"] == 500
     assert found["kinds"]["photographs"]["images"] == 10  # those of classes are none
     assert found["auroc_mean"] == pytest.approx(np.mean([k["auroc"] for k in found["kinds"].values()]), abs=1e-3)

@@ -222,6 +222,8 @@ def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background of a shell, an interrupt is ignored unless it is made to count.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
     for line in process.stdout:
