@@ -128,7 +128,7 @@ class Runner:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
-        self._engine, self._answer = start_engine(worker)
+        self._engine, self._answer = start_engine(worker, *load_models())
 
     @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
     def infer(self, images: np.ndarray) -> np.ndarray:
@@ -141,9 +141,8 @@ class Runner:
         return self._engine.evidence(images)
 
 
-def start_engine(worker: int) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
+def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
     """The verified engine of a worker, and how it answers: with a shadow behind it where there is one."""
-    served, shadow = load_models()
     device = (worker - 1) % max(1, GPUS)
     engine = served.engine(RUNTIME, settings.threads, device)
     verify(engine, served.reference(RUNTIME))
@@ -204,12 +203,14 @@ class Classifier:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, process_name())
-        self._served, _ = load_models()
+        self._served, shadow = load_models()
         self._reference = self._served.reference(RUNTIME)
         self._drift = Drift(self._served.config, self._reference)
         self._verified = False
         self._verifying = asyncio.Lock()
-        self._host: Host = Remote(self.runner) if TOPOLOGY == "runner" else Local(*start_engine(worker))
+        self._host: Host = (
+            Remote(self.runner) if TOPOLOGY == "runner" else Local(*start_engine(worker, self._served, shadow))
+        )
         self._queue = Batcher(
             self._infer,
             max_batch=DEFAULT_BATCH if settings.max_batch == "auto" else settings.max_batch,
