@@ -54,3 +54,4 @@ def _expect(feature: str, counts: dict[str, int]) -> None:
     total = sum(counts.values()) + len(counts)
     for name, count in counts.items():
         metrics.EXPECTED_SHARE.labels(feature, name).set((count + 1) / total)
+        metrics.DRIFT_IMAGES.labels(feature, name)  # at 0 from the start

@@ -46,6 +46,13 @@ EXPECTED_SHARE = Gauge(
     multiprocess_mode="livemax",
 )
 REJECTED = Counter("classifier_rejected_total", "Requests and images answered with an error, by its code.", ["reason"])
+REASONS = (
+    *("invalid_request", "invalid_image", "too_large", "too_many_pixels", "unsupported_media_type"),
+    *("overloaded", "deadline_exceeded", "not_ready", "internal"),
+    *("unauthorized", "forbidden", "rate_limited", "quota_exceeded"),
+)
+for _reason in REASONS:  # Prometheus sees no growth from no series to 1: each is there from the start, at 0
+    REJECTED.labels(_reason)
 KEY_IMAGES = Counter("classifier_key_images_total", "Images taken from the holder of each API key.", ["key"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
 BATCH_LIMIT = Gauge(

@@ -19,6 +19,8 @@ class Replies:
 
     def __init__(self, tag: str, classifier: Classifier, drift: Drift) -> None:
         self._tag, self._classifier, self._drift = tag, classifier, drift
+        for name in classifier.config.classes:
+            metrics.IMAGES.labels(name)  # at 0 from the start
 
     def __call__(self, prediction: Prediction, options: Options) -> dict[str, Any]:
         metrics.IMAGES.labels(prediction.class_name).inc()

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from monitoring.grafana.dashboards import DASHBOARDS, FOLDER, text
+from serving.metrics import REASONS
 
 REPOSITORY = Path(__file__).parent.parent
 MONITORING = REPOSITORY / "monitoring"
@@ -95,6 +96,13 @@ def test_jobs_in_expressions_are_scraped() -> None:
     }
     asked = {job for _, expr in expressions() for job in re.findall(r'job!?="(\w+)"', expr)}
     assert asked <= scraped
+
+
+def test_rejections_that_alerts_ask_for_are_counted_from_0() -> None:
+    asked = re.findall(r'classifier_rejected_total\{reason=~?"([^"]+)"', " ".join(expr for _, expr in expressions()))
+    kinds = [kind for pattern in asked for kind in pattern.split("|")]
+    assert "not_ready" in kinds
+    assert [kind for kind in kinds if not any(re.fullmatch(kind, reason) for reason in REASONS)] == []
 
 
 def test_series_are_never_recorded_less_often_than_they_are_looked_back_for() -> None:

@@ -26,6 +26,7 @@ from model.artifact import Artifact
 from model.classifier import Classifier, Prediction
 from model.preprocess import preprocess
 from model.store import SHIPPED
+from serving.metrics import REASONS
 from tests.live import (
     LIMITS,
     LOG,
@@ -457,6 +458,15 @@ def test_every_metric_family_is_there(server: Server) -> None:
         "topology": server.topology,
     }
     assert total(values, "classifier_model_info", **labels) == 1
+
+
+def test_what_may_be_counted_is_at_0_before_it_comes(server: Server) -> None:
+    """`increase()` of a counter that appears at 1 is 0, so an alert would miss the first of a kind."""
+    text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
+    assert set(REASONS) <= set(re.findall(r'classifier_rejected_total\{reason="(\w+)"\}', text))
+    assert set(re.findall(r'classifier_images_total\{class_name="(\w+)"\}', text)) == set(ARTIFACT.config.classes)
+    expected = re.findall(r"classifier_drift_expected_share(\{.+?\})", text)
+    assert set(re.findall(r"classifier_drift_images_total(\{.+?\})", text)) == set(expected)
 
 
 def test_images_are_counted_exactly_over_all_workers(server: Server) -> None:
