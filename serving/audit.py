@@ -4,17 +4,19 @@
      "images": [{"sha256", "class", "confidence"}, ...]}
 
 An image of a batch that failed has ``code`` in place of a verdict. The lines are appended to a file of this process
-alone, which rotates; a thread writes them.
+alone, which rotates; a thread writes them. Replicas may share the folder.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import queue
+from itertools import count
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
@@ -29,11 +31,11 @@ WAITING_LINES = 10_000
 
 
 class Audit:
-    """Appends to ``directory/audit-<process_name>.jsonl``; two processes that rotate one file would lose lines."""
+    """Appends to ``directory/audit-<process_name>.jsonl``, or ``-2`` and so on where another replica has that one."""
 
     def __init__(self, directory: Path, process_name: str) -> None:
         lines: queue.Queue[logging.LogRecord] = queue.Queue(WAITING_LINES)
-        path = directory / f"audit-{process_name}.jsonl"
+        path, self._lock = _claim(directory, process_name)
         file = _File(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_FILES, encoding="utf-8")
         self._queue = _Queue(lines)
         listener = QueueListener(lines, file)
@@ -42,6 +44,20 @@ class Audit:
 
     def write(self, **fields: Any) -> None:
         self._queue.handle(logging.makeLogRecord({"msg": orjson.dumps(fields).decode()}))
+
+
+def _claim(directory: Path, process_name: str) -> tuple[Path, TextIO]:
+    """A file and the open lock that makes it ours until we end: two processes that rotate one file would lose lines."""
+    for number in count(1):
+        name = process_name if number == 1 else f"{process_name}-{number}"
+        lock = (directory / f".{name}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+        else:
+            return directory / f"audit-{name}.jsonl", lock
+    raise AssertionError  # count never ends
 
 
 class _Complaining(logging.Handler):

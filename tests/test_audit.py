@@ -58,7 +58,7 @@ def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         call("elsewhere", "GET", "/elsewhere")
         for number in range(50):  # shows that no line is lost when the server stops
             call(f"last-{number}", "POST", "/classify", files={"image": PNG})
-    files = sorted((home / "audit").iterdir())
+    files = sorted((home / "audit").glob("*.jsonl*"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return Audited({line["request_id"]: line for line in lines}, replies, files, (home / LOG).read_text(), key)
 
@@ -138,6 +138,20 @@ for number in range({count}):
     assert [file.name for file in files] == names
     assert all(0 < file.stat().st_size <= 4000 for file in files)
     assert lines == [{"start": "second", "number": number} for number in range(1000 - len(lines), 1000)]
+
+
+def test_replicas_that_share_the_folder_have_files_of_their_own(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from serving.audit import Audit
+for replica in [Audit(Path({str(tmp_path)!r}), "api-1") for _ in range(2)]:
+    replica.write(replica=replica._lock.name)
+"""
+    for _ in range(2):  # after a restart the same files go on
+        run(program, tmp_path)
+    lines = {file.name: file.read_text().splitlines() for file in tmp_path.glob("audit-*")}
+    assert lines.keys() == {"audit-api-1.jsonl", "audit-api-1-2.jsonl"}
+    assert [(len(written), len(set(written))) for written in lines.values()] == [(2, 1)] * 2
 
 
 def test_a_full_disk_stops_nothing_and_is_said_once(tmp_path: Path) -> None:
