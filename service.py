@@ -111,7 +111,8 @@ SHARED: dict[str, Any] = {
     "tracing": {"excluded_urls": ".*"},
 }
 # A distribution that BentoML has no recipe for: for "debian" it would install compilers and git, 0.6 GB of them.
-IMAGE = bentoml.images.Image(base_image="python:3.11-slim", distro="slim")
+# A volume at /audit, for AUDIT_DIRECTORY, takes over whose it is.
+IMAGE = bentoml.images.Image(base_image="python:3.11-slim", distro="slim").run("install -d -o 1034 -g 1034 /audit")
 
 
 @bentoml.service(  # type: ignore[operator]  # a module of that name hides the function from mypy
