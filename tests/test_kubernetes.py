@@ -14,7 +14,10 @@ from tests.toy import ROOT
 
 K8S = ROOT / "deploy/k8s"
 OTHER_VALUES = {
-    "WORKERS"  # Compose has workers on one machine, Kubernetes has pods of one worker
+    "WORKERS",  # Compose has workers on one machine, Kubernetes has pods of one worker
+    "API_KEYS",  # in Kubernetes of the overlay that is public
+    "AUDIT_DIRECTORY",  # needs a disk, which a cluster's administrator has to grant: deploy/k8s/README.md
+    "FORWARDED_ALLOW_IPS",  # goes with the two
 }
 
 
@@ -65,9 +68,18 @@ def test_both_have_the_same_settings() -> None:
         ours = {name: value for container in containers for name, value in environment(container).items()}
         defaults = {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
         theirs = {name: str(value) for name, value in compose_service(*files)["environment"].items()}
-        assert set(ours) | set(theirs) <= set(defaults) | {"BENTOML_HOME"}
+        assert set(ours) | set(theirs) <= set(defaults) | {"BENTOML_HOME", "FORWARDED_ALLOW_IPS"}
         for name in (set(ours) | set(theirs)) - OTHER_VALUES:
             assert ours.get(name, defaults.get(name)) == theirs.get(name, defaults.get(name)), name
+
+
+def test_what_is_public_asks_for_keys_at_the_same_place() -> None:
+    container = pod("deploy/k8s/components/keys/deployment.yaml")["containers"][0]
+    assert "../../components/keys" in load("deploy/k8s/overlays/production/kustomization.yaml")["components"]
+    service = compose_service(COMPOSE)
+    assert environment(container)["API_KEYS"] == service["environment"]["API_KEYS"]
+    (mount,) = container["volumeMounts"]
+    assert f":{mount['mountPath']}:ro" in service["volumes"][0]
 
 
 def test_neither_gives_the_container_privileges_or_a_disk() -> None:
