@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes what is missing in deploy/secrets, for a first run on one's own machine: a self-signed certificate for
-# localhost and placeholders. In production the same files hold the real ones. Run by `make secrets`.
+# localhost, an API key and placeholders. In production the same files hold the real ones. Run by `make secrets`.
 set -eu
 umask 077
 mkdir -p "$(dirname "$0")/secrets"
@@ -17,6 +17,15 @@ placeholder pagerduty_key none
 placeholder deadman_url http://localhost:9/replace-me
 placeholder grafana_password "$(openssl rand -hex 16)"
 
-# Each container has a user of its own and is given single files: their mode must let it read. The folder keeps
-# everyone else of this machine out.
-chmod 0444 ./*
+# api_key is for whoever calls, `make smoke` among them; api_keys, the folder that the service is given, has its hash.
+# More: python -m serving.access add NAME deploy/secrets/api_keys/keys.toml
+if [ ! -e api_keys/keys.toml ]; then
+  mkdir -p api_keys
+  openssl rand -hex 32 | tr -d '\n' >api_key
+  printf '[first]\nsha256 = "%s"\n' "$(openssl dgst -sha256 -r api_key | cut -d' ' -f1)" >api_keys/keys.toml
+fi
+
+# Each container has a user of its own and is given single files, or the folder of keys: their mode must let it read.
+# The folder around them keeps everyone else of this machine out.
+chmod 0755 api_keys
+find . -type f -exec chmod 0444 {} +

@@ -28,8 +28,10 @@ def tls() -> ssl.SSLContext:
     return context
 
 
-def ask(connection: HTTPConnection, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    connection.request(method, path, body, {"Content-Type": "image/jpeg"} if body else {})
+def ask(
+    connection: HTTPConnection, method: str, path: str, body: bytes | None = None, key: str = ""
+) -> tuple[int, bytes]:
+    connection.request(method, path, body, {"Content-Type": "image/jpeg", "X-API-Key": key} if body else {})
     reply = connection.getresponse()
     return reply.status, reply.read()
 
@@ -39,11 +41,19 @@ def outside() -> HTTPSConnection:
 
 
 def classifies() -> str:
-    status, body = ask(outside(), "POST", "/classify", (ROOT / "tests/images/dog.jpg").read_bytes())
+    image, key = (ROOT / "tests/images/dog.jpg").read_bytes(), (ROOT / "deploy/secrets/api_key").read_text()
+    status, body = ask(outside(), "POST", "/classify", image, key)
     if status != 200:
         raise SmokeError(f"{status}: {body.decode()}")
     answer = json.loads(body)
     return f"{answer['class_name']}, {answer['confidence']:.2f}, by {answer['model']}"
+
+
+def asks_for_a_key() -> str:
+    status, _ = ask(outside(), "GET", "/model")
+    if status != 401:
+        raise SmokeError(f"{status}: anyone may call")
+    return "401"
 
 
 def hides_metrics() -> str:
@@ -65,6 +75,7 @@ def targets_are_up() -> str:
 
 CHECKS: dict[str, Callable[[], str]] = {
     "classify over TLS": classifies,
+    "key asked for": asks_for_a_key,
     "metrics hidden": hides_metrics,
     "targets up": targets_are_up,
 }

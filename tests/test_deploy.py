@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 import yaml
 
-from serving import context
+from serving import access, context
 from settings import Settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -52,6 +52,16 @@ def test_each_layer_waits_longer_than_the_one_inside() -> None:
 def test_nginx_gives_up_idle_connections_before_the_service_does() -> None:
     kept = uvicorn.Config("").timeout_keep_alive
     assert int(nginx("snippets/upstream.conf", r"keepalive_timeout (\d+)s;")) < kept
+
+
+def test_metrics_are_kept_for_as_long_as_rules_look_back() -> None:
+    (kept,) = (
+        re.search(r"\$\{METRICS_RETENTION:-(\d+)d\}", argument)[1]
+        for argument in SERVICES["prometheus"]["command"]
+        if "retention" in argument
+    )
+    rules = "".join(path.read_text() for path in (DEPLOY.parent / "monitoring/prometheus/rules").glob("*.yml"))
+    assert int(kept) > max(map(int, re.findall(r"\[(\d+)d\]", rules)))
 
 
 def test_draining_ends_before_the_container_is_killed() -> None:
@@ -95,8 +105,10 @@ def test_secrets_sh_makes_every_secret(tmp_path: Path) -> None:
     script = tmp_path / "secrets.sh"
     script.write_bytes((DEPLOY / "secrets.sh").read_bytes())
     subprocess.run(("sh", script), check=True)
-    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()} | {"api_key", "api_keys"}
     assert {file.name for file in (tmp_path / "secrets").iterdir()} == files
+    (key,) = access.read(tmp_path / "secrets/api_keys/keys.toml").values()
+    assert access.sha256((tmp_path / "secrets/api_key").read_text()) == key.sha256
     assert oct((tmp_path / "secrets").stat().st_mode)[-3:] == "700"
 
     (tmp_path / "secrets/slack_url").unlink()

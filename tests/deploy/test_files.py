@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests import nginx
 from tests.e2e.stack import program
+from tests.live import free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 # Tools of the virtual environment; and Debian's package puts nginx where only root's path leads.
@@ -23,28 +29,83 @@ def run(*arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("overlays", [(), ("replicas",), ("gpu",), ("gpu", "replicas")])
+@pytest.mark.parametrize("overlays", [(), ("replicas",), ("gpu",), ("gpu", "replicas", "logs"), ("mtls",)])
 def test_compose_reads_the_files(overlays: tuple[str, ...]) -> None:
     names = ("compose.yaml", *(f"compose.{overlay}.yaml" for overlay in overlays))
     read = run(*program(), *(part for name in names for part in ("--file", DEPLOY / name)), "config")
     assert "warn" not in read.lower()
 
 
-def test_nginx_reads_its_configuration(tmp_path: Path) -> None:
-    folder = nginx.configuration(tmp_path / "nginx", nginx.version(run("nginx", "-v")))
-    for file in folder.rglob("*.conf"):
-        file.write_text(file.read_text().replace(" /tmp/", f" {tmp_path}/"))
-    secrets = tmp_path / "secrets.sh"
-    secrets.write_bytes((DEPLOY / "secrets.sh").read_bytes())
-    run("sh", secrets)
-    nginx.replace(folder / "snippets/tls.conf", "/run/secrets", str(tmp_path / "secrets"))
-    nginx.replace(
-        folder / "snippets/upstream.conf", "server classifier:", "server localhost:"
-    )  # no Docker, no such name
-    printed = run("nginx", "-t", "-c", folder / "nginx.conf")
+@pytest.mark.parametrize("snippets", [(), ("mtls",)])
+def test_nginx_reads_its_configuration(snippets: tuple[str, ...], tmp_path: Path) -> None:
+    config = configuration(tmp_path, snippets)
+    printed = run("nginx", "-t", "-c", config)
     assert "[warn]" not in printed
     assert "test is successful" in printed
 
 
-def test_gixy_finds_nothing() -> None:
-    run("gixy", DEPLOY / "nginx/nginx.conf")
+def configuration(folder: Path, snippets: tuple[str, ...] = ()) -> Path:
+    """deploy/nginx for this machine's Nginx as a process, with files in ``folder`` and ``snippets`` of an overlay."""
+    config = nginx.configuration(folder / "nginx", nginx.version(run("nginx", "-v")))
+    overlay = folder / "overlay"
+    overlay.mkdir()
+    for name in snippets:
+        (overlay / f"{name}.conf").symlink_to(config / f"snippets/{name}.conf")
+    for file in config.rglob("*.conf"):
+        text = file.read_text().replace(" /tmp/", f" {folder}/").replace("/run/secrets", str(folder / "secrets"))
+        file.write_text(text.replace("/run/nginx/", f"{overlay}/"))
+    (folder / "secrets.sh").write_bytes((DEPLOY / "secrets.sh").read_bytes())
+    run("sh", folder / "secrets.sh")
+    shutil.copy(folder / "secrets/tls_certificate", folder / "secrets/client_ca")
+    # No Docker, no such name.
+    nginx.replace(config / "snippets/upstream.conf", "server classifier:", "server localhost:")
+    return config / "nginx.conf"
+
+
+def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path) -> None:
+    """To a replica that is not there: 502. The server's self-signed certificate is the authority and a caller's too."""
+    config, port = configuration(tmp_path, ("mtls",)), free_port()
+    nginx.replace(config, "listen 8443 ssl", f"listen 127.0.0.1:{port} ssl")
+    for unused in ("8080", "8081"):
+        nginx.replace(config, f"listen {unused}", f"listen 127.0.0.1:{free_port()}")
+    mine = (tmp_path / "secrets/tls_certificate", tmp_path / "secrets/tls_key")
+    foreign = make_certificate(tmp_path / "foreign")
+    server = subprocess.Popen(("nginx", "-c", config, "-g", "daemon off;"), env=ENVIRONMENT)
+    try:
+        wait_for(port)
+        for path, certificate, status in (
+            ("/classify", None, 403),
+            ("/nowhere", None, 403),
+            ("/classify", foreign, 400),
+            ("/classify", mine, 502),
+            ("/readyz", None, 502),
+        ):
+            method = "POST" if path == "/classify" else "GET"
+            url = f"https://localhost:{port}{path}"
+            reply = requests.request(method, url, cert=certificate, verify=str(mine[0]), timeout=20)
+            assert reply.status_code == status, (path, certificate)
+            assert reply.json()["error"]["code"] == reply.headers["X-Error-Code"]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    folder.mkdir()
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    new = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=stranger"
+    run("openssl", *new.split(), "-keyout", key, "-out", certificate)
+    return certificate, key
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(ConnectionError), socket.create_connection(("localhost", port)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("Nginx does not listen")
+
+
+def test_gixy_finds_nothing(tmp_path: Path) -> None:
+    run("gixy", configuration(tmp_path, ("mtls",)))

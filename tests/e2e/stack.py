@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -19,11 +20,20 @@ import yaml
 
 from tests import nginx
 from tests.e2e.docker import ROOT, docker, has_image, jpeg
+from tests.monitoring.stack import readable_by_debian
 
 PROJECT = "classifier-e2e"
 REPLICAS = 2
 READY_SECONDS = 300
-CERTIFICATE = ROOT / "deploy/secrets/tls_certificate"
+CERTIFICATE, API_KEY = ROOT / "deploy/secrets/tls_certificate", ROOT / "deploy/secrets/api_key"
+STAND_INS = {
+    "prom/blackbox-exporter": """
+        FROM python:3.11-slim
+        RUN apt-get update && apt-get install --yes --no-install-recommends prometheus-blackbox-exporter
+        ENTRYPOINT ["prometheus-blackbox-exporter"]
+    """
+}
+"""Built from Debian's package on the base of our own image, where the public image cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Stack:
     command: tuple[str, ...]
     environment: dict[str, str]
     services: tuple[str, ...]
+    alertmanager_config: Path
 
     def compose(self, *arguments: str) -> None:
         environment = {**os.environ, **self.environment}
@@ -44,6 +55,10 @@ class Stack:
     @property
     def prometheus(self) -> str:
         return f"http://localhost:{self.environment['PROMETHEUS_PORT']}"
+
+    @property
+    def alertmanager(self) -> str:
+        return f"http://localhost:{self.environment['ALERTMANAGER_PORT']}"
 
     @cached_property
     def nginx_version(self) -> tuple[int, ...]:
@@ -92,10 +107,11 @@ def wait_until_healthy(identity: str) -> None:
 
 @contextmanager
 def running(image: str, folder: Path) -> Iterator[Stack]:
-    """``folder`` takes the Nginx configuration."""
+    """``folder`` takes the configurations of Nginx and Alertmanager."""
     subprocess.run(ROOT / "deploy/secrets.sh", check=True)
     images = {name: s["image"] for name, s in services().items() if name not in ("classifier", "nginx")}
     proxy = nginx_image()
+    alertmanager = alertmanager_configuration(folder / "alertmanager")
     stack = Stack(
         command=command(),
         environment={
@@ -103,11 +119,13 @@ def running(image: str, folder: Path) -> Iterator[Stack]:
             "REPLICAS": str(REPLICAS),
             "NGINX_IMAGE": proxy,
             "NGINX_CONFIG": str(nginx.configuration(folder / "nginx", nginx.version(run(proxy, "nginx", "-v")))),
+            "ALERTMANAGER_CONFIG": str(alertmanager.parent),
             **{name: free_port() for name in ("HTTP_PORT", "HTTPS_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")},
             "GRAFANA_PORT": free_port(),
             "COMPOSE_HTTP_TIMEOUT": str(READY_SECONDS),  # docker-compose 1.29 gives up on a busy machine after 60 s
         },
         services=("classifier", "nginx", *(name for name, tag in images.items() if obtain(tag))),
+        alertmanager_config=alertmanager,
     )
     try:
         stack.compose("up", "--detach", *stack.services)
@@ -144,7 +162,22 @@ def nginx_image() -> str:
 def obtain(image: str) -> bool:
     if not has_image(image):
         docker("pull", "--quiet", image, code=None)
+    if not has_image(image) and image.split(":")[0] in STAND_INS:
+        build(image, STAND_INS[image.split(":")[0]])
     return has_image(image)
+
+
+def build(tag: str, dockerfile: str) -> None:
+    command = ("docker", "build", "--quiet", "--network", "host", "--tag", tag, "-")
+    subprocess.run(command, input=dockerfile, text=True, check=True, env={**os.environ, "DOCKER_BUILDKIT": "0"})
+
+
+def alertmanager_configuration(folder: Path) -> Path:
+    """A copy of monitoring/alertmanager that Debian's Alertmanager can read as well; returns its main file."""
+    shutil.copytree(ROOT / "monitoring/alertmanager", folder)
+    file = folder / "alertmanager.yml"
+    file.write_text(readable_by_debian(file.read_text(), "http://localhost:9"))
+    return file
 
 
 def run(image: str, *arguments: str) -> str:
@@ -157,9 +190,10 @@ def free_port() -> str:
 
 
 def session() -> requests.Session:
-    """Trusts the local certificate only."""
+    """Trusts the local certificate only, and has the key that `make secrets` made."""
     client = requests.Session()
     client.verify = str(CERTIFICATE)
+    client.headers["X-API-Key"] = API_KEY.read_text()
     return client
 
 

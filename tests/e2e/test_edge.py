@@ -16,8 +16,8 @@ import pytest
 import requests
 
 from settings import Settings
-from tests.e2e.docker import jpeg
-from tests.e2e.stack import CERTIFICATE, Stack, assert_error, post, session
+from tests.e2e.docker import docker, jpeg
+from tests.e2e.stack import CERTIFICATE, Stack, address, assert_error, post, session
 
 MAX_BODY_BYTES = Settings.model_fields["max_body_bytes"].default
 CONNECTIONS = 64
@@ -28,6 +28,14 @@ def test_classifies_over_tls(client: requests.Session, stack: Stack) -> None:
     reply = post(client, stack)
     assert reply.status_code == 200, reply.text
     assert reply.json()["confidence"] == max(reply.json()["all_probabilities"].values())
+
+
+def test_without_a_key_nobody_may_call(stack: Stack) -> None:
+    stranger = requests.Session()
+    stranger.verify = str(CERTIFICATE)
+    assert_error(post(stranger, stack), 401, "unauthorized")
+    assert_error(stranger.get(f"{stack.url}/model", timeout=20), 401, "unauthorized")
+    assert stranger.get(f"{stack.url}/readyz", timeout=20).status_code == 200
 
 
 def test_nothing_is_served_in_the_clear(stack: Stack) -> None:
@@ -66,6 +74,18 @@ def test_request_id_from_end_to_end(client: requests.Session, stack: Stack) -> N
     assert (outside["path"], outside["status"], outside["upstream_status"]) == ("/classify", 200, "200")
     assert float(outside["upstream_seconds"]) <= outside["seconds"] + 0.002  # Nginx rounds to ms
     assert [line["status"] for line in stack.logs("classifier") if line.get("request_id") == sent] == [200]
+
+
+def test_the_audit_log_names_key_and_client(client: requests.Session, stack: Stack) -> None:
+    sent = f"audit-{time.time_ns()}"
+    answer = post(client, stack, **{"X-Request-Id": sent, "X-Forwarded-For": "203.0.113.7"}).json()
+    time.sleep(1)  # a thread writes it
+    lines = docker("exec", stack.container("classifier"), "sh", "-c", "cat /audit/*.jsonl").splitlines()
+    (line,) = [line for line in map(json.loads, lines) if line["request_id"] == sent]
+    (outside,) = [line for line in stack.logs("nginx") if line["request_id"] == sent]
+    assert (line["key"], line["client"], line["status"]) == ("first", outside["client"], 200)
+    assert line["client"] != address(stack.container("nginx")).split(":")[0]
+    assert line["images"][0]["class"] == answer["class_name"]
 
 
 @pytest.mark.parametrize("bad", ["no spaces", 'quote"', "x" * 65])
@@ -137,8 +157,9 @@ def test_body_limit_is_the_services(client: requests.Session, stack: Stack) -> N
     assert_error(
         client.post(f"{stack.url}/classify", b"x" * MAX_BODY_BYTES, headers=sent, timeout=60), 413, "too_large"
     )
-    from_nginx = [line["upstream_status"] for line in stack.logs("nginx") if line["status"] == 413]
-    assert from_nginx == ["", "", "413"]
+    from_nginx = [line for line in stack.logs("nginx") if line["status"] == 413]
+    assert [line["upstream_status"] for line in from_nginx] == ["", "", "413"]
+    assert {line["method"] for line in from_nginx} == {"POST"}
 
 
 def test_garbage_has_the_form_of_errors(stack: Stack) -> None:

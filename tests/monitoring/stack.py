@@ -65,7 +65,7 @@ def local_prometheus(folder: Path, ports: dict[str, int]) -> Path:
         elif name in ports:
             job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[name]}"]}]
         if name == "edge":
-            job["params"]["target"] = [f"https://127.0.0.1:{ports['tls']}/model"]
+            job["params"]["target"] = [f"https://127.0.0.1:{ports['tls']}/readyz"]
     (folder / "rules").mkdir()
     for path in (MONITORING / "prometheus/rules").glob("*.yml"):
         (folder / "rules" / path.name).write_text(yaml.safe_dump(faster_rules(yaml.safe_load(path.read_text()))))
@@ -80,9 +80,9 @@ def readable_by_debian(config: str, url: str) -> str:
     return changed
 
 
-def local_alertmanager(folder: Path, http: int, smtp: int) -> Path:
-    """Everything is sent to ``http`` and ``smtp``; ``folder`` holds the secrets."""
-    receiver = f"http://127.0.0.1:{http}"
+def local_alertmanager(folder: Path, received: Received, seen_as: str) -> Path:
+    """Everything is sent to ``received``; ``folder``, to Alertmanager ``seen_as``, holds the secrets."""
+    receiver = f"http://{received.host}:{received.http.server_address[1]}"
     for name, secret in {
         "slack_url": f"{receiver}/slack",
         "pagerduty_key": "the-key",
@@ -90,15 +90,18 @@ def local_alertmanager(folder: Path, http: int, smtp: int) -> Path:
     }.items():
         (folder / name).write_text(secret)
     text = readable_by_debian((MONITORING / "alertmanager/alertmanager.yml").read_text(), f"{receiver}/deadman")
-    config = yaml.safe_load(text.replace("/run/secrets", str(folder)))
+    config = yaml.safe_load(text.replace("/run/secrets", seen_as))
     config["global"].update(
-        smtp_smarthost=f"localhost:{smtp}", smtp_require_tls=False, pagerduty_url=f"{receiver}/pagerduty"
+        # Passwords go in the clear to `localhost` only.
+        smtp_smarthost=f"{received.host.replace('127.0.0.1', 'localhost')}:{received.smtp.server_address[1]}",
+        smtp_require_tls=False,
+        pagerduty_url=f"{receiver}/pagerduty",
     )
     for route in [config["route"], *config["route"]["routes"]]:
         route.update(
             group_wait="1s", group_interval="2s", repeat_interval="10s" if "deadman" in route.values() else "1h"
         )
-    shutil.copytree(MONITORING / "alertmanager/templates", folder / "templates")
+    shutil.copytree(MONITORING / "alertmanager/templates", folder / "templates", dirs_exist_ok=True)
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(config))
     return folder / "alertmanager.yml"
 
@@ -106,8 +109,8 @@ def local_alertmanager(folder: Path, http: int, smtp: int) -> Path:
 class Received:
     """What reached the receivers: (path, body) of HTTP, ("mail", text) of SMTP."""
 
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, str]] = []
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host, self.messages = host, list[tuple[str, str]]()
         received = self
 
         class Http(BaseHTTPRequestHandler):
@@ -146,8 +149,8 @@ class Received:
                         break
                 return "\n".join(said)
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Http)
-        self.smtp = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Smtp)
+        self.http = ThreadingHTTPServer((host, 0), Http)
+        self.smtp = socketserver.ThreadingTCPServer((host, 0), Smtp)
         for server in (self.http, self.smtp):
             threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -197,9 +200,7 @@ class Stack:
     def commands(self) -> dict[str, list[str]]:
         at = {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
         folder = str(self.folder)
-        config = local_alertmanager(
-            self.folder, self.received.http.server_address[1], self.received.smtp.server_address[1]
-        )
+        config = local_alertmanager(self.folder, self.received, folder)
         return {
             "nginx": ["nginx", "-p", folder, "-c", str(self._nginx()), "-g", "daemon off;"],
             "nginx-exporter": [
