@@ -135,10 +135,16 @@ e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test
 	$(BIN)/python -m pytest tests/e2e
 
 e2e-stack: $(VENV)/.dev ## the stack alone
-	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_stack.py
+	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_lines.py tests/e2e/test_stack.py
 
-check-monitoring: $(VENV)/.dev ## lint and unit-test alerts, routes and dashboards; needs promtool and amtool (Debian: prometheus prometheus-alertmanager)
-	$(BIN)/python -m pytest tests/monitoring/test_tools.py
+NODE := tests/node
+$(NODE)/node_modules: $(NODE)/package-lock.json
+	npm ci --prefix $(NODE) --no-audit --no-fund
+	@touch $@
+
+# Debian: prometheus (promtool), prometheus-alertmanager (amtool)
+check-monitoring: $(VENV)/.dev $(NODE)/node_modules ## lint and unit-test alerts, routes, dashboards and log lines; needs promtool, amtool, Node.js
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/monitoring/test_tools.py tests/monitoring/test_logging.py
 
 # Debian: the above, prometheus-node-exporter prometheus-blackbox-exporter prometheus-nginx-exporter nginx-light openssl
 e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 also draws docs/images/dashboard-*.png
@@ -162,11 +168,6 @@ k8s-pin: ## make OVERLAY (cpu, gpu, production) of deploy/k8s run IMAGE, NAME@sh
 k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
 	kubectl apply --kustomize deploy/k8s/overlays/$(OVERLAY)
 	kubectl --namespace classifier rollout status deployment/classifier --timeout 10m
-
-NODE := tests/node
-$(NODE)/node_modules: $(NODE)/package-lock.json
-	npm ci --prefix $(NODE) --no-audit --no-fund
-	@touch $@
 
 check-k8s: $(VENV)/.dev $(NODE)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/kubernetes

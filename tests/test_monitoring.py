@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from monitoring.grafana.dashboards import DASHBOARDS, FOLDER, text
+from monitoring.grafana.logs import DASHBOARD
 from serving.metrics import REASONS
 
+ALL_DASHBOARDS = {**DASHBOARDS, "logs": DASHBOARD}
 REPOSITORY = Path(__file__).parent.parent
 MONITORING = REPOSITORY / "monitoring"
 RULES = {path: yaml.safe_load(path.read_text()) for path in (MONITORING / "prometheus/rules").glob("*.yml")}
@@ -110,21 +112,23 @@ def test_series_are_never_recorded_less_often_than_they_are_looked_back_for() ->
     assert set(intervals) <= {"15s", "30s", "1m", "2m"}  # Prometheus takes a sample of up to 5 minutes ago for the last
 
 
-@pytest.mark.parametrize("name", DASHBOARDS)
+@pytest.mark.parametrize("name", ALL_DASHBOARDS)
 def test_a_dashboard_is_as_its_source_says(name: str) -> None:
-    """To write them: python -m monitoring.grafana.dashboards."""
-    assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == text(DASHBOARDS[name])
+    """To write them: python -m monitoring.grafana.dashboards, and .logs."""
+    assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == text(ALL_DASHBOARDS[name])
 
 
 def test_dashboards_and_provisioning_agree() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == DASHBOARDS.keys()
-    source = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yml").read_text())
-    uids = {t["datasource"]["uid"] for b in DASHBOARDS.values() for p in b["panels"] for t in p["targets"]}
-    assert uids == {source["datasources"][0]["uid"]}
+    assert {path.stem for path in FOLDER.glob("*.json")} == ALL_DASHBOARDS.keys()
+    files = (MONITORING / "grafana/provisioning/datasources").glob("*.yml")
+    sources = {source["uid"] for file in files for source in yaml.safe_load(file.read_text())["datasources"]}
+    assert sources == {
+        t["datasource"]["uid"] for b in ALL_DASHBOARDS.values() for p in b["panels"] for t in p["targets"]
+    }
 
 
 def test_panels_neither_overlap_nor_leave_the_grid() -> None:
-    for board in DASHBOARDS.values():
+    for board in ALL_DASHBOARDS.values():
         cells: list[Any] = []
         for p in (panel["gridPos"] for panel in json.loads(text(board))["panels"]):
             cells += [(x, y) for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]

@@ -6,7 +6,6 @@ python -m monitoring.grafana.render http://localhost:9090 docs/images --minutes 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
-from monitoring.grafana.dashboards import FOLDER, WIDTH
+from monitoring.grafana.dashboards import DASHBOARDS, WIDTH
 
 Series = list[dict[str, Any]]
 POINTS = 60
@@ -118,9 +117,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(FOLDER.glob("*.json")):
-        path = arguments.folder / f"dashboard-{file.stem}.png"
-        draw(arguments.prometheus, json.loads(file.read_text("utf-8")), path, arguments.minutes)
+    for name, board in DASHBOARDS.items():
+        path = arguments.folder / f"dashboard-{name}.png"
+        draw(arguments.prometheus, board, path, arguments.minutes)
         print(path)
 
 
