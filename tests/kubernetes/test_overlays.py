@@ -62,7 +62,7 @@ def test_custom_resources_satisfy_their_schemas(overlay: str, tmp_path: Path) ->
     lines = [line for i, m in enumerate(RENDERED[overlay]) if custom(m) for line in typed(i, m)]
     (tmp_path / "resources.mts").write_text("\n".join(lines))
     (tmp_path / "node_modules").symlink_to(NODE_MODULES)
-    options = ("--strict", "--skipLibCheck", "--module", "nodenext", "--target", "es2022")
+    options = ("--ignoreConfig", "--strict", "--skipLibCheck", "--module", "nodenext", "--target", "es2022")
     run(NODE_MODULES / ".bin/tsc", *options, "resources.mts", cwd=tmp_path)
     run("node", "resources.mjs", cwd=tmp_path)
 
