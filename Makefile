@@ -162,6 +162,10 @@ bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed
 	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_FLAGS)
 	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
 
+PRICE ?= 0.05
+capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make bench), a core hour at PRICE
+	$(BIN)/python -m tests.benchmark.capacity docs/benchmarks.json --price $(PRICE) --out docs/capacity.md
+
 k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
 	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
 

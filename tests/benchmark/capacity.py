@@ -1,0 +1,152 @@
+"""From what was measured to ``docs/capacity.md``: how many workers for how many images a second, and what they cost.
+
+python -m tests.benchmark.capacity docs/benchmarks.json --price 0.05 --out docs/capacity.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.benchmark.queueing import highest_utilisation, response
+from tests.benchmark.report import milliseconds, table
+from tests.benchmark.results import EMBEDDED, ONE_WORKER, Results
+from tests.benchmark.workloads import SAMPLE
+
+OBJECTIVE = 0.1
+"""Seconds, of 99 % of the requests: monitoring/prometheus/rules/slo.yml."""
+WANTED = (100, 1_000, 10_000, 100_000, 1_000_000)
+HEADERS = 300
+"""Bytes of a request around its image, about."""
+LINK = 10
+"""Gbit/s of a usual network card."""
+
+
+class Worker(NamedTuple):
+    """One worker on one core, its neighbours at work."""
+
+    rate: float
+    """Images a second at most."""
+    elsewhere: float
+    """Seconds of a request that are not the worker's time: network, parsing, waiting for a thread."""
+    utilisation: float
+    """At which 99 % of the requests are still within the objective."""
+
+    @classmethod
+    def of(cls, results: Results) -> Worker:
+        rate = results.best_rate(EMBEDDED) / results.raw["cores"]
+        alone = results.closed(ONE_WORKER, "small", 1)
+        assert alone
+        elsewhere = max(0.0, alone["p50"] - 1 / rate)
+        return cls(rate, elsewhere, highest_utilisation((OBJECTIVE - elsewhere) * rate))
+
+    def replicas(self, images_per_second: float) -> int:
+        """With one to spare: the objective holds while one is away."""
+        return ceil(images_per_second / (self.utilisation * self.rate)) + 1
+
+    def predicted(self, utilisation: float) -> float:
+        """p99 in seconds."""
+        return self.elsewhere + response(utilisation) / self.rate
+
+
+def cost_per_million(cores: int, images_per_second: float, price: float) -> float:
+    return cores * price / 3600 / images_per_second * 1e6
+
+
+def page(results: Results, price: float) -> str:
+    worker = Worker.of(results)
+    parts = (introduction(results, worker), replicas(worker, price), bottlenecks(results, worker), checks(results))
+    return "\n".join(line for part in parts for line in part).rstrip() + "\n"
+
+
+def introduction(results: Results, worker: Worker) -> Iterator[str]:
+    yield "# Capacity"
+    yield ""
+    yield "Written by `make capacity` from docs/benchmarks.json; nothing here was measured beyond that."
+    yield f"Processor: {results.raw['processor']}. A worker is one core, which serves one image after another, with a queue of"
+    yield "its own and independent arrivals: M/D/1. Nginx chooses the replica with the fewest requests, which waits less."
+    yield ""
+    yield from table(
+        ["of one worker", ""],
+        [
+            ["images/s at most", f"{worker.rate:,.0f}"],
+            ["time of a request elsewhere, ms", milliseconds(worker.elsewhere)],
+            [f"utilisation at which 99 % are within {1000 * OBJECTIVE:.0f} ms", f"{worker.utilisation:.1%}"],
+            ["images/s at that objective", f"{worker.utilisation * worker.rate:,.0f}"],
+        ],
+    )
+
+
+def replicas(worker: Worker, price: float) -> Iterator[str]:
+    yield "## Replicas and cost"
+    yield ""
+    yield f"A worker and a core for each replica, and one replica to spare. A core hour costs {price:g} (`PRICE=`)."
+    yield ""
+    rows = []
+    for wanted in WANTED:
+        count = worker.replicas(wanted)
+        rows.append([f"{wanted:,}", f"{count:,}", f"{cost_per_million(count, wanted, price):.3g}"])
+    yield from table(["images/s", "replicas", "cost of a million images"], rows)
+
+
+def bottlenecks(results: Results, worker: Worker) -> Iterator[str]:
+    yield "## Where the bottleneck moves"
+    yield ""
+    size = SAMPLE.stat().st_size
+    yield f"Images of {size:,} bytes, and {HEADERS} of headers; a network card of {LINK} Gbit/s."
+    yield ""
+    photographs = results.closed(EMBEDDED, "photographs")
+    head = ["images/s", "Gbit/s", "cards", "cores"] + (["cores, photographs"] if photographs else [])
+    rows = []
+    for wanted in WANTED:
+        gigabits = wanted * (size + HEADERS) * 8 / 1e9
+        row = [f"{wanted:,}", f"{gigabits:.3g}", f"{ceil(gigabits / LINK)}", f"{worker.replicas(wanted):,}"]
+        if photographs:
+            rate = photographs["images_per_second"] / results.raw["cores"]
+            row.append(f"{ceil(wanted / (worker.utilisation * rate)) + 1:,}")
+        rows.append(row)
+    yield from table(head, rows)
+    if photographs:
+        small, large = 1 / worker.rate, results.raw["cores"] / photographs["images_per_second"]
+        yield f"Of a core's time for a photograph {1 - small / large:.0%} is what it takes longer than a small image: to read and"
+        yield "decode it. A GPU takes over none of that; smaller images do."
+    else:
+        yield "Photographs, which take longer to decode, were not measured (`PHOTOS=`)."
+    yield ""
+
+
+def checks(results: Results) -> Iterator[str]:
+    yield "## Checked against measurements"
+    yield ""
+    one, all_ = results.best_rate(ONE_WORKER), results.best_rate(EMBEDDED)
+    yield f"The model takes every worker to be as fast as the first: measured, {results.raw['cores']} workers are "
+    yield f"{all_ / one:.2f} times as fast as one, with the load's generator on the same cores."
+    yield ""
+    rows = []
+    for name, count in ((ONE_WORKER, 1), (EMBEDDED, results.raw["cores"])):
+        rate = results.best_rate(name) / count
+        alone = results.closed(ONE_WORKER, "small", 1)
+        assert alone
+        worker = Worker(rate, max(0.0, alone["p50"] - 1 / rate), 1.0)
+        for factor in (factor for factor in results.factors if factor < 1):
+            if run := results.open(name, factor):
+                times = [milliseconds(worker.predicted(factor)), milliseconds(run["p99"])]
+                rows.append([str(count), f"{factor:.0%}", f"{run['offered']:,.0f}", *times])
+    yield from table(["workers", "utilisation", "images/s", "p99 by the model, ms", "p99 measured, ms"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measured", type=Path)
+    parser.add_argument("--price", type=float, required=True, help="of a core hour, in any currency")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.write_text(page(Results(json.loads(options.measured.read_text())), options.price))
+
+
+if __name__ == "__main__":
+    main()

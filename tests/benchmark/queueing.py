@@ -1,0 +1,58 @@
+"""How long a request waits before a worker, from the rate of arrivals and the time it takes to serve one.
+
+A worker serves one request after another in a time that hardly varies, and requests come independently of each other:
+M/D/1. Its mean is known in closed form, its percentiles are not in a useful one, and are simulated.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import factorial
+
+import numpy as np
+from numpy.typing import NDArray
+
+ARRIVALS = 1_000_000
+WARM_UP = ARRIVALS // 10
+STEPS = 12
+"""Of the search for a utilisation: 1 in 4,096."""
+
+
+def erlang_c(servers: int, load: float) -> float:
+    """Probability that a request waits in M/M/c; ``load`` is arrivals times service time."""
+    assert load < servers
+    waiting = load**servers / factorial(servers) * servers / (servers - load)
+    return waiting / (sum(load**k / factorial(k) for k in range(servers)) + waiting)
+
+
+def mean_wait(utilisation: float) -> float:
+    """Of M/D/1, in service times (Pollaczek and Khinchine)."""
+    return utilisation / (2 * (1 - utilisation))
+
+
+def waits(utilisation: float, services: NDArray[np.float64], gaps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each request in one queue, in mean service times; ``gaps`` and ``services`` have a mean of 1.
+
+    Lindley's recursion, w[n+1] = max(0, w[n] + s[n] - g[n] / utilisation), as a walk above its own minimum.
+    """
+    walk = np.concatenate([[0.0], np.cumsum(services - gaps / utilisation)])
+    return (walk - np.minimum.accumulate(walk))[WARM_UP:]
+
+
+@cache
+def _gaps() -> NDArray[np.float64]:
+    return np.random.default_rng(0).exponential(size=ARRIVALS)
+
+
+def response(utilisation: float, quantile: float = 0.99) -> float:
+    """That quantile of waiting and being served in M/D/1, in service times."""
+    return 1 + float(np.quantile(waits(utilisation, np.ones(ARRIVALS), _gaps()), quantile))
+
+
+def highest_utilisation(limit: float, quantile: float = 0.99) -> float:
+    """At which that quantile of the response is still ``limit`` service times; 0 where an idle worker is slower."""
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if response(middle, quantile) <= limit else (low, middle)
+    return low

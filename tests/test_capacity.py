@@ -1,0 +1,73 @@
+"""The queueing model behind docs/capacity.md against what is known in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.benchmark import capacity
+from tests.benchmark.queueing import ARRIVALS, erlang_c, highest_utilisation, mean_wait, response, waits
+from tests.benchmark.results import EMBEDDED, ONE_WORKER, Results
+
+
+def draws(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).exponential(size=ARRIVALS)
+
+
+@pytest.mark.parametrize("utilisation", [0.3, 0.7, 0.9])
+def test_the_simulation_agrees_with_pollaczek_and_khinchine(utilisation: float) -> None:
+    simulated = waits(utilisation, np.ones(ARRIVALS), draws(1)).mean()
+    assert simulated == pytest.approx(mean_wait(utilisation), rel=0.05)
+
+
+@pytest.mark.parametrize("utilisation", [0.5, 0.8])
+def test_with_random_service_times_it_agrees_with_m_m_1(utilisation: float) -> None:
+    """P(W > t) = utilisation * exp(-(1 - utilisation) t); Erlang's formula with one server is the same at t = 0."""
+    waited = waits(utilisation, draws(1), draws(2))
+    assert (waited > 1e-9).mean() == pytest.approx(erlang_c(1, utilisation), rel=0.02)
+    for time in (1.0, 5.0):
+        assert (waited > time).mean() == pytest.approx(utilisation * np.exp(-(1 - utilisation) * time), rel=0.05)
+
+
+def test_erlang_c() -> None:
+    assert erlang_c(1, 0.6) == pytest.approx(0.6)
+    assert erlang_c(2, 1.0) == pytest.approx(1 / 3)  # 2 rho^2 / (1 + rho), rho = 1/2
+    assert erlang_c(10, 8.0) == pytest.approx(0.4092, abs=1e-4)  # from published tables
+
+
+def test_the_highest_utilisation_just_meets_its_limit() -> None:
+    assert highest_utilisation(0.5) == 0  # the service alone takes longer
+    found = highest_utilisation(20.0)
+    assert 0.8 < found < 1
+    assert response(found) <= 20 < response(found + 0.01)
+
+
+def record(name: str, rate: float) -> dict[str, Any]:
+    run = {"workload": "small", "replies": 100, "errors": 0, "p50": 0.002, "p95": 0.003, "p99": 0.004}
+    closed = [run | {"connections": c, "rate": r, "images_per_second": r} for c, r in ((1, rate / 3), (64, rate))]
+    opened = [{"factor": 0.5, "offered": rate / 2, "good": rate / 2, "p50": 0.003, "p99": 0.01, "outcomes": {"200": 9}}]
+    return {"name": name, "kind": "bundle", "closed": closed, "open": opened, "versions": {}}
+
+
+def results() -> Results:
+    records = [record(ONE_WORKER, 1000.0), record(EMBEDDED, 1900.0)]
+    return Results({"records": records, "options": {"deadline": "1"}, "ceiling": {}, "cores": 2, "processor": "a"})
+
+
+def test_replicas_and_cost_follow_from_the_rate_of_one() -> None:
+    worker = capacity.Worker.of(results())
+    assert worker.rate == pytest.approx(950)  # beside its neighbour, which costs a little
+    assert 0.9 < worker.utilisation < 1
+    wanted = 10_000 / (worker.utilisation * 950)
+    assert worker.replicas(10_000) == int(wanted) + 2  # rounded up, and one to spare
+    assert capacity.cost_per_million(12, 10_000, price=0.036) == pytest.approx(12 * 0.036 / 3600 / 10_000 * 1e6)
+
+
+def test_the_page_has_the_figures_and_the_check_against_what_was_measured() -> None:
+    page = capacity.page(results(), price=0.05)
+    assert "1,000,000" in page
+    assert "| 1 | 50% | 500 |" in page
+    assert "| 2 | 50% | 950 |" in page
+    assert "1.90" in page  # of two workers against one
