@@ -49,6 +49,7 @@ from serving.replies import Replies
 from serving.requests import read_timeout
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
 from serving.shadow import Shadowed
+from serving.static import Page
 from serving.usage import Usage
 from serving.visits import Visits
 
@@ -173,7 +174,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 class ClassifierService(Service[Any]):
-    """Puts the gateway around BentoML's application, and the model card beside its endpoints."""
+    """Puts the gateway around BentoML's application, and the model card and the page beside its endpoints."""
 
     def on_load_bento(self, bento: bentoml.Bento) -> None:
         """Takes the services of this machine's topology; BentoML's own fails if the build machine's had no runner."""
@@ -189,7 +190,7 @@ class ClassifierService(Service[Any]):
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
-        return Gateway(app, PATHS, settings.log_requests, visits)
+        return Gateway(app, PATHS, Page(), settings.log_requests, visits)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above

@@ -27,10 +27,16 @@ UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
 
 
 class Gateway:
-    """Wraps ``app``, which answers on ``paths``; ``visits`` are for who may call, and what is kept of it."""
+    """Wraps ``app``, which answers on ``paths``, and ``page``, which answers or refuses on all others.
 
-    def __init__(self, app: ASGIApp, paths: Collection[str], log_requests: bool, visits: Visits | None = None) -> None:
-        self._app, self._paths, self._log_requests, self._visits = app, frozenset(paths), log_requests, visits
+    ``visits`` are for who may call, and what is kept of it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, paths: Collection[str], page: ASGIApp, log_requests: bool, visits: Visits | None = None
+    ) -> None:
+        self._app, self._paths, self._page = app, frozenset(paths), page
+        self._log_requests, self._visits = log_requests, visits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -50,10 +56,8 @@ class Gateway:
         try:
             if visit:
                 visit.authorize(Headers(scope=scope))
-            if scope["path"] in self._paths:
-                await self._app(scope, receive, reply)
-            else:
-                await reply.fail(from_status(HTTPStatus.NOT_FOUND))
+            answer = self._app if scope["path"] in self._paths else self._page
+            await answer(scope, receive, reply)
         except ApiError as error:
             await reply.fail(error)
         except Exception as error:

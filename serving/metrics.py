@@ -66,6 +66,28 @@ MODEL_INFO = Gauge(
 )
 
 
+class Stages:
+    """The stages of one request, observed like ``timed`` ones and told to its caller besides."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._told = ""
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            STAGE_SECONDS.labels(stage).observe(seconds)
+            self._told += f"{stage};dur={1000 * seconds:.3f}, "
+
+    def headers(self) -> dict[str, str]:
+        """``Server-Timing`` (W3C), in milliseconds, with the total until now."""
+        return {"server-timing": f"{self._told}total;dur={1000 * (time.perf_counter() - self._started):.3f}"}
+
+
 @contextmanager
 def timed(stage: str) -> Iterator[None]:
     started = time.perf_counter()

@@ -31,6 +31,7 @@ KEY_SCHEMES = {
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 REQUEST_ID = {"X-Request-ID": {"description": "As sent, or made.", "schema": {"type": "string"}}}
+SERVER_TIMING = {"Server-Timing": {"description": "Stages in milliseconds (W3C).", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 AUTHENTICATE = {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}}
 HEADERS = {HTTPStatus.UNAUTHORIZED: AUTHENTICATE, HTTPStatus.TOO_MANY_REQUESTS: RETRY_AFTER}
@@ -89,7 +90,7 @@ def describe(spec: Document, asks_for_keys: bool) -> Document:
     ):
         operation = spec["paths"][path]["post"]
         success = next(reply for status, reply in operation["responses"].items() if str(status) == "200")
-        operation["responses"] = {"200": {**success, "headers": REQUEST_ID}, **errors}
+        operation["responses"] = {"200": {**success, "headers": REQUEST_ID | SERVER_TIMING}, **errors}
         operation["requestBody"]["required"] = True
         content = operation["requestBody"]["content"]
         content.update(_json(_object(field, body)))

@@ -42,29 +42,33 @@ class Pipeline:
 
     async def classify(self, request: Request) -> Response:
         options = read_options(request)
-        with metrics.timed("read"):
+        stages = metrics.Stages()
+        with stages.timed("read"):
             data = await read_image(request, self._settings)
         await visits.admit([data])
-        with metrics.timed("decode"):
+        with stages.timed("decode"):
             image = await self._decode(data)
-        prediction = self._classifier(await self._outputs(image[None]))[0]
+        prediction = self._classifier(await self._outputs(image[None], stages))[0]
         visits.judge([data], [prediction])
-        with metrics.timed("reply"):
-            return _json(self._replies(prediction, options))
+        with stages.timed("reply"):
+            document = orjson.dumps(self._replies(prediction, options))
+        return Response(document, headers=stages.headers(), media_type=JSON)
 
     async def classify_batch(self, request: Request) -> Response:
         options = read_options(request)
-        with metrics.timed("read"):
+        stages = metrics.Stages()
+        with stages.timed("read"):
             items = await read_images(request, self._settings)
         await visits.admit(items)
-        with metrics.timed("decode"):
+        with stages.timed("decode"):
             decoded = [await self._attempt(item) for item in items]
         images = [image for image in decoded if not isinstance(image, ApiError)]
-        predictions = iter(self._classifier(await self._outputs(np.stack(images))) if images else ())
+        predictions = iter(self._classifier(await self._outputs(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
         visits.judge(items, verdicts)
-        with metrics.timed("reply"):
-            return _json({"results": [self._result(verdict, options) for verdict in verdicts]})
+        with stages.timed("reply"):
+            document = orjson.dumps({"results": [self._result(verdict, options) for verdict in verdicts]})
+        return Response(document, headers=stages.headers(), media_type=JSON)
 
     def _result(self, verdict: Verdict, options: Options) -> dict[str, Any]:
         return verdict.body() if isinstance(verdict, ApiError) else self._replies(verdict, options)
@@ -72,21 +76,24 @@ class Pipeline:
     async def explain(self, request: Request) -> Response:
         """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
         options = read_options(request)
+        stages = metrics.Stages()
         data = await read_image(request, self._settings)
         await visits.admit([data])
         loop = asyncio.get_running_loop()
         original = await loop.run_in_executor(self._decoders, decode, data, inspect(data, self._settings.max_pixels))
         image = resize(original, self._size)
-        prediction = self._classifier(await self._outputs(image[None]))[0]
+        prediction = self._classifier(await self._outputs(image[None], stages))[0]
         visits.judge([data], [prediction])
         evidence = await self._evidence(explain.views(image), client_waits())
         heat = explain.evidence_map(evidence, prediction.class_index, self._size, self._classifier.config.stride)
         if JSON in request.headers.get("accept", ""):
-            return _json({**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()})
-        return Response(await loop.run_in_executor(self._decoders, explain.overlay, original, heat), media_type=PNG)
+            reply = {**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()}
+            return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)
+        picture = await loop.run_in_executor(self._decoders, explain.overlay, original, heat)
+        return Response(picture, headers=stages.headers(), media_type=PNG)
 
-    async def _outputs(self, images: Pixels) -> Outputs:
-        with metrics.timed("classify"):
+    async def _outputs(self, images: Pixels, stages: metrics.Stages) -> Outputs:
+        with stages.timed("classify"):
             try:
                 return await self._infer(images, client_waits())
             finally:  # who gave up has left the queue too
@@ -111,7 +118,3 @@ class Pipeline:
 
 def _is_small(data: bytes, header: Header) -> bool:
     return len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS
-
-
-def _json(document: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(document), media_type=JSON)

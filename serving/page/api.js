@@ -1,0 +1,104 @@
+// Talks to the service: its one form of errors, its wish to be asked later, its times by stage.
+
+const ATTEMPTS = 4;
+const LONGEST_WAIT = 30; // seconds; whoever is told to wait longer is told so
+const NOT_READY_WAIT = 2; // seconds; a 503 of the service itself names none
+const STORED = "api-key";
+
+export class ServiceError extends Error {
+  /** @param {{code: string, message: string, request_id?: string}} said @param {number | null} wait seconds */
+  constructor(said, wait = null) {
+    super(said.message);
+    this.code = said.code;
+    this.requestId = said.request_id ?? "";
+    this.wait = wait;
+  }
+}
+
+/** @param {string} value nothing forgets the key */
+export function useKey(value) {
+  if (value) sessionStorage.setItem(STORED, value);
+  else sessionStorage.removeItem(STORED);
+}
+
+/**
+ * @typedef {object} Options
+ * @property {FormData} [form] posted; without it the request is a GET
+ * @property {AbortSignal} [signal]
+ * @property {(seconds: number, error: ServiceError) => void} [onWait] told every second until the next attempt
+ */
+
+/**
+ * A reply of 2xx, asked for again where the service says when; raises ServiceError.
+ * @param {string} path
+ * @param {Options} [options]
+ * @returns {Promise<{body: Blob, timing: Map<string, number>, roundTrip: number}>} times in milliseconds
+ */
+export async function send(path, options = {}) {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await attemptOnce(path, options);
+    } catch (error) {
+      if (!(error instanceof ServiceError) || error.wait === null) throw error;
+      if (attempt === ATTEMPTS || error.wait > LONGEST_WAIT) throw error;
+      for (let left = error.wait; left > 0; left--) {
+        options.onWait?.(left, error);
+        await sleep(1000, options.signal);
+      }
+    }
+  }
+}
+
+/** @param {Blob} body */
+export const json = async (body) => JSON.parse(await body.text());
+
+/** @param {string} path @param {Options} options */
+async function attemptOnce(path, { form, signal }) {
+  const started = performance.now();
+  const key = sessionStorage.getItem(STORED);
+  let response, body;
+  try {
+    response = await fetch(path, {
+      method: form ? "POST" : "GET",
+      body: form ?? null,
+      headers: key ? { Authorization: `Bearer ${key}` } : {},
+      signal: signal ?? null,
+    });
+    body = await response.blob();
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ServiceError({ code: "unreachable", message: String(error) });
+  }
+  if ([401, 403].includes(response.status)) document.dispatchEvent(new Event("key-wanted"));
+  if (!response.ok) throw await failure(response, body);
+  return { body, timing: stages(response), roundTrip: performance.now() - started };
+}
+
+/** @param {Response} response @param {Blob} body */
+async function failure(response, body) {
+  const asked = Number(response.headers.get("Retry-After") ?? (response.status === 503 ? NOT_READY_WAIT : NaN));
+  const wait = [429, 502, 503].includes(response.status) && asked >= 0 ? Math.max(1, Math.ceil(asked)) : null;
+  try {
+    return new ServiceError((await json(body)).error, wait);
+  } catch {
+    // Not the service's own form: something between it and this page has answered.
+    return new ServiceError({ code: "unknown", message: `HTTP status ${response.status}` }, wait);
+  }
+}
+
+/** @param {Response} response */
+function stages(response) {
+  const told = response.headers.get("Server-Timing") ?? "";
+  return new Map([...told.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, stage, ms]) => [String(stage), Number(ms)]));
+}
+
+/** @param {number} milliseconds @param {AbortSignal} [signal] */
+function sleep(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });
+}

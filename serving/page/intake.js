@@ -1,0 +1,56 @@
+// Every way a picture comes in: dropped, pasted, chosen, photographed.
+
+import { byId } from "./dom.js";
+
+/** @param {(files: File[]) => void} take given what came in, which may be nothing */
+export function listen(take) {
+  for (const id of ["choose", "photo"]) {
+    const input = byId(id, HTMLInputElement);
+    input.addEventListener("change", () => {
+      take([...(input.files ?? [])]);
+      input.value = ""; // or choosing the same file again would be no change
+    });
+  }
+  addEventListener("paste", ({ clipboardData, target }) => {
+    const files = [...(clipboardData?.files ?? [])];
+    if (files.length || !(target instanceof HTMLInputElement)) take(files);
+  });
+  listenForDrops(take);
+}
+
+/** @param {(files: File[]) => void} take */
+function listenForDrops(take) {
+  const veil = byId("veil", HTMLElement);
+  addEventListener("dragover", (event) => {
+    event.preventDefault(); // or the browser would leave this page for the picture
+    veil.hidden = !event.dataTransfer?.types.includes("Files");
+  });
+  addEventListener("dragleave", ({ relatedTarget }) => {
+    if (!relatedTarget) veil.hidden = true;
+  });
+  addEventListener("drop", async (event) => {
+    event.preventDefault();
+    veil.hidden = true;
+    // Entries must be asked for before the first await: afterwards the event holds none.
+    const items = [...(event.dataTransfer?.items ?? [])].filter((item) => item.kind === "file");
+    const found = items.map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
+    take((await Promise.all(found.map(filesIn))).flat());
+  });
+}
+
+/** @param {FileSystemEntry | File | null} found @returns {Promise<File[]>} of a folder all, at any depth */
+async function filesIn(found) {
+  if (found === null || found.name.startsWith(".")) return [];
+  if (found instanceof File) return [found];
+  if (found.isFile) return [await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (found).file(resolve, reject))];
+  const reader = /** @type {FileSystemDirectoryEntry} */ (found).createReader();
+  /** @type {FileSystemEntry[]} */
+  const entries = [];
+  for (;;) {
+    /** @type {FileSystemEntry[]} */
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!some.length) break; // they come in portions
+    entries.push(...some);
+  }
+  return (await Promise.all(entries.map(filesIn))).flat();
+}

@@ -1,0 +1,78 @@
+// Puts the page together: what comes in goes to the one view or the other.
+
+import { json, send, ServiceError, useKey } from "./api.js";
+import * as batch from "./batch.js";
+import * as card from "./card.js";
+import { announce, byId, make } from "./dom.js";
+import { listen } from "./intake.js";
+import * as single from "./single.js";
+
+/** The work to be done again with a key. @type {() => unknown} */
+let repeat = () => {};
+
+/** @param {File[]} files */
+function take(files) {
+  const [first] = files;
+  if (!first) return single.refuse(new ServiceError({ code: "no_file", message: "no file came with it" }));
+  if (files.length === 1) return look(first);
+  repeat = batch.resume;
+  batch.start(files);
+}
+
+/** @param {File} file */
+function look(file) {
+  repeat = single.classify;
+  byId("stage", HTMLElement).scrollIntoView({ block: "nearest" });
+  single.show(file);
+}
+
+async function loadCard() {
+  try {
+    await card.load();
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    byId("about", HTMLElement).textContent = "What this model knows cannot be told at the moment.";
+  }
+}
+
+async function offerSamples() {
+  /** @type {string[]} */
+  const paths = await json((await send("page/samples.json")).body);
+  const known = paths.filter((path) => card.classNames().includes(className(path)) || !card.classNames().length);
+  byId("sample-list", HTMLElement).replaceChildren(...known.map(sample));
+  byId("samples", HTMLElement).hidden = !known.length;
+}
+
+/** @param {string} path */
+const className = (path) => path.replace(/^.*\/|\.\w+$/g, "");
+
+/** @param {string} path */
+function sample(path) {
+  const image = make("img", { src: `page/${path}`, alt: `Sample: ${className(path)}`, width: 64, height: 64 });
+  return make("button", { className: "sample", onclick: async () => {
+    const { body } = await send(`page/${path}`);
+    look(new File([body], path.replace(/^.*\//, ""), { type: body.type }));
+  } }, image);
+}
+
+document.addEventListener("key-wanted", () => {
+  const form = byId("key", HTMLFormElement);
+  if (!form.hidden) return;
+  form.hidden = false;
+  byId("key-value", HTMLInputElement).focus();
+  announce("This service asks for an API key.");
+});
+byId("key", HTMLFormElement).addEventListener("submit", async (event) => {
+  event.preventDefault();
+  useKey(byId("key-value", HTMLInputElement).value.trim());
+  byId("key", HTMLElement).hidden = true;
+  await loadCard();
+  await offerSamples();
+  repeat();
+});
+byId("level", HTMLElement).addEventListener("change", single.classify);
+
+batch.prepare(look);
+listen(take);
+await loadCard();
+await offerSamples();

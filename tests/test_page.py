@@ -1,0 +1,125 @@
+"""The page to try as the real server sends it; `make check-page` opens it in a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from serving.static import FOLDER
+from tests.live import Server, samples
+from tests.test_service import TIMEOUT, assert_error
+from tests.toy import ROOT
+
+FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
+TEXTS = [path for path in FILES if path.suffix not in {".jpg", ".png"}]
+OURS = {"no_file", "unknown", "unreachable"}
+"""Codes that the page itself makes."""
+
+
+def address(path: Path) -> str:
+    return "/" if path.name == "index.html" else f"/page/{path.relative_to(FOLDER).as_posix()}"
+
+
+def get(server: Server, path: str, method: str = "GET", **headers: str) -> requests.Response:
+    return requests.request(method, f"{server.url}{path}", headers=headers, timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=address)
+def test_every_file_is_served_as_it_is_with_strict_headers(embedded: Server, path: Path) -> None:
+    reply = get(embedded, address(path))
+    assert reply.status_code == 200
+    assert reply.content == path.read_bytes()
+    policy = dict(rule.split(" ", 1) for rule in reply.headers["Content-Security-Policy"].split("; "))
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' blob: data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert reply.headers["Referrer-Policy"] == "no-referrer"
+    assert reply.headers["Cache-Control"] == "no-cache"
+
+
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/samples.json"])
+def test_a_file_that_is_known_is_not_sent_again(embedded: Server, path: str) -> None:
+    first = get(embedded, path)
+    again = get(embedded, path, **{"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["ETag"] == first.headers["ETag"]
+    assert get(embedded, path, **{"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_only_get_and_head(embedded: Server) -> None:
+    head = get(embedded, "/", "HEAD")
+    assert (head.status_code, head.content) == (200, b"")
+    assert int(head.headers["Content-Length"]) == (FOLDER / "index.html").stat().st_size
+    refused = get(embedded, "/", "POST")
+    assert_error(refused, 405, "method_not_allowed")
+    assert refused.headers["Allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "path", ["/page", "/page/", "/page/nothing.js", "/page/index.html", "/page/../service.py", "/page/%2e%2e/static.py"]
+)
+def test_what_is_no_file_of_the_page_is_not_found(embedded: Server, path: str) -> None:
+    request = requests.Request("GET", embedded.url).prepare()
+    request.url = embedded.url + path  # as it is written: requests would resolve the dots itself
+    with requests.Session() as session:
+        assert_error(session.send(request, timeout=TIMEOUT), 404, "not_found")
+
+
+def test_the_page_makes_no_series_of_metrics(embedded: Server) -> None:
+    for path in FILES:
+        get(embedded, address(path))
+    assert not [series for series in samples(embedded.url) if "/page" in series or 'endpoint="/"' in series]
+
+
+def references(path: Path) -> Iterator[str]:
+    """Whatever the file asks a browser for."""
+    yield from re.findall(r"""(?:src|href|from|url)\s*[=(]?\s*["'(]([^"'()]+)["')]""", path.read_text())
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=address)
+def test_nothing_comes_from_outside_and_nothing_is_inline(embedded: Server, path: Path) -> None:
+    text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=\"|innerHTML|eval\(", text)
+    for reference in references(path):
+        if not reference.startswith(("#", "data:")):
+            target = reference.replace("./", "/page/") if path.suffix == ".js" else f"/{reference}"
+            assert get(embedded, target).status_code == 200, reference
+
+
+def test_samples_are_the_golden_pictures() -> None:
+    """What is clicked is what the tests know the answer to."""
+    for sample in FOLDER.glob("samples/*.jpg"):
+        assert sample.read_bytes() == (ROOT / "tests/images" / sample.name).read_bytes()
+
+
+def test_every_error_is_explained() -> None:
+    source = "\n".join(path.read_text() for path in ROOT.glob("serving/*.py"))
+    codes = set(re.findall(r'(?:ApiError\(|_refusal\()\s*(?:HTTPStatus\.\w+,\s*)?"([a-z_]+)"', source))
+    form = (ROOT / "deploy/nginx/snippets/error_form.conf").read_text()
+    codes |= set(re.findall(r"^ +\S+ +([a-z_]+);$", form, re.MULTILINE))
+    words = set(re.findall(r"^  ([a-z_]+): \[", (FOLDER / "errors.js").read_text(), re.MULTILINE))
+    assert {"overloaded", "invalid_image", "quota_exceeded", "bad_gateway"} <= codes
+    assert codes <= words
+    assert words - codes <= OURS | {"not_found", "method_not_allowed"}
+
+
+def test_stages_are_told_in_server_timing(server: Server) -> None:
+    image = (ROOT / "tests/images/cat.jpg").read_bytes()
+    for path, field in (("/classify", "image"), ("/classify/batch", "images")):
+        reply = requests.post(f"{server.url}{path}", files={field: image}, timeout=TIMEOUT)
+        told = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", reply.headers["Server-Timing"])}
+        assert list(told) == ["read", "decode", "classify", "reply", "total"]
+        assert sum(told.values()) - told["total"] <= told["total"] + 0.1
