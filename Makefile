@@ -179,6 +179,10 @@ k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
 check-k8s: $(VENV)/.dev $(NODE)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/kubernetes
 
+check-page: $(VENV)/.dev $(NODE)/node_modules ## try the page in a browser; needs Chromium and Node.js; UPDATE=1 draws docs/images/page-*.png
+	$(NODE)/node_modules/.bin/tsc --project tests/browser
+	$(BIN)/python -m pytest tests/browser
+
 check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs Node.js
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml

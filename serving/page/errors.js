@@ -42,6 +42,7 @@ export function explainError(error, again) {
   const details = [make("dt", {}, "Said by the service"), make("dd", {}, error.message)];
   details.push(make("dt", {}, "Code"), make("dd", {}, make("code", {}, error.code)));
   if (error.requestId) details.push(make("dt", {}, "Request id"), make("dd", {}, make("code", {}, error.requestId)));
+  /** @type {HTMLElement[]} */
   const parts = [make("h3", {}, title), make("p", {}, advice)];
   if (error.wait !== null) parts.push(make("p", {}, `The service asks to wait ${inTime(error.wait)}.`));
   if (again) parts.push(make("button", { className: "button", onclick: again }, "Try again"));

@@ -98,7 +98,7 @@ def test_bad_request_ids_are_replaced(client: requests.Session, stack: Stack, ba
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
+        "/page/nothing.js",
         "/metrics",
         "/docs.json",
         "/schema.json",
@@ -127,7 +127,7 @@ def test_other_methods_are_refused(client: requests.Session, stack: Stack, metho
     assert reply.headers["Allow"] == allow
 
 
-@pytest.mark.parametrize("path", ["/model", "/livez", "/readyz"])
+@pytest.mark.parametrize("path", ["/", "/model", "/livez", "/readyz"])
 def test_open_paths(client: requests.Session, stack: Stack, path: str) -> None:
     assert client.get(f"{stack.url}{path}", timeout=20).status_code == 200
     assert client.head(f"{stack.url}{path}", timeout=20).status_code == 200

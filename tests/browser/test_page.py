@@ -1,0 +1,276 @@
+"""What the page does with pictures and with errors: `make check-page`."""
+
+from __future__ import annotations
+
+import csv
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, Route, expect
+
+from serving import access
+from tests.browser.actions import CAT, PICTURES, ask, choose, column, drop, finish, paste, sort_by, verdict
+from tests.browser.conftest import PATIENCE_MS, WATCH
+from tests.live import LIMITS, encode, picture, serve
+
+expect.set_options(timeout=PATIENCE_MS)
+
+
+def test_a_sample_is_one_click(page: Page, url: str) -> None:
+    page.get_by_role("button", name="Sample: cat").click()
+    assert verdict(page) == "cat"
+    (said,) = ask(url, [CAT], prediction_set=0.95)
+    assert page.locator("#confidence").inner_text() == f"{said['confidence']:.1%}"
+    assert said["in_distribution"]
+    expect(page.locator("#familiar")).to_contain_text("Resembles")
+    bars = page.locator("#bars li").all_inner_texts()
+    assert len(bars) == 10
+    assert bars[0].split() == ["cat", f"{said['confidence']:.1%}"]
+    assert page.locator("#set li").all_inner_texts() == said["prediction_set"]
+    expect(page.locator("#status")).to_contain_text("cat, ")
+
+
+def test_stages_of_the_answer_are_timed(page: Page) -> None:
+    choose(page, CAT)
+    verdict(page)
+    shown = dict(line.split("\n") for line in page.locator("#stages div").all_inner_texts())
+    assert list(shown) == ["Network and browser", "Receive", "Decode", "Queue and model", "Reply"]
+    assert all(re.fullmatch(r"[\d.]+ m?s", text) for text in shown.values())
+    assert page.locator("#stack span").count() == 5
+
+
+def test_the_level_changes_the_prediction_set(page: Page, url: str) -> None:
+    ship = CAT.with_name("ship.jpg")
+    sets = [ask(url, [ship], prediction_set=level)[0]["prediction_set"] for level in (0.95, 0.99)]
+    assert len(sets[0]) < len(sets[1])
+    choose(page, ship)
+    verdict(page)
+    page.get_by_text("99\u202f%").click()
+    expect(page.locator("#set li")).to_have_text(sets[1])
+
+
+def test_evidence_lies_over_the_picture(page: Page) -> None:
+    choose(page, CAT)
+    verdict(page)
+    button = page.get_by_role("button", name="Show evidence")
+    button.click()
+    overlay = page.get_by_alt_text("Where the evidence for cat lies")
+    overlay.wait_for()
+    assert overlay.evaluate("image => image.decode().then(() => image.naturalWidth)") == 256
+    expect(button).to_have_attribute("aria-pressed", "true")
+    button.click()
+    expect(overlay).to_be_hidden()
+    expect(button).to_have_attribute("aria-pressed", "false")
+
+
+def test_a_foreign_image_is_told(page: Page, tmp_path: Path) -> None:
+    noise = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(noise)
+    choose(page, noise)
+    verdict(page)
+    expect(page.locator("#familiar")).to_contain_text("do not rely on this answer")
+
+
+@pytest.mark.parametrize("bring", [drop, paste, choose])
+def test_every_way_in(page: Page, bring: object) -> None:
+    bring(page, CAT.with_name("dog.jpg"))  # type: ignore[operator]
+    assert verdict(page) == "dog"
+    expect(page.locator("#caption")).to_have_text("dog.jpg, 32 \u00d7 32 pixels")
+    expect(page.locator("#veil")).to_be_hidden()
+
+
+def test_the_camera_is_offered_where_there_is_one(page: Page) -> None:
+    assert page.locator("#photo").get_attribute("capture") == "environment"
+    page.set_input_files("#photo", CAT)
+    assert verdict(page) == "cat"
+
+
+def test_a_drop_without_files_is_explained(page: Page) -> None:
+    page.evaluate("document.body.dispatchEvent(new ClipboardEvent('paste', {bubbles: true}))")
+    expect(page.get_by_role("alert")).to_contain_text("There was no picture in that")
+
+
+def test_a_folder_becomes_a_table_to_sort_and_a_csv(page: Page, url: str, tmp_path: Path, broken: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for file in [*PICTURES, broken]:
+        (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "deep" / f"2-{file.name}").write_bytes(file.read_bytes())
+    drop(page, folder)
+    finish(page)
+    expect(page.locator("#batch-summary")).to_have_text("20 of 22 classified, 2 failed")
+
+    expect(sort_by(page, "Confidence")).to_have_attribute("aria-sort", "ascending")
+    ascending = column(page, 4)
+    values = [float(text.strip(">< %")) for text in ascending]
+    assert values == sorted(values)
+    assert "failed" in (page.locator("#rows tr").last.get_attribute("class") or "")
+    expect(sort_by(page, "Confidence")).to_have_attribute("aria-sort", "descending")
+    assert column(page, 4) == ascending[::-1]
+    assert "failed" in (page.locator("#rows tr").last.get_attribute("class") or "")
+    sort_by(page, "Class")
+    assert column(page, 3) == sorted(column(page, 3))
+
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download CSV").click()
+    with saved.value.path().open(newline="") as file:
+        lines = {line["file"]: line for line in csv.DictReader(file)}
+    for file, said in zip(PICTURES, ask(url, PICTURES, prediction_set=0.95), strict=True):
+        line = lines[file.name]
+        assert (line["class_name"], line["model"]) == (said["class_name"], said["model"])
+        assert float(line["confidence"]) == said["confidence"]
+        assert line["prediction_set"].split() == said["prediction_set"]
+        assert float(line["probability cat"]) == said["all_probabilities"]["3"]
+    assert lines["'=broken.jpg"]["error_code"] == "invalid_image"
+    assert re.fullmatch("[0-9a-f]{32}", lines["'=broken.jpg"]["request_id"])
+
+    page.get_by_role("button", name="frog.jpg", exact=True).click()
+    assert verdict(page) == "frog"
+
+
+def test_portions_that_the_service_finds_too_large_are_halved(page: Page, tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.bmp" for index in range(6)]
+    for index, file in enumerate(files):
+        file.write_bytes(encode(picture(index, 500, 400), "BMP"))
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) < LIMITS["MAX_IMAGE_BYTES"] < LIMITS["MAX_BODY_BYTES"] < sum(sizes)
+    choose(page, *files)
+    finish(page)
+    expect(page.locator("#batch-summary")).to_have_text("6 of 6 classified")
+
+
+def test_a_batch_can_be_stopped_and_gone_on_with(page: Page) -> None:
+    slow = True
+
+    def hold(route: Route) -> None:
+        if not slow:
+            route.continue_()
+
+    page.route("**/classify/batch*", hold)
+    choose(page, *PICTURES)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#batch-summary")).to_have_text("0 of 10 classified")
+    slow = False
+    page.get_by_role("button", name="Try the failed again").click()
+    expect(page.locator("#batch-summary")).to_have_text("10 of 10 classified")
+
+
+def test_a_broken_image_is_explained(page: Page, broken: Path) -> None:
+    with page.expect_response("**/classify*") as answered:
+        choose(page, broken)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("This picture cannot be read")
+    expect(alert).to_contain_text("invalid_image")
+    expect(alert).to_contain_text(answered.value.headers["x-request-id"])
+    expect(page.locator("#verdict")).to_be_hidden()
+
+
+def test_a_file_over_the_limit_is_explained(page: Page, tmp_path: Path) -> None:
+    large = tmp_path / "large.bmp"
+    large.write_bytes(encode(picture(0, 600, 600), "BMP"))
+    assert large.stat().st_size > LIMITS["MAX_IMAGE_BYTES"]
+    choose(page, large)
+    expect(page.get_by_role("alert")).to_contain_text("This file is too large")
+
+
+def error(status: int, code: str, **headers: str) -> dict[str, object]:
+    return {
+        "status": status,
+        "headers": headers,
+        "json": {"error": {"code": code, "message": "said by a test", "request_id": "abc"}},
+    }
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "overloaded"), (503, "not_ready"), (502, "bad_gateway")])
+def test_the_page_waits_as_long_as_it_is_asked_to(page: Page, status: int, code: str) -> None:
+    attempts: list[float] = []
+
+    def refuse_once(route: Route) -> None:
+        attempts.append(time.monotonic())
+        if len(attempts) == 1:
+            route.fulfill(**error(status, code, **{"Retry-After": "2"}))  # type: ignore[arg-type]
+        else:
+            route.continue_()
+
+    page.route("**/classify*", refuse_once)
+    choose(page, CAT)
+    expect(page.locator(".waiting")).to_contain_text("next attempt in")
+    assert verdict(page) == "cat"
+    assert attempts[1] - attempts[0] >= 2
+
+
+def test_the_page_gives_up_when_the_wait_is_long(page: Page) -> None:
+    page.route(
+        "**/classify*",
+        lambda route: route.fulfill(**error(429, "quota_exceeded", **{"Retry-After": "7200"})),  # type: ignore[arg-type]
+    )
+    choose(page, CAT)
+    expect(page.get_by_role("alert")).to_contain_text("The service asks to wait 2 hours")
+
+
+def test_without_a_service_the_page_says_so_and_tries_again(page: Page) -> None:
+    page.context.set_offline(True)
+    choose(page, CAT)
+    expect(page.get_by_role("alert")).to_contain_text("The service cannot be reached")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Try again").click()
+    assert verdict(page) == "cat"
+
+
+@pytest.mark.parametrize(("status", "code"), [(504, "deadline_exceeded"), (500, "internal")])
+def test_failures_of_the_service_are_explained_at_once(page: Page, status: int, code: str) -> None:
+    page.route("**/classify*", lambda route: route.fulfill(**error(status, code)))  # type: ignore[arg-type]
+    choose(page, CAT)
+    expect(page.get_by_role("alert")).to_contain_text(code)
+
+
+def test_what_is_not_of_the_service_is_explained_too(page: Page) -> None:
+    page.route("**/classify*", lambda route: route.fulfill(status=418, body="<h1>a proxy</h1>"))
+    choose(page, CAT)
+    expect(page.get_by_role("alert")).to_contain_text("HTTP status 418")
+
+
+def test_an_api_key_is_asked_for_and_its_rate_held(blank: Page, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    key = access.add(keys, "alice", images_per_second=0.5)
+    with serve("embedded", tmp_path / "home", API_KEYS=keys, WORKERS=1) as url:
+        blank.goto(url)
+        field = blank.get_by_label("API key")
+        field.fill("wrong")
+        field.press("Enter")
+        expect(field).to_be_visible()
+        field.fill(key)
+        field.press("Enter")
+        expect(field).to_be_hidden()
+        blank.get_by_role("button", name="Sample: cat").click()
+        assert verdict(blank) == "cat"
+        blank.get_by_role("button", name="Sample: dog").click()
+        expect(blank.locator(".waiting")).to_contain_text("Too many pictures at once for this API key")
+        expect(blank.locator("#class-name")).to_have_text("dog")
+        assert blank.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_the_card_is_told_in_words(page: Page) -> None:
+    card = page.get_by_role("region", name="About this model")
+    expect(card).to_contain_text("91.2%")
+    expect(card).to_contain_text("47,500 pictures")
+    expect(page.locator("#about")).to_have_text(
+        "cifar10_cnn tells 10 classes apart, right on 91.2% of 8,000 test pictures."
+    )
+
+
+def test_the_policy_is_enforced_and_watched(browser: Browser, url: str) -> None:
+    """The fixture would see it if the page broke its own rules."""
+    page = browser.new_page()
+    page.add_init_script(WATCH)
+    page.goto(url)
+    page.evaluate(
+        "document.head.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
+    )
+    page.wait_for_function("window.violations.length")
+    assert page.evaluate("[window.violations[0], window.ran ?? null]") == ["script-src-elem", None]
+    page.close()

@@ -1,0 +1,105 @@
+"""The page to try through a real Nginx, with a real gateway behind it: `make check-deploy`."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+import requests
+import uvicorn
+
+from serving.gateway import Gateway
+from serving.static import FOLDER, HEADERS, Page
+from tests import nginx
+from tests.deploy.test_files import DEPLOY, ENVIRONMENT, run
+from tests.live import free_port
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+OLD = (1, 22, 0)
+"""Every Nginx reads what this one does, and asks no name server of Docker's for the replicas."""
+
+
+@contextmanager
+def gateway(port: int) -> Iterator[None]:
+    async def nothing(*_: Any) -> None:
+        raise AssertionError("no call of the API is meant here")
+
+    config = uvicorn.Config(Gateway(nothing, (), Page(), log_requests=False), port=port, log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("edge")
+    folder = nginx.configuration(root / "nginx", OLD)
+    for file in folder.rglob("*.conf"):
+        file.write_text(file.read_text().replace(" /tmp/", f" {root}/"))
+    (root / "secrets.sh").write_bytes((DEPLOY / "secrets.sh").read_bytes())
+    run("sh", root / "secrets.sh")
+    nginx.replace(folder / "snippets/tls.conf", "/run/secrets", str(root / "secrets"))
+    behind, outside = free_port(), free_port()
+    nginx.replace(folder / "snippets/upstream.conf", "classifier:3000", f"127.0.0.1:{behind}")
+    for inside, port in ((8443, outside), (8080, free_port()), (8081, free_port())):
+        nginx.replace(folder / "nginx.conf", f"listen {inside}", f"listen 127.0.0.1:{port}")
+    argv = ("nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;")
+    with gateway(behind), subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
+        try:
+            yield wait_for(f"https://127.0.0.1:{outside}", process)
+        finally:
+            process.terminate()
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> str:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        with suppress(requests.ConnectionError):
+            if get(url, "/").status_code == 200:
+                return url
+        time.sleep(0.1)
+    raise AssertionError(f"{url} is not there")
+
+
+def get(url: str, path: str, method: str = "GET", **headers: str) -> requests.Response:
+    return requests.request(method, url + path, headers=headers, verify=False, timeout=20)
+
+
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/page.css", "/page/samples/cat.jpg"])
+def test_the_page_comes_through_with_the_headers_of_the_service(url: str, path: str) -> None:
+    reply = get(url, path)
+    file = FOLDER / ("index.html" if path == "/" else path.removeprefix("/page/"))
+    assert (reply.status_code, reply.content) == (200, file.read_bytes())
+    # One of each: of two policies a browser enforces both.
+    assert {name: reply.headers[name] for name in HEADERS} == HEADERS
+    assert "max-age=" in reply.headers["Strict-Transport-Security"]
+    assert len(reply.headers["X-Request-Id"]) == 32
+    assert get(url, path, **{"If-None-Match": reply.headers["ETag"]}).status_code == 304
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/page/nothing.js", 404, "not_found"),
+        ("GET", "/page", 404, "not_found"),
+        ("GET", "/elsewhere", 404, "not_found"),
+        ("POST", "/", 405, "method_not_allowed"),
+        ("DELETE", "/page/main.js", 405, "method_not_allowed"),
+    ],
+)
+def test_nothing_else_does(url: str, method: str, path: str, status: int, code: str) -> None:
+    reply = get(url, path, method)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert reply.headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert reply.headers["Cache-Control"] == "no-store"
