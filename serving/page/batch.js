@@ -35,8 +35,8 @@ const COLUMNS = [
   { name: "File", value: (/** @type {Row} */ row) => row.file.name },
   { name: "Class", value: (/** @type {Row} */ row) => row.result?.class_name },
   { name: "Confidence", value: (/** @type {Row} */ row) => row.result?.confidence },
-  { name: "Familiar", value: (/** @type {Row} */ row) => row.result && (row.result.in_distribution ? "yes" : "no") },
-  { name: "Set", value: (/** @type {Row} */ row) => row.result?.prediction_set.length },
+  { name: "Familiar", wide: true, value: (/** @type {Row} */ row) => row.result && (row.result.in_distribution ? "yes" : "no") },
+  { name: "Set", wide: true, value: (/** @type {Row} */ row) => row.result?.prediction_set.length },
 ];
 
 /** @param {(file: File) => void} opened told which picture of the table to look at */
@@ -148,11 +148,11 @@ function drawProgress(running) {
 }
 
 function drawHead() {
-  const heads = COLUMNS.map(({ name }, column) => {
+  const heads = COLUMNS.map(({ name, wide }, column) => {
     const label = name === "Set" ? `${Number(asked) * 100}% set` : name;
     const sorting = order?.column === column ? (order.descending ? "descending" : "ascending") : "none";
     const button = make("button", { className: "sort", onclick: () => sortBy(column) }, label);
-    return make("th", { scope: "col", ariaSort: sorting }, button);
+    return make("th", { scope: "col", ariaSort: sorting, className: wide ? "wide" : "" }, button);
   });
   byId("columns", HTMLElement).replaceChildren(make("td"), ...heads);
 }
@@ -187,16 +187,19 @@ function drawRow({ file, picture, element, result, error }) {
   const image = make("img", { src: picture, alt: "", width: 40, height: 40, loading: "lazy", decoding: "async" });
   image.onerror = () => image.removeAttribute("src");
   const name = make("button", { className: "link", title: file.name, onclick: () => open(file) }, file.name);
-  const cells = result
-    ? [result.class_name, percent(result.confidence), result.in_distribution ? "yes" : "no", result.prediction_set.join(", ")]
-    : [error ? `${inWords(error.code)[0]} (${error.code})` : "…", "", "", ""];
+  const outcome = error ? `${inWords(error.code)[0]} (${error.code})` : "…";
+  const narrow = result
+    ? [make("td", {}, result.class_name), make("td", {}, percent(result.confidence))]
+    : [make("td", { colSpan: 2 }, outcome)];
+  const wide = result ? [result.in_distribution ? "yes" : "no", result.prediction_set.join(", ")] : ["", ""];
   element.className = error ? "failed" : "";
   element.dataset.familiar = result?.in_distribution ?? "";
   element.title = error ? `${error.message}; request ${error.request_id}` : "";
   element.replaceChildren(
     make("td", {}, image),
     make("th", { scope: "row" }, name),
-    ...(error ? [make("td", { colSpan: 4 }, cells[0] ?? "")] : cells.map((cell) => make("td", {}, cell))),
+    ...narrow,
+    ...wide.map((cell) => make("td", { className: "wide" }, cell)),
   );
 }
 

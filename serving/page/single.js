@@ -131,8 +131,8 @@ function drawAnswer(said, reply, path) {
   byId("confidence", HTMLElement).textContent = sure;
   const familiar = byId("familiar", HTMLElement);
   familiar.textContent = said.in_distribution
-    ? "Resembles the pictures the model learned from"
-    : "Unlike the pictures the model learned from: do not rely on this answer";
+    ? "Resembles the training pictures"
+    : "Unlike the training pictures: do not rely on this answer";
   familiar.dataset.familiar = said.in_distribution;
   drawBars(said.all_probabilities);
   const chips = said.prediction_set.map((/** @type {string} */ name) => make("li", {}, name));
