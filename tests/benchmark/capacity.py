@@ -67,8 +67,9 @@ def introduction(results: Results, worker: Worker) -> Iterator[str]:
     yield "# Capacity"
     yield ""
     yield "Written by `make capacity` from docs/benchmarks.json; nothing here was measured beyond that."
-    yield f"Processor: {results.raw['processor']}. A worker is one core, which serves one image after another, with a queue of"
-    yield "its own and independent arrivals: M/D/1. Nginx chooses the replica with the fewest requests, which waits less."
+    yield f"Processor: {results.raw['processor']}. A worker is one core, which serves one image after another, with a"
+    yield "queue of its own and independent arrivals: M/D/1. Nginx chooses the replica with the fewest requests, which"
+    yield "waits less."
     yield ""
     yield from table(
         ["of one worker", ""],
@@ -112,8 +113,8 @@ def bottlenecks(results: Results, worker: Worker) -> Iterator[str]:
     yield from table(head, rows)
     if photographs:
         small, large = 1 / worker.rate, results.raw["cores"] / photographs["images_per_second"]
-        yield f"Of a core's time for a photograph {1 - small / large:.0%} is what it takes longer than a small image: to read and"
-        yield "decode it. A GPU takes over none of that; smaller images do."
+        yield f"Of a core's time for a photograph {1 - small / large:.0%} is what it takes longer than a small image, to"
+        yield "read and decode it. A GPU takes over none of that."
     else:
         yield "Photographs, which take longer to decode, were not measured (`PHOTOS=`)."
     yield ""

@@ -193,6 +193,7 @@ def session() -> requests.Session:
     """Trusts the local certificate only, and has the key that `make secrets` made."""
     client = requests.Session()
     client.verify = str(CERTIFICATE)
+    client.trust_env = False  # or REQUESTS_CA_BUNDLE goes before it
     client.headers["X-API-Key"] = API_KEY.read_text()
     return client
 

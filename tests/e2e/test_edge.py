@@ -31,8 +31,8 @@ def test_classifies_over_tls(client: requests.Session, stack: Stack) -> None:
 
 
 def test_without_a_key_nobody_may_call(stack: Stack) -> None:
-    stranger = requests.Session()
-    stranger.verify = str(CERTIFICATE)
+    stranger = session()
+    del stranger.headers["X-API-Key"]
     assert_error(post(stranger, stack), 401, "unauthorized")
     assert_error(stranger.get(f"{stack.url}/model", timeout=20), 401, "unauthorized")
     assert stranger.get(f"{stack.url}/readyz", timeout=20).status_code == 200
