@@ -113,8 +113,8 @@ def bottlenecks(results: Results, worker: Worker) -> Iterator[str]:
     yield from table(head, rows)
     if photographs:
         small, large = 1 / worker.rate, results.raw["cores"] / photographs["images_per_second"]
-        yield f"Of a core's time for a photograph {1 - small / large:.0%} is what it takes longer than a small image, to"
-        yield "read and decode it. A GPU takes over none of that."
+        yield f"Of a core's time for a photograph {1 - small / large:.0%} is what it takes longer than a small image,"
+        yield "to read and decode it. A GPU takes over none of that."
     else:
         yield "Photographs, which take longer to decode, were not measured (`PHOTOS=`)."
     yield ""
