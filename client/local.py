@@ -1,0 +1,73 @@
+"""The very classes of the service, in this process and without HTTP."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Self
+
+import numpy as np
+
+import settings as configuration
+from client.errors import ClientError
+from client.rows import Reply
+from model import store
+from model.artifact import ArtifactError
+from model.classifier import Classifier, VerificationError, verify
+from model.config import ConfigError
+from model.ensemble import Ensemble, EnsembleError
+from model.preprocess import Pixels, preprocess
+from model.runtimes import RuntimeUnavailableError
+from serving.drift import Drift
+from serving.errors import ApiError, from_exception
+from serving.replies import Replies
+from serving.requests import Options
+
+ERRORS = (store.StoreError, ArtifactError, ConfigError, EnsembleError, RuntimeUnavailableError, VerificationError)
+
+
+class Local:
+    """What ``MODEL=model`` would serve; the other settings are those of the service, from the environment."""
+
+    def __init__(self, model: str | None, prediction_set: float | None) -> None:
+        try:
+            self._settings = configuration.load(**({"model": model} if model else {}))
+            self._load()
+        except (*ERRORS, configuration.SettingsError) as error:
+            raise ClientError(str(error).removeprefix("error: ")) from error
+        self._options = Options(prediction_set=prediction_set)
+        self._engine_is_free = threading.Lock()
+
+    def _load(self) -> None:
+        tags = [store.resolve(reference.strip()) for reference in self._settings.model.split(",")]
+        served = Ensemble([store.get(tag) for tag in tags])
+        runtime = self._settings.resolved_runtime()
+        reference = served.reference(runtime)
+        self._engine = served.engine(runtime, threads=os.cpu_count() or 1)
+        verify(self._engine, reference)
+        self._classifier = Classifier(served.config, reference, self._settings.foreign_rate)
+        self._replies = Replies(",".join(tags), self._classifier, Drift(served.config, reference))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, images: list[bytes]) -> list[Reply]:
+        decoded = [self._decode(image) for image in images]
+        pixels = [image for image in decoded if not isinstance(image, ApiError)]
+        if pixels:
+            with self._engine_is_free:
+                outputs = self._engine(np.stack(pixels))
+        predictions = iter(self._classifier(outputs) if pixels else ())
+        return [
+            image.body() if isinstance(image, ApiError) else self._replies(next(predictions), self._options)
+            for image in decoded
+        ]
+
+    def _decode(self, image: bytes) -> Pixels | ApiError:
+        try:
+            return preprocess(image, self._classifier.config.input_size, self._settings.max_pixels)
+        except ValueError as error:
+            return from_exception(error)

@@ -1,0 +1,134 @@
+"""The service over HTTP, with patience: what is overloaded, restarting or out of reach for a while is asked again."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+from tqdm import tqdm
+
+from client.errors import ClientError
+from client.rows import Reply
+
+API_KEY = "CLASSIFIER_API_KEY"
+"""Variable of the API key: an argument would be in the list of processes and in the history of the shell."""
+SECONDS = httpx.Timeout(60, connect=10)
+NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
+"""A wrong address or certificate, unless it has worked before: nothing to wait for."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before the second attempt, doubled each time, where the service does not say how long."""
+
+
+class Remote:
+    """The service at ``url``; a batch is asked again for at most ``patience`` seconds."""
+
+    def __init__(self, url: str, query: Mapping[str, Any], cacert: Path | None, patience: float) -> None:
+        self._url, self._query, self._patience = url, query, patience
+        key = os.environ.get(API_KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        try:
+            verify = ssl.create_default_context(cafile=cacert) if cacert else True
+            self._client = httpx.Client(base_url=url, headers=headers, verify=verify, timeout=SECONDS, limits=limits)
+        except OSError as error:
+            raise ClientError(f"{cacert}: {error}") from None
+        except httpx.InvalidURL as error:
+            raise ClientError(f"{url}: {error}") from None
+        self._leaving = threading.Event()
+        self._told = ""
+        self._was_reached = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._leaving.set()
+
+    def __call__(self, images: list[bytes]) -> list[Reply]:
+        parts = [("images", (str(number), image)) for number, image in enumerate(images)]
+        request = self._client.build_request("POST", "/classify/batch", params=self._query, files=parts)
+        request.read()  # one piece of bytes: it can be sent again, and in one write
+        response = self._send(request)
+        if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            if len(images) == 1:
+                return [{"error": _problem(response)}]
+            half = len(images) // 2
+            return self(images[:half]) + self(images[half:])
+        results: list[Reply] = _expect_ok(response, self._url).get("results", [])
+        if len(results) != len(images):
+            raise ClientError(f"{self._url}: {len(results)} results for {len(images)} images: is this the classifier?")
+        return results
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        """The first reply that is neither 429 nor a failure of the server's."""
+        until = time.monotonic() + self._patience
+        for attempt in itertools.count():
+            pause = None
+            try:
+                response = self._client.send(request)
+                self._was_reached = True
+                if response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error:
+                    return response
+                trouble, pause = _problem(response)["message"], _retry_after(response)
+            except httpx.TransportError as error:
+                trouble = str(error) or type(error).__name__
+                if isinstance(error, NOT_REACHED) and not self._was_reached:
+                    raise ClientError(f"{self._url}: {trouble}") from None
+            if pause is None:
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
+            self._wait(pause, until, trouble)
+        raise AssertionError("unreachable")
+
+    def _wait(self, pause: float, until: float, trouble: str) -> None:
+        if time.monotonic() + pause > until:
+            raise ClientError(f"{self._url}: {trouble}; given up: more than --patience {self._patience:g} s")
+        if trouble != self._told:
+            self._told = trouble
+            tqdm.write(f"{self._url}: {trouble}; trying again", file=sys.stderr)
+        if self._leaving.wait(pause):
+            raise ClientError("stopped")
+
+
+def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:
+    """The document of a reply 200; raises ``ClientError`` with what the service says."""
+    if response.status_code != HTTPStatus.OK:
+        problem = _problem(response)
+        raise ClientError(f"{url}: {response.status_code} {problem['code']}: {problem['message']}")
+    try:
+        document: dict[str, Any] = response.json()
+    except ValueError:
+        raise ClientError(f"{url}: the reply is not JSON: is this the classifier?") from None
+    return document
+
+
+def _problem(response: httpx.Response) -> dict[str, str]:
+    """``{"code", "message"}``, also of what stands in front of the service and has errors of another form."""
+    try:
+        problem: dict[str, str] = response.json()["error"]
+        return {"code": problem["code"], "message": problem["message"]}
+    except (ValueError, LookupError, TypeError):
+        status = HTTPStatus(response.status_code)
+        return {"code": status.name.lower(), "message": f"{status} {status.phrase}"}
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds, which the header gives as a number or as the time when they are over (RFC 9110, 10.2.3)."""
+    value = response.headers.get("retry-after", "")
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None

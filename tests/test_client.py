@@ -1,0 +1,410 @@
+"""The command line against the real server, in this process, and against a server in trouble."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import requests
+
+from client.journal import beside
+from client.remote import API_KEY
+from model import store
+from model.artifact import Artifact
+from serving import access
+from tests import toy
+from tests.live import Server, encode, environment, free_port, picture, samples, serve, total
+
+PICTURES = 200
+BROKEN = {
+    "broken/cut.png": (encode(picture())[:60], "invalid_image"),
+    "broken/empty.jpg": (b"", "invalid_image"),
+    "broken/text.png": (b"no image at all", "unsupported_media_type"),
+}
+VERDICT = {
+    "predicted_class": 1,
+    "class_name": "frame",
+    "confidence": 0.5,
+    "all_probabilities": {"0": 0.3, "1": 0.5, "2": 0.2},
+    "in_distribution": True,
+    "model": "fake:1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for name, content in [*((f"{i:03}.png", encode(picture(i))) for i in range(PICTURES)), *broken_files()]:
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    (root / "notes.txt").write_text("not an image, and not meant to be one")
+    return root
+
+
+def broken_files() -> Iterator[tuple[str, bytes]]:
+    return ((name, content) for name, (content, _) in BROKEN.items())
+
+
+def begin(*arguments: object, home: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    env = {**environment(home or Path("/nonexistent")), **variables}
+    command = [sys.executable, "-m", "client", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=toy.ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def run(*arguments: object, code: int = 0, **variables: Any) -> str:
+    """What the command printed, errors too, after checking its exit status."""
+    process = begin(*arguments, **variables)
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == code, shown + errors
+    return shown + errors
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def paths(folder: Path) -> list[str]:
+    """As a folder is walked: its own files, then those of its folders."""
+    return [str(folder / f"{i:03}.png") for i in range(PICTURES)] + [str(folder / name) for name in BROKEN]
+
+
+class Trouble(ThreadingHTTPServer):
+    """Answers each request as the next of ``script`` says, and every further one with verdicts, after ``seconds``."""
+
+    daemon_threads = True
+
+    def __init__(self, script: list[Any], seconds: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.script, self.seconds = script, seconds
+        self.asked: list[float] = []
+        self.images = 0
+        self.lock = threading.Lock()
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Trouble
+
+    def do_POST(self) -> None:
+        images = self.rfile.read(int(self.headers["Content-Length"])).count(b'name="images"')
+        with self.server.lock:
+            self.server.asked.append(time.monotonic())
+            status, headers = self.server.script.pop(0)() if self.server.script else (200, {})
+        time.sleep(self.server.seconds)
+        if status is None:
+            self.close_connection = True
+            return
+        problem = {"error": {"code": "trouble", "message": f"trouble {status}"}}
+        with self.server.lock:
+            self.server.images += images if status == 200 else 0
+        self.reply(status, {"results": [VERDICT] * images} if status == 200 else problem, headers)
+
+    def reply(self, status: int, document: Any, headers: dict[str, str]) -> None:
+        content = json.dumps(document).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 # the name is the library's
+        pass
+
+
+def answer(status: int | None, retry_after: str | None = None) -> Callable[[], tuple[int | None, dict[str, str]]]:
+    """Of a script; without a status the connection is closed."""
+    return lambda: (status, {"Retry-After": retry_after} if retry_after else {})
+
+
+def in_three_seconds() -> tuple[int, dict[str, str]]:
+    return 503, {"Retry-After": formatdate(time.time() + 3, usegmt=True)}
+
+
+@contextmanager
+def trouble(*script: Any, seconds: float = 0.0) -> Iterator[tuple[Trouble, str]]:
+    with Trouble(list(script), seconds) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class TestRows:
+    def test_every_image_has_a_row_in_order(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.jsonl"
+        shown = run(folder, "--url", embedded.url, "--out", out, "--prediction-set", 0.99, "--probabilities", code=1)
+        assert "203 images, 3 of them not classified" in shown
+        rows = read_jsonl(out)
+        assert [row["path"] for row in rows] == paths(folder)
+        assert [row["error_code"] for row in rows] == [None] * PICTURES + [code for _, code in BROKEN.values()]
+        assert list(tmp_path.iterdir()) == [out]
+        for row in rows[:PICTURES:50]:
+            reply = requests.post(
+                f"{embedded.url}/classify",
+                params={"prediction_set": 0.99},
+                files={"image": Path(row["path"]).read_bytes()},
+                timeout=60,
+            ).json()
+            for column in ("predicted_class", "class_name", "in_distribution", "prediction_set", "model"):
+                assert row[column] == reply[column]
+            assert row["probabilities"] == pytest.approx(list(reply["all_probabilities"].values()), abs=1e-4)
+            assert row["confidence"] == max(row["probabilities"])
+
+    def test_formats_hold_the_same(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
+        options = ("--url", embedded.url, "--prediction-set", 0.9, "--probabilities", "--batch", 16, "--in-flight", 2)
+        for suffix in ("jsonl", "csv", "parquet"):
+            run(folder, *options, "--out", tmp_path / f"out.{suffix}", code=1)
+        rows = read_jsonl(tmp_path / "out.jsonl")
+        with (tmp_path / "out.csv").open(newline="") as file:
+            told = list(csv.DictReader(file))
+        assert list(told[0]) == list(rows[0])
+        for row, cells in zip(rows, told, strict=True):
+            assert cells["path"] == row["path"]
+            assert cells["error_code"] == (row["error_code"] or "")
+            assert cells["in_distribution"] == ("" if row["error_code"] else json.dumps(row["in_distribution"]))
+            assert row["error_code"] or json.loads(cells["prediction_set"]) == row["prediction_set"]
+        # A batch of another size may round the last digit otherwise.
+        for row, other in zip(rows, pq.read_table(tmp_path / "out.parquet").to_pylist(), strict=True):
+            assert row.keys() == other.keys()
+            for column in row:
+                assert other[column] == (pytest.approx(row[column], abs=1e-4) if column in NUMBERS else row[column])
+
+    def test_in_this_process_it_says_what_the_service_says(
+        self, embedded: Server, folder: Path, tmp_path: Path
+    ) -> None:
+        wanted = (folder, "--prediction-set", 0.99, "--probabilities")
+        run(*wanted, "--url", embedded.url, "--out", tmp_path / "service.jsonl", code=1)
+        run(*wanted, "--local", "--out", tmp_path / "local.jsonl", code=1, home=embedded.home, RUNTIME="onnx-int8")
+        for row, other in zip(
+            read_jsonl(tmp_path / "service.jsonl"), read_jsonl(tmp_path / "local.jsonl"), strict=True
+        ):
+            for column in row:
+                assert other[column] == (pytest.approx(row[column], abs=1e-4) if column in NUMBERS else row[column])
+
+    def test_a_table_for_people(self, embedded: Server, folder: Path) -> None:
+        shown = run(folder / "00[01].png", folder / "broken", folder / "000.png", "--url", embedded.url, code=1)
+        header, *lines = shown.splitlines()[:-1]
+        assert header.split() == ["path", "class_name", "confidence", "in_distribution", "error"]
+        assert [line.split()[0] for line in lines] == [str(folder / name) for name in ("000.png", "001.png", *BROKEN)]
+        assert "unsupported_media_type: not an image of a known format" in lines[-1]
+
+    def test_all_well_is_status_0(self, embedded: Server, folder: Path) -> None:
+        assert "1 images, 0 of them not classified" in run(folder / "000.png", "--url", embedded.url)
+
+    def test_a_file_that_cannot_be_read_is_a_row(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "gone.png").symlink_to("nowhere")
+        (tmp_path / os.fsdecode(b"images/\xff.png")).write_bytes(encode(picture()))
+        with (tmp_path / "images" / "huge.png").open("wb") as file:
+            file.truncate(64 * 2**20 + 1)
+        with trouble() as (_, url):
+            run(tmp_path / "images", "--url", url, "--out", tmp_path / "out.csv", code=1)
+        with (tmp_path / "out.csv").open(newline="") as file:
+            told = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+        assert told["gone.png"]["error_code"] == "unreadable"
+        assert told["huge.png"]["error_code"] == "too_large"
+        assert told["\\xff.png"]["class_name"] == "frame"
+
+    def test_a_batch_that_is_too_large_is_halved(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
+        """The server takes 64 images in a request, and no image above 1 MB."""
+        images = tmp_path / "images"
+        images.mkdir()
+        (images / "large.bmp").write_bytes(encode(picture(0, 900, 900), "BMP"))
+        out = tmp_path / "out.jsonl"
+        run(folder, images, "--url", embedded.url, "--batch", 200, "--out", out, code=1)
+        rows = read_jsonl(out)
+        assert [row["path"] for row in rows] == [*paths(folder), str(images / "large.bmp")]
+        assert rows[-1]["error_code"] == "too_large"
+        assert sum(row["error_code"] is None for row in rows) == PICTURES
+
+
+NUMBERS = {"confidence", "probabilities"}
+
+
+class TestTrouble:
+    def test_retry_after_is_honoured(self, folder: Path) -> None:
+        with trouble(answer(429, "2")) as (server, url):
+            assert "trouble 429; trying again" in run(folder / "000.png", "--url", url)
+            first, second = server.asked
+        assert 2 <= second - first < 20
+
+    def test_retry_after_may_be_a_time(self, folder: Path) -> None:
+        with trouble(in_three_seconds) as (server, url):
+            run(folder / "000.png", "--url", url)
+            first, second = server.asked
+        assert 1 <= second - first < 20
+
+    def test_lost_connections_and_failures_are_tried_again(self, folder: Path, tmp_path: Path) -> None:
+        well, lost, failed = answer(200), answer(None), answer(503)
+        with trouble(well, lost, failed, lost, failed) as (server, url):
+            run(folder / "0*.png", "--url", url, "--batch", 10, "--out", tmp_path / "out.jsonl")
+            assert server.images == 100
+        assert [row["class_name"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["frame"] * 100
+
+    def test_patience_ends_and_what_was_answered_stays(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.csv"
+        options = (folder / "0*.png", "--batch", 10, "--in-flight", 1, "--out", out)
+        with trouble(answer(200), *[answer(503, "1")] * 50) as (_, url):
+            shown = run(*options, "--url", url, "--patience", 2, code=2)
+        assert "trouble 503; given up" in shown
+        assert "--resume goes on" in shown
+        assert not out.exists()
+        assert "of a run that did not end: go on with --resume" in run(*options, "--url", url, code=2)
+        with trouble() as (server, url):
+            run(*options, "--url", url, "--resume")
+            assert server.images == 90
+
+    def test_a_kill_loses_what_was_in_flight_at_most(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.parquet"
+        options = (folder / "*.png", "--batch", 4, "--in-flight", 2, "--out", out)
+        with trouble(seconds=0.2) as (server, url):
+            process = begin(*options, "--url", url)
+            while server.images < 40:
+                time.sleep(0.01)
+                assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kept = beside(out).read_bytes()
+            sent = server.images
+            beside(out).write_bytes(kept + b'{"path": "cut sho')
+            server.seconds = 0
+            run(*options, "--url", url, "--resume")
+            again = server.images - PICTURES
+        assert 40 <= sent < PICTURES
+        assert 0 <= again <= 4 * 2 * 2  # under way, and answered while they were written
+        rows = pq.read_table(out).to_pylist()
+        assert [row["path"] for row in rows] == paths(folder)[:PICTURES]
+        assert not beside(out).exists()
+
+    def test_an_interrupt_says_how_to_go_on(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.jsonl"
+        with trouble(seconds=0.2) as (server, url):
+            process = begin(folder, "--batch", 4, "--out", out, "--url", url)
+            while server.images < 20:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "interrupted; --resume goes on" in errors
+        assert "Traceback" not in errors
+        assert len(beside(out).read_bytes().splitlines()) > 4
+
+    def test_a_journal_of_other_columns_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        options = (folder / "00*.png", "--out", tmp_path / "out.csv", "--batch", 1, "--in-flight", 1, "--patience", 0)
+        with trouble(answer(200), answer(503)) as (_, url):
+            run(*options, "--url", url, code=2)
+            assert "was begun with" in run(*options, "--url", url, "--probabilities", "--resume", code=2)
+            beside(tmp_path / "out.csv").write_text("something else\n")
+            assert "is no journal of this command" in run(*options, "--url", url, "--resume", code=2)
+
+    def test_two_at_once_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        options = (folder / "000.png", "--out", tmp_path / "out.csv")
+        with trouble(seconds=20) as (server, url):
+            first = begin(*options, "--url", url)
+            while not server.asked:
+                time.sleep(0.01)
+            assert "another process is writing it" in run(*options, "--url", url, "--resume", code=2)
+            first.kill()
+            first.communicate()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A server with one worker and a queue that one batch fills, and a key that may do nothing but classify."""
+    home = tmp_path_factory.mktemp("guarded")
+    key = access.add(home / "keys.toml", "batches", paths=["/classify/batch"])
+    small = {"WORKERS": 1, "MAX_QUEUE": 32, "MAX_REQUEST_IMAGES": 32}
+    with serve("embedded", home, API_KEYS=home / "keys.toml", **small) as url:
+        yield url, key
+
+
+class TestKeysAndOverload:
+    def test_overload_is_waited_for(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+        url, key = guarded
+        options = ("--url", url, "--batch", 32, "--in-flight", 8, "--out", tmp_path / "out.jsonl")
+        run(folder, *options, code=1, **{API_KEY: key})
+        rows = read_jsonl(tmp_path / "out.jsonl")
+        assert sum(row["error_code"] is None for row in rows) == PICTURES
+        assert total(samples(url), "classifier_rejected_total", reason="overloaded") > 0
+
+    def test_without_a_key_it_cannot_work(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+        url, key = guarded
+        for variables in ({}, {API_KEY: key[:-1]}):
+            shown = run(folder, "--url", url, "--out", tmp_path / "out.csv", code=2, **variables)
+            assert "401 unauthorized" in shown
+            assert not list(tmp_path.iterdir())
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nothing/*.png"], "nothing/*.png: expected a file, a folder of images, or a pattern that some match"),
+            (["README.md", "--out", "x.txt"], "x.txt: expected a name that ends in one of .csv, .jsonl, .parquet"),
+            (["README.md", "--out", "nowhere/x.csv"], "there is no folder nowhere"),
+            (["README.md", "--url", "ftp://x"], "unsupported protocol"),
+            (["README.md", "--resume"], "--resume needs --out"),
+            (["README.md", "--prediction-set", "2"], "expected a number between 0 and 1"),
+            (["README.md", "--batch", "0"], "expected a whole number above 0"),
+            (["README.md", "--url", f"http://127.0.0.1:{free_port()}"], "Connection refused"),
+            (["README.md", "--cacert", "LICENSE"], "LICENSE: "),
+            (["README.md", "--local", "nope"], "'nope' is not in the model store"),
+        ],
+    )
+    def test_one_line_says_what_is_wrong(self, arguments: list[str], message: str, tmp_path: Path) -> None:
+        shown = run(*arguments, code=2, home=tmp_path)
+        assert message in shown
+        assert "Traceback" not in shown
+
+    def test_another_service_is_told_from_the_classifier(self, embedded: Server) -> None:
+        assert "404 not_found" in run("README.md", "--url", f"{embedded.url}/elsewhere", code=2)
+
+    def test_an_output_is_never_overwritten(self, tmp_path: Path) -> None:
+        (tmp_path / "out.csv").write_text("precious")
+        assert "is there already" in run("README.md", "--out", tmp_path / "out.csv", "--resume", code=2)
+        assert (tmp_path / "out.csv").read_text() == "precious"
+
+    def test_parquet_without_its_package_is_one_line(self, tmp_path: Path) -> None:
+        code = "import sys, runpy; sys.modules['pyarrow'] = None; runpy.run_module('client', run_name='__main__')"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "README.md", "--out", tmp_path / "x.parquet"],
+            cwd=toy.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "Parquet needs the package pyarrow" in done.stderr
+
+
+def test_a_model_is_chosen_by_name(toy_artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from model import store; store.put(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, toy_artifact.path], cwd=toy.ROOT, env=environment(tmp_path), check=True)
+    run(toy_folder, "--local", "toy", "--out", tmp_path / "out.jsonl", home=tmp_path, code=1)
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert {row["model"] for row in rows} == {None, f"toy:{toy_artifact.version}"}
+    right = sum(Path(row["path"]).parent.name == row["class_name"] for row in rows)
+    assert right >= 0.9 * len(rows)
+    assert store.SHIPPED.exists()
