@@ -2,7 +2,8 @@
 
 PYTHON ?= python3.11
 PORT ?= 3000
-NAME ?= cifar10_cnn
+SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained/config.json)
+NAME ?= $(SHIPPED)
 OVERLAY ?= cpu
 DATA ?= cifar10
 RUN := runs/$(NAME)
@@ -20,6 +21,8 @@ CONTAINERIZE_FLAGS ?=
 # A tar archive of photographs to measure with, and more options: BENCH_FLAGS="--rounds 3".
 PHOTOS ?=
 BENCH_FLAGS ?=
+# More options of train.fit: TRAIN_FLAGS="--batch-size 64" for few images.
+TRAIN_FLAGS ?=
 
 # The stack of deploy/compose.yaml; OVERLAYS="gpu replicas" adds compose.gpu.yaml and compose.replicas.yaml.
 OVERLAYS ?=
@@ -72,7 +75,7 @@ check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels a
 	$(BIN)/python -m train.check $(DATA)
 
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
-	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume) $(if $(EPOCHS),--epochs $(EPOCHS))
+	$(BIN)/python -m train.fit $(DATA) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume) $(if $(EPOCHS),--epochs $(EPOCHS)) $(TRAIN_FLAGS)
 
 export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 	$(BIN)/python -m train.export $(RUN) $(DATA) --out $(RUN)/artifact
@@ -92,8 +95,24 @@ gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped
 	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
 	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(if $(SUMMARY),--summary $(SUMMARY))
 
-adopt: ## make the artifact of NAME the shipped one
+adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
 	rm -rf model/pretrained && cp -r $(RUN)/artifact model/pretrained
+	$(BIN)/python -m tests.golden $(if $(NEW),$(DATA))
+	$(BIN)/python -m train.readme
+	$(MAKE) report ARTIFACTS=model/pretrained
+
+# Only what adopt leaves: pictures of the model before, and the data that train, evaluate and report take by default.
+new: ## make this checkout that of your own classifier: train NAME on DATA, evaluate and ship it; EPOCHS, TRAIN_FLAGS
+	@test "$(origin NAME) $(origin DATA)" = "command line command line" || { echo "error: make new NAME=… DATA=…"; exit 1; }
+	$(MAKE) train
+	$(MAKE) export
+	$(MAKE) evaluate
+	rm -f $(patsubst %,docs/images/$(SHIPPED)-%.png,confusion corruptions mistakes reliability training)
+	$(MAKE) adopt NEW=1
+	sed -i 's|^DATA ?= .*|DATA ?= $(DATA)|' Makefile
+
+check-new: $(VENV)/.dev ## make new in a copy of this checkout, then its tests, build and server; minutes
+	$(BIN)/python -m pytest tests/new
 
 store: $(VENV)/.serve ## put the artifact of NAME into the model store; the first of a name is promoted
 	$(BIN)/python -m model.store import $(RUN)/artifact
@@ -165,6 +184,9 @@ bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed
 PRICE ?= 0.05
 capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make bench), a core hour at PRICE
 	$(BIN)/python -m tests.benchmark.capacity docs/benchmarks.json --price $(PRICE) --out docs/capacity.md
+
+bench-client: $(VENV)/.dev ## measure python -m client on the folder IMAGES against the service itself; needs wrk
+	$(BIN)/python -m tests.benchmark.command_line $(IMAGES)
 
 k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
 	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml

@@ -17,6 +17,8 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model import runtimes
+from model.artifact import CONFIG, SHIPPED
+from model.config import ModelConfig
 from model.preprocess import MAX_PIXELS
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -43,9 +45,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
 
-    model: str = "cifar10_cnn"
-    """``name`` or ``name:version`` in the model store; without a version the promoted one. Several, with commas
-    between, answer together as an ensemble."""
+    model: str = ModelConfig.load(SHIPPED / CONFIG).name
+    """``name`` or ``name:version`` in the model store; without a version the promoted one; by default the
+    shipped one. Several, with commas between, answer together as an ensemble."""
     shadow: str | None = None
     """``name:version`` of a model that sees the same images; its disagreement is counted, its answer never sent."""
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)

@@ -11,6 +11,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PICTURE = next((ROOT / "tests/images").glob("*.jpg"))
 HTTPS_PORT = int(os.environ.get("HTTPS_PORT", "443"))
 PROMETHEUS_PORT = int(os.environ.get("PROMETHEUS_PORT", "9090"))
 SECONDS = 20  # what callers are advised to wait; see nginx/snippets/proxy.conf
@@ -41,7 +42,7 @@ def outside() -> HTTPSConnection:
 
 
 def classifies() -> str:
-    image, key = (ROOT / "tests/images/dog.jpg").read_bytes(), (ROOT / "deploy/secrets/api_key").read_text()
+    image, key = PICTURE.read_bytes(), (ROOT / "deploy/secrets/api_key").read_text()
     status, body = ask(outside(), "POST", "/classify", image, key)
     if status != 200:
         raise SmokeError(f"{status}: {body.decode()}")

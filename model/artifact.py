@@ -35,6 +35,8 @@ CONFIG, WEIGHTS, ONNX, ONNX_INT8 = "config.json", "model.safetensors", "model.on
 REFERENCE, CARD = "reference.npz", "card.json"
 HASHED = (CONFIG, WEIGHTS, ONNX, ONNX_INT8, REFERENCE)
 VERSION_LENGTH = 12
+SHIPPED = Path(__file__).parent / "pretrained"
+"""The artifact that the repository ships. A built Bento has of it no more than CONFIG: it holds the rest as a model."""
 QUANTISED = "_int8"
 
 

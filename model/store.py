@@ -23,13 +23,11 @@ import bentoml
 from bentoml.exceptions import BentoMLException, NotFound
 
 from model import comparison, promotions
-from model.artifact import CARD, Artifact, ArtifactError
+from model.artifact import CARD, SHIPPED, Artifact, ArtifactError
 from model.classifier import verify
 from model.config import ConfigError
 from model.runtimes import ONNX, ONNX_INT8, create
 
-SHIPPED = Path(__file__).parent / "pretrained"
-"""The artifact that the repository ships; a built Bento holds it as a model instead."""
 BENTO = Path(__file__).parents[2]
 """The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
 SHOWN_PROMOTIONS = 10

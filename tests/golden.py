@@ -1,40 +1,105 @@
-"""The predictions that the shipped artifact makes of the pictures in ``tests/images``.
+"""The predictions that the shipped artifact makes of the pictures in ``tests/images``, and the limits of its figures.
 
-    python -m tests.golden        # write them anew, after shipping another model
+    python -m tests.golden            # after shipping another model for the same data: the predictions anew
+    python -m tests.golden SOURCE     # after shipping a model for other data: pictures and limits anew as well
 
-The pictures are CIFAR-10 test images (Krizhevsky, 2009), re-encoded as JPEG; each is named after its class.
+The pictures are test images of SOURCE, re-encoded as JPEG; each is named after its class. Those here are of CIFAR-10
+(Krizhevsky, 2009). The limits stay where they are when a model is retrained, so that no worse one is shipped unnoticed.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 
-from model import store
-from model.artifact import Artifact
+from model.artifact import CONFIG, SHIPPED, Artifact
 from model.classifier import Classifier, Prediction
-from model.preprocess import preprocess
+from model.config import ModelConfig
+from model.preprocess import Pixels, preprocess
 from model.runtimes import ONNX, ONNX_INT8, create
+from train.data import load
+from train.evaluate import require_own_data, run_runtime
+from train.gate import CALIBRATION_LOSS
 
-IMAGES = sorted((Path(__file__).parent / "images").glob("*.jpg"))
-GOLDEN = Path(__file__).parent / "images" / "golden.json"
+FOLDER = Path(__file__).parent / "images"
+IMAGES = sorted(FOLDER.glob("*.jpg"))
+TYPICAL = IMAGES[len(IMAGES) // 2]
+"""One of them, for tests that need no more."""
+SHIPPED_NAME = ModelConfig.load(SHIPPED / CONFIG).name
+GOLDEN = FOLDER / "golden.json"
+JPEG_QUALITY = 95
+SPARE_BYTES = 1.2
+"""How many times larger than now a later artifact may be."""
 
 
 def predict(artifact: Artifact, runtime_name: str) -> dict[str, Prediction]:
     """Predictions of every picture by one runtime, by the picture's name."""
-    pixels = np.stack([preprocess(path.read_bytes(), artifact.config.input_size) for path in IMAGES])
+    pictures = {path.stem: path.read_bytes() for path in sorted(FOLDER.glob("*.jpg"))}
+    return dict(zip(pictures, judge(artifact, runtime_name, list(pictures.values())), strict=True))
+
+
+def judge(artifact: Artifact, runtime_name: str, images: list[bytes]) -> list[Prediction]:
+    """Predictions of image files."""
+    pixels = np.stack([preprocess(image, artifact.config.input_size) for image in images])
     classifier = Classifier(artifact.config, artifact.reference(runtime_name == ONNX_INT8))
-    outputs = create(runtime_name, artifact)(pixels)
-    return dict(zip((path.stem for path in IMAGES), classifier(outputs), strict=True))
+    return classifier(run_runtime(create(runtime_name, artifact), pixels))
 
 
-def main() -> None:
-    artifact = Artifact.load(store.SHIPPED)
+def size(artifact: Artifact) -> int:
+    """Bytes of all its files."""
+    return sum(path.stat().st_size for path in artifact.path.iterdir())
+
+
+def choose(artifact: Artifact, source: str) -> None:
+    """A picture for each class: of the test images that both formats tell, and find familiar, the middling one."""
+    data = load(source, artifact.config.input_size)
+    require_own_data(artifact, data)
+    images = [encode(image) for image in data.test.images]
+    by_format = [judge(artifact, name, images) for name in (ONNX, ONNX_INT8)]
+    for path in IMAGES:
+        path.unlink()
+    for index, name in enumerate(artifact.config.classes):
+        told = [
+            (quantised.confidence, image)
+            for full, quantised, label, image in zip(*by_format, data.test.labels, images, strict=True)
+            if label == index == full.class_index == quantised.class_index
+            and full.in_distribution
+            and quantised.in_distribution
+        ]
+        if told:
+            (FOLDER / f"{name}.jpg").write_bytes(sorted(told)[len(told) // 2][1])
+        else:
+            print(f"no picture of {name!r}: the model tells none of its test images", file=sys.stderr)
+
+
+def encode(image: Pixels) -> bytes:
+    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+
+
+def limits(artifact: Artifact) -> Iterator[tuple[str, Any]]:
+    """What a later model must keep to, from the figures of this one."""
+    fp32 = artifact.card["metrics"][ONNX]
+    yield "images", fp32["images"]
+    yield "accuracy", fp32["accuracy_95"][0]
+    yield "ece", round(fp32["ece"] + CALIBRATION_LOSS, 4)
+    yield "bytes", round(SPARE_BYTES * size(artifact))
+
+
+def main(sources: list[str]) -> None:
+    artifact = Artifact.load(SHIPPED)
+    for source in sources:
+        choose(artifact, source)
+    kept = dict(limits(artifact)) if sources else json.loads(GOLDEN.read_text())["limits"]
     golden = {name: p.probabilities.round(4).tolist() for name, p in predict(artifact, ONNX).items()}
-    GOLDEN.write_text(json.dumps({"version": artifact.version, "probabilities": golden}, indent=1) + "\n")
+    document = {"version": artifact.version, "limits": kept, "probabilities": golden}
+    GOLDEN.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

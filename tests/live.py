@@ -73,13 +73,18 @@ def _is_ready(url: str) -> bool:
 
 @contextmanager
 def running(
-    argv: list[str], env: dict[str, str], log: Path, is_ready: Callable[[], bool], stop: int = signal.SIGTERM
+    argv: list[str],
+    env: dict[str, str],
+    log: Path,
+    is_ready: Callable[[], bool],
+    stop: int = signal.SIGTERM,
+    cwd: Path = REPOSITORY,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The process of any server with its output in ``log``, once it ``is_ready``; gone with its children at the end."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            argv, cwd=REPOSITORY, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            argv, cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         _wait_until_ready(process, is_ready, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,23 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.golden import IMAGES
+from model.artifact import SHIPPED, Artifact
+from model.runtimes import ONNX_INT8
+from tests.golden import TYPICAL, judge
 from tests.live import Server, encode, picture, samples, total
+from train.foreign import KINDS
 
-DOG = next(path for path in IMAGES if path.stem == "dog").read_bytes()
-NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)))
+ARTIFACT = Artifact.load(SHIPPED)
+FAMILIAR, CLASS = TYPICAL.read_bytes(), TYPICAL.stem
+
+
+def made() -> Iterator[bytes]:
+    """Images that show nothing."""
+    rng = np.random.default_rng(0)
+    return (encode(Image.fromarray(make(rng, ARTIFACT.config.input_size))) for make in KINDS.values())
+
+
+FOREIGN = next(image for image in made() if not judge(ARTIFACT, ONNX_INT8, [image])[0].in_distribution)
 
 
 def classify(server: Server, data: bytes, path: str = "/classify", **query: Any) -> requests.Response:
@@ -22,20 +35,20 @@ def classify(server: Server, data: bytes, path: str = "/classify", **query: Any)
 
 
 def test_a_set_grows_with_its_level_and_begins_with_the_verdict(server: Server) -> None:
-    plain = classify(server, DOG).json()
+    plain = classify(server, FAMILIAR).json()
     assert "prediction_set" not in plain
-    sets = [classify(server, DOG, prediction_set=level).json()["prediction_set"] for level in (0.5, 0.99, 0.99999)]
-    assert sets[0][0] == "dog"
+    sets = [classify(server, FAMILIAR, prediction_set=level).json()["prediction_set"] for level in (0.5, 0.99, 0.99999)]
+    assert sets[0][0] == CLASS
     assert set(sets[0]) <= set(sets[1]) <= set(sets[2])
-    assert len(sets[2]) == 10  # more than 2,500 validation images can promise
+    assert len(sets[2]) == len(ARTIFACT.config.classes)  # more than 2,500 validation images can promise
 
 
 def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
-    plain = classify(server, DOG).json()
+    plain = classify(server, FAMILIAR).json()
     before = total(samples(server.url), "classifier_abstained_images_total")
-    sure = classify(server, DOG, abstain_below=0.01).json()
-    unsure = classify(server, DOG, abstain_below=0.999999).json()
-    assert (sure["abstained"], sure["class_name"]) == (False, "dog")
+    sure = classify(server, FAMILIAR, abstain_below=0.01).json()
+    unsure = classify(server, FAMILIAR, abstain_below=0.999999).json()
+    assert (sure["abstained"], sure["class_name"]) == (False, CLASS)
     assert (unsure["abstained"], unsure["class_name"], unsure["predicted_class"]) == (True, None, None)
     assert unsure["all_probabilities"] == plain["all_probabilities"]
     assert total(samples(server.url), "classifier_abstained_images_total") == before + 1
@@ -43,19 +56,19 @@ def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
 
 def test_foreign_images_are_told_counted_and_refused_on_request(server: Server) -> None:
     before = total(samples(server.url), "classifier_foreign_images_total")
-    assert classify(server, DOG).json()["in_distribution"] is True
-    assert classify(server, NOISE).json()["in_distribution"] is False
-    assert classify(server, DOG, abstain_foreign="true").json()["abstained"] is False
-    assert classify(server, NOISE, abstain_foreign="true").json()["class_name"] is None
+    assert classify(server, FAMILIAR).json()["in_distribution"] is True
+    assert classify(server, FOREIGN).json()["in_distribution"] is False
+    assert classify(server, FAMILIAR, abstain_foreign="true").json()["abstained"] is False
+    assert classify(server, FOREIGN, abstain_foreign="true").json()["class_name"] is None
     assert total(samples(server.url), "classifier_foreign_images_total") == before + 2
 
 
 def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
-    parts = [("images", image) for image in (DOG, b"no image", NOISE)]
+    parts = [("images", image) for image in (FAMILIAR, b"no image", FOREIGN)]
     query = {"prediction_set": "0.9", "abstain_foreign": "true"}
     reply = requests.post(f"{server.url}/classify/batch", params=query, files=parts, timeout=60).json()
     good, bad, foreign = reply["results"]
-    assert good["prediction_set"][0] == good["class_name"] == "dog"
+    assert good["prediction_set"][0] == good["class_name"] == CLASS
     assert bad["error"]["code"] == "unsupported_media_type"
     assert foreign["abstained"] is True
     assert foreign["prediction_set"]
@@ -75,7 +88,7 @@ def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
 def test_an_option_that_makes_no_sense_is_refused(
     server: Server, path: str, query: dict[str, str], expected: str
 ) -> None:
-    response = classify(server, DOG, path, **query)
+    response = classify(server, FAMILIAR, path, **query)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_request"
     assert expected in response.json()["error"]["message"]
@@ -94,12 +107,12 @@ def test_an_explanation_is_a_picture_of_the_image_sent(server: Server) -> None:
 
 def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None:
     response = requests.post(
-        f"{server.url}/explain", files={"image": DOG}, headers={"Accept": "application/json"}, timeout=60
+        f"{server.url}/explain", files={"image": FAMILIAR}, headers={"Accept": "application/json"}, timeout=60
     )
     reply = response.json()
     evidence = np.array(reply["evidence"])
-    assert reply["class_name"] == "dog"
-    assert evidence.shape == (32, 32)
+    assert reply["class_name"] == CLASS
+    assert evidence.shape == ARTIFACT.config.input_size
     assert evidence.min() >= 0
     assert evidence.sum() == pytest.approx(1, abs=1e-3)
     assert evidence.max() > 2 * evidence.mean()  # some places count more than others
@@ -107,4 +120,4 @@ def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None
 
 def test_an_image_that_cannot_be_explained_is_refused_like_any_other(server: Server) -> None:
     assert classify(server, b"no image", "/explain").status_code == 415
-    assert classify(server, DOG[:-200], "/explain").status_code == 400
+    assert classify(server, FAMILIAR[:-200], "/explain").status_code == 400

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model.artifact import Artifact, seal
+from model.artifact import SHIPPED, Artifact, seal
 from model.runtimes import ONNX, ONNX_INT8
 from tests import toy
+from train import readme
+from train.command import CommandError
 from train.report import confused
 from train.sections import flattened
 
@@ -58,6 +60,22 @@ def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path
     assert "`train.check` found 1 broken files" in page
     for absent in ("Prediction sets", "Foreign images", "Accuracy against speed", "CIFAR-10,", str(tmp_path)):
         assert absent not in page
+
+
+def test_readme_and_model_card_are_of_the_shipped_model() -> None:
+    """`make adopt` writes both."""
+    shipped = Artifact.load(SHIPPED)
+    assert readme.section(shipped) in readme.README.read_text()
+    assert f"Version `{shipped.version}`" in (toy.ROOT / "docs/model-card.md").read_text()
+
+
+def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_artifact: Artifact) -> None:
+    told = readme.section(artifact)
+    assert f"| `{ONNX}` | {artifact.card['metrics'][ONNX]['accuracy']:.2%} |" in told
+    assert "corrupted test images" in told
+    assert "foreign" not in told
+    with pytest.raises(CommandError, match="its card has no figures"):
+        readme.section(toy_artifact)
 
 
 def test_every_picture_is_there_small_and_an_image(artifact: Artifact, folder: Path, tmp_path: Path) -> None:

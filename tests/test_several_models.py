@@ -18,6 +18,7 @@ from model.artifact import Artifact, seal
 from model.ensemble import Ensemble
 from model.tuning import compare
 from tests import toy
+from tests.golden import SHIPPED_NAME
 from tests.live import LOG, environment, samples, serve, total
 
 
@@ -99,8 +100,8 @@ def test_an_ensemble_answers_with_the_mean_and_a_shadow_is_counted(
     ("settings", "expected"),
     [
         ({"MODEL": "toy,nope"}, "'nope' is not in the model store"),
-        ({"MODEL": "toy,cifar10_cnn"}, "cifar10_cnn was trained on other data than toy"),
-        ({"MODEL": "toy", "SHADOW": "cifar10_cnn"}, "expected those of the model"),
+        ({"MODEL": f"toy,{SHIPPED_NAME}"}, f"{SHIPPED_NAME} was trained on other data than toy"),
+        ({"MODEL": "toy", "SHADOW": SHIPPED_NAME}, "expected those of the model"),
     ],
 )
 def test_models_that_do_not_go_together_stop_the_start_with_one_line(

@@ -18,6 +18,7 @@ from model.artifact import CARD, CONFIG, ONNX, Artifact, save_reference, seal
 from model.comparison import difference_interval
 from model.config import ModelConfig
 from tests import toy
+from tests.golden import SHIPPED_NAME
 from tests.live import environment, serve
 from train.evaluate import accuracy_interval
 
@@ -114,15 +115,15 @@ class TestPutAndGet:
         self, toy_artifact: Artifact, tmp_path: Path
     ) -> None:
         copied = shutil.copytree(toy_artifact.path, tmp_path / "own")
-        ModelConfig.load(copied / CONFIG).model_copy(update={"name": "cifar10_cnn"}).save(copied / CONFIG)
+        ModelConfig.load(copied / CONFIG).model_copy(update={"name": SHIPPED_NAME}).save(copied / CONFIG)
         own = seal(copied, {})
         store(tmp_path / "home", "import", copied)
-        assert call(tmp_path / "home", "store.resolve('cifar10_cnn')") == f"cifar10_cnn:{own.version}"
+        assert call(tmp_path / "home", f"store.resolve({SHIPPED_NAME!r})") == f"{SHIPPED_NAME}:{own.version}"
 
     def test_an_unknown_model_names_what_is_there(self, tmp_path: Path) -> None:
         expression = "store.resolve('nope:1')"
         shown = python(tmp_path, "-c", f"from model import store; {expression}", code=1)
-        assert "'nope:1' is not in the model store; it holds cifar10_cnn:" in shown
+        assert f"'nope:1' is not in the model store; it holds {SHIPPED_NAME}:" in shown
 
 
 class TestPromotions:

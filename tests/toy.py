@@ -33,13 +33,14 @@ def draw(name: str, rng: np.random.Generator) -> Pixels:
     return np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
 
 
-def make_folder(root: Path, per_class: int = 80, seed: int = 0) -> Path:
+def make_folder(root: Path, per_class: int = 80, seed: int = 0, zoom: int = 1) -> Path:
     """``root/<class>/<n>.png`` for each class, with one file that is no image."""
     rng = np.random.default_rng(seed)
     for name in CLASSES:
         (root / name).mkdir(parents=True)
         for index in range(per_class):
-            cv2.imwrite(str(root / name / f"{index:03}.png"), draw(name, rng))
+            image = cv2.resize(draw(name, rng), None, fx=zoom, fy=zoom)
+            cv2.imwrite(str(root / name / f"{index:03}.png"), image)
     (root / CLASSES[0] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     return root
 

@@ -1,6 +1,6 @@
 """Turn a finished run into an artifact that serves, and refuse one whose INT8 form lost accuracy.
 
-    python -m train.export runs/cifar10_cnn SOURCE --out model/pretrained
+    python -m train.export runs/flowers SOURCE --out model/pretrained
 
 SOURCE is the data of the run: its training images calibrate INT8, its validation images fit the temperature and decide
 the parity gate. The test images are not touched.

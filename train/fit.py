@@ -1,6 +1,6 @@
 """Train the network on a source of labelled images.
 
-    python -m train.fit SOURCE --name cifar10_cnn --out runs/cifar10_cnn [--resume]
+    python -m train.fit SOURCE --name flowers --out runs/flowers [--resume]
     torchrun --nproc-per-node=4 -m train.fit …      # on four GPUs, with the same result: see train/parallel.py
 
 Writes to ``--out``: ``config.json``, ``checkpoint.safetensors`` after every epoch (weights, momentum and position, no

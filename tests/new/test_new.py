@@ -1,0 +1,103 @@
+"""`make new` in a copy of this checkout: afterwards it is the other classifier's in every respect. `make check-new`"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests import toy
+from tests.live import encode, free_port, picture, running
+
+NAME = "shapes"
+CONCERNED = ("golden", "options", "explain", "report", "settings", "gate", "store", "several_models", "client")
+"""Tests that ask the shipped model."""
+MINUTES = 60.0
+
+
+def run(copy: Path, *command: str, minutes: float = 10) -> str:
+    done = subprocess.run(
+        command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=minutes * MINUTES
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    return done.stdout + done.stderr
+
+
+def environment(copy: Path) -> dict[str, str]:
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ
+    }
+    return {**kept, "BENTOML_HOME": str(copy / ".bentoml"), "BENTOML_DO_NOT_TRACK": "True"}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of its own with what would be committed here, made new for made-up pictures of 48x48 pixels."""
+    root = tmp_path_factory.mktemp("new") / "checkout"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=toy.ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in filter(None, listed.stdout.split("\0")):
+        if (toy.ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(toy.ROOT / name, root / name)
+    (root / ".venv").symlink_to((toy.ROOT / ".venv").resolve())
+    for requirements in root.glob("requirements*.txt"):
+        os.utime(requirements, (0, 0))  # installed already
+    for command in ("init --quiet", "add .", "-c user.name=test -c user.email=test@localhost commit --quiet -m copy"):
+        run(root, "git", *command.split())
+    folder = toy.make_folder(root.parent / "photos", per_class=120, zoom=2)
+    options = ("EPOCHS=8", "TRAIN_FLAGS=--batch-size 32 --widths 16,32")
+    run(root, "make", "new", f"NAME={NAME}", f"DATA={folder}", *options)
+    return root
+
+
+def test_nothing_names_the_model_before(copy: Path) -> None:
+    found = subprocess.run(
+        ["git", "grep", "-l", "cifar10_cnn", "--", ".", ":!CHANGELOG.md", ":!tests/new"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == ""
+
+
+def test_readme_and_docs_are_of_the_new_one(copy: Path) -> None:
+    readme = (copy / "README.md").read_text()
+    assert f"`{NAME}`, a convolutional network" in readme
+    assert "tells 3 classes apart on 48x48 pixels (disc, frame, stripes)" in readme
+    card = (copy / "docs/model-card.md").read_text()
+    assert f"## {NAME}" in card
+    linked = set(re.findall(r"\]\(images/(.+?)\)", card))
+    assert linked
+    assert {path.name for path in (copy / "docs/images").iterdir() if not path.name.startswith("dashboard")} == linked
+
+
+def test_make_takes_it_by_default(copy: Path) -> None:
+    shown = run(copy, "make", "--dry-run", "train")
+    assert f"train.fit {copy.parent / 'photos'} --name {NAME} --out runs/{NAME}" in shown
+
+
+def test_its_tests_pass(copy: Path) -> None:
+    run(copy, ".venv/bin/python", "-m", "pytest", *(f"tests/test_{name}.py" for name in CONCERNED), minutes=30)
+
+
+def test_it_is_built_and_served(copy: Path) -> None:
+    run(copy, "make", "build")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [".venv/bin/bentoml", "serve", "classifier:latest", "--port", str(port), "--host", "127.0.0.1"]
+
+    def is_ready() -> bool:
+        return requests.get(f"{url}/readyz", timeout=5).ok
+
+    with running(command, {**environment(copy), "WORKERS": "1"}, copy.parent / "server.log", is_ready, cwd=copy):
+        reply = requests.post(f"{url}/classify", files={"image": encode(picture())}, timeout=60).json()
+    assert reply["model"].startswith(f"{NAME}:")
+    assert reply["class_name"] in toy.CLASSES

@@ -1,0 +1,100 @@
+"""Write the section of README.md on the shipped model from its card, so that what is said is what was measured.
+
+    python -m train.readme
+
+``make adopt`` runs it. The model card, ``train.report``, tells more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model.artifact import SHIPPED, Artifact
+from train import command
+from train.sections import between, measured, percent, runs, table
+
+README = Path(__file__).parent.parent / "README.md"
+SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)
+NAMED_CLASSES = 20
+"""More of them are counted alone."""
+
+
+def section(artifact: Artifact) -> str:
+    """Everything below the heading."""
+    return "\n\n".join(filter(None, [about(artifact), commands(artifact), accuracy(artifact), *rest(artifact)]))
+
+
+def about(artifact: Artifact) -> str:
+    config, training = artifact.config, artifact.card["training"]
+    height, width = config.input_size
+    names = f" ({', '.join(config.classes)})" if len(config.classes) <= NAMED_CLASSES else ""
+    minutes = sum(run["training_seconds"] for run in runs(training)) / 60
+    return (
+        f"`{config.name}`, a convolutional network of {training['parameters'] / 1e6:.1f} million parameters "
+        f"(`model/network.py`),\ntells {len(config.classes)} classes apart on {width}x{height} pixels{names}.\n"
+        f"It was trained on {training['images']['train']:,} images of `{training['source']}` in {minutes:.1f} minutes "
+        f"(device: {training['device']}):"
+    )
+
+
+def commands(artifact: Artifact) -> str:
+    lines = [f"$ {run['command']}" for run in runs(artifact.card["training"])]
+    return "\n".join(["```console", *lines, "```"])
+
+
+def accuracy(artifact: Artifact) -> str:
+    rows = []
+    for name in measured(artifact):
+        figures = artifact.card["metrics"][name]
+        sets = figures["prediction_sets"]["0.99"]
+        scaled = f"{percent(figures['ece_raw'])} → {percent(figures['ece'])}"
+        shown = (percent(figures["accuracy"]), between(figures["accuracy_95"]), scaled)
+        rows.append((f"`{name}`", *shown, f"{percent(sets['coverage'])}, {sets['size']:.2f}"))
+    count = figures["images"]
+    scaling = "calibration error (15 bins) raw → scaled"
+    return table(
+        ("runtime", f"accuracy, {count:,} test images", "95 % interval", scaling, "99 % sets: coverage, size"), rows
+    )
+
+
+def rest(artifact: Artifact) -> Iterator[str]:
+    agreement = artifact.card["validation"]["agreement"]
+    megabytes = sum(file["bytes"] for file in artifact.card["files"].values()) / 1e6
+    yield (
+        f"INT8 agrees with FP32 on {agreement:.1%} of the validation images. All formats together take "
+        f"{megabytes:.1f} MB, for `model.onnx` refers to\nthe weights in `model.safetensors`."
+    )
+    if rows := list(others(artifact.card["metrics"])):
+        yield table(("what else was measured, INT8", ""), rows)
+    yield (
+        "The [model card](docs/model-card.md) has the plots; the card (`GET /model`, or `model/pretrained/card.json`)"
+        " has each class,\nthe confusion matrix and the log of every epoch."
+    )
+
+
+def others(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What only some models were measured for."""
+    if foreign := metrics.get("foreign"):
+        kinds = ", ".join(f"{name} {kind['auroc']:.3f}" for name, kind in foreign["kinds"].items())
+        yield "foreign images told from test images (AUROC)", kinds
+        yield "test images wrongly called foreign", f"{foreign['told_wrongly']:.1%}"
+    if corrupted := metrics.get("robustness"):
+        families = ", ".join(f"{name} {family['accuracy']:.1%}" for name, family in corrupted["families"].items())
+        yield f"corrupted test images (Hendrycks & Dietterich, 2019), n={corrupted['images']:,}", families
+    if photographs := metrics.get("photographs"):
+        found = f"{photographs['accuracy']:.1%} ({between(photographs['accuracy_95'])})"
+        yield f"{photographs['images']:,} photographs of the classes", found
+
+
+def main() -> None:
+    text, count = SECTION.subn(lambda match: section(Artifact.load(SHIPPED)), README.read_text())
+    if not count:
+        raise command.CommandError(f"{README}: no section 'The shipped model'")
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    command.run(main)
