@@ -37,7 +37,7 @@ from model.explain import VIEWS
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.tuning import BATCHES, best_batch, compare
-from serving import logs, metrics
+from serving import connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
@@ -56,6 +56,11 @@ from serving.visits import Visits
 logger = logging.getLogger("classifier.service")
 
 settings = configuration.load()
+IS_WORKER = bentoml.server_context.worker_index is not None
+if IS_WORKER:
+    connections.install()
+else:
+    supervision.install()
 MEASURED = "RUNTIME_MEASURED"
 """Variable by which workers learn what was measured before they were started."""
 
@@ -72,7 +77,7 @@ def load_models() -> tuple[Ensemble, Ensemble | None]:
 try:
     TAGS = [store.resolve(reference.strip()) for reference in settings.model.split(",")]
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None
-    if len(TAGS) > 1 or SHADOW:
+    if not IS_WORKER:
         load_models()  # one clear line now instead of a traceback from every worker
     KEYS = Keys(settings.api_keys) if settings.api_keys else None
     USAGE = Usage(settings.usage_file) if KEYS else None
@@ -130,6 +135,7 @@ class Runner:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
+        metrics.forget_the_dead()
         self._engine, self._answer = start_engine(worker, *load_models())
 
     @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
@@ -205,6 +211,9 @@ class Classifier:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, process_name())
+        metrics.forget_the_dead()
+        if settings.drain_seconds:
+            draining.install(settings.drain_seconds)
         self._served, shadow = load_models()
         self._reference = self._served.reference(RUNTIME)
         self._drift = Drift(self._served.config, self._reference)
@@ -240,7 +249,9 @@ class Classifier:
         return outputs
 
     async def __is_ready__(self) -> bool:
-        """Ready once the reference images have come back right, on the very path that requests take."""
+        """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""
+        if draining.begun.is_set():
+            return False
         # One at a time: the first requests wait for the verdict instead of each asking for their own.
         async with self._verifying:
             if self._verified:

@@ -70,6 +70,8 @@ class Settings(BaseSettings):
     request_timeout: float = Field(default=10.0, gt=0)
     """Deadline of a request; one that waits longer is answered 504 and never computed. A caller may ask for a shorter
     one by the header ``X-Request-Timeout``."""
+    drain_seconds: float = Field(default=0.0, ge=0)
+    """After SIGTERM, how long requests are still taken while readiness is off, for a load balancer to notice that."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import metrics
+from serving import draining, metrics
 from serving.context import choose_request_id, request_id, watch
 from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
 from serving.visits import Visits
@@ -109,6 +109,8 @@ class _Reply:
                 self._foreign.headers["allow"] = headers["allow"]
             return
         headers[REQUEST_ID_HEADER] = self._id
+        if draining.begun.is_set():
+            headers["connection"] = "close"
         self.status, self.code = message["status"], headers.get(ERROR_HEADER, "")
         await self._send(message)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, multiprocess
 
 STAGE_SECONDS = Histogram(
     "classifier_stage_seconds",
@@ -95,3 +97,12 @@ def timed(stage: str) -> Iterator[None]:
         yield
     finally:
         STAGE_SECONDS.labels(stage).observe(time.perf_counter() - started)
+
+
+def forget_the_dead() -> None:
+    """Take the gauges of processes that were killed out of the sums: their last values would stand for ever."""
+    folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    for file in Path(folder).glob("gauge_live*.db"):
+        pid = file.stem.rpartition("_")[2]
+        if not Path(f"/proc/{pid}").exists():
+            multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]

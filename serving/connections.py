@@ -1,0 +1,71 @@
+"""A client's connection, with an end to what uvicorn lets take for ever.
+
+Headers that never end, the rest of a body whose request is answered already, and a reply that nobody reads: each holds
+a file descriptor and memory. A request whose body comes late is answered by its own deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import uvicorn.config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+RECEIVE_SECONDS = 10.0
+"""For headers, and for what is left of a body after its reply. Nginx's limit is the same."""
+SEND_SECONDS = 30.0
+"""For what the operating system has not taken of a reply."""
+
+
+class Connection(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._sending: asyncio.TimerHandle | None = None
+        self._await_bytes()
+
+    def _await_bytes(self) -> None:
+        self._receiving = self.loop.call_later(RECEIVE_SECONDS, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        self._receiving.cancel()
+        self._await_bytes()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._receiving.cancel()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._receiving.cancel()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._await_bytes()
+        if self.transport.get_write_buffer_size():
+            self._await_reader()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def _await_reader(self) -> None:
+        if self._sending is None:
+            self._sending = self.loop.call_later(SEND_SECONDS, self._check_reader)
+
+    def _check_reader(self) -> None:
+        self._sending = None
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._receiving, self._sending):
+            if timer:
+                timer.cancel()
+        super().connection_lost(exc)
+
+
+def install() -> None:
+    """Let uvicorn in this process, which has not been configured yet, use ``Connection``."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Connection.__name__}"

@@ -1,0 +1,62 @@
+"""What BentoML's supervisor of the worker processes (circus) leaves out for a service that heals and stops by itself.
+
+- It looks for dead workers every 10 s, and in a container replaces none until all are dead: here, within a second.
+- Told to stop, it stops the runner together with the workers that still ask it: here, the runner goes last.
+- Meanwhile it keeps a port open on which nobody accepts: here, a proxy is refused at once and turns to another replica.
+- Any user of the machine may command it, over a TCP port: here, over a socket in a private folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+from typing import Any
+
+from _bentoml_impl.server.serving import API_SERVER_NAME
+from bentoml._internal.utils import circus
+from circus.arbiter import Arbiter
+from circus.watcher import Watcher
+
+CHECK_SECONDS = 0.5
+WORKERS = "service"
+"""BentoML's name for the watcher of the API workers; those of runners are called otherwise."""
+
+
+class Supervisor(circus.Arbiter):
+    def __init__(self, watchers: list[Watcher], **options: Any) -> None:
+        for watcher in watchers:
+            watcher.respawn = True
+        folder = tempfile.mkdtemp(prefix="classifier-")
+        endpoints = {name: f"ipc://{folder}/{name}" for name in ("endpoint", "pubsub_endpoint")}
+        super().__init__(watchers, **{**options, **endpoints, "check_delay": CHECK_SECONDS})
+        self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+    def stop(self) -> Any:
+        self.sockets[API_SERVER_NAME].close()
+        (workers,) = (watcher for watcher in self.watchers if watcher.name == WORKERS)
+        runners = [watcher for watcher in self.watchers if watcher is not workers]
+        for runner in runners:
+            runner.hooks["before_signal"] = _hold
+        workers.hooks["after_stop"] = lambda **_: _release(runners)
+        # Not BentoML's own, which begins by removing the runner's socket.
+        stopped = Arbiter.stop(self)
+        stopped.add_done_callback(lambda _: self.exit_stack.close())
+        return stopped
+
+
+def _hold(**_: Any) -> bool:
+    """Answers circus that the signal is not to be sent."""
+    return False
+
+
+def _release(runners: list[Watcher]) -> None:
+    for runner in runners:
+        del runner.hooks["before_signal"]
+        for pid in list(runner.processes):
+            runner.send_signal(pid, signal.SIGTERM)
+
+
+def install() -> None:
+    """Let ``bentoml serve`` in this process, which has not started any worker yet, use ``Supervisor``."""
+    circus.Arbiter = Supervisor  # type: ignore[misc]  # the name under which BentoML looks it up
