@@ -135,7 +135,6 @@ class Runner:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
-        metrics.forget_the_dead()
         self._engine, self._answer = start_engine(worker, *load_models())
 
     @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
@@ -211,7 +210,6 @@ class Classifier:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, process_name())
-        metrics.forget_the_dead()
         if settings.drain_seconds:
             draining.install(settings.drain_seconds)
         self._served, shadow = load_models()

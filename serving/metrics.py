@@ -8,7 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import Counter, Gauge, Histogram, multiprocess
+from prometheus_client import Counter, Gauge, Histogram
+
+FILES = ("counter", "histogram", "gauge_all", "gauge_livesum", "gauge_livemax")
+"""What the client library keeps for each process, as mapped files of these names, its number and ``.db``."""
+RESERVED_BYTES = 2**17
+"""Of each file; a worker that has seen everything fills a tenth of that."""
+
+
+def _prepare(folder: Path) -> None:
+    """Reserve this process' files on the disk, and forget the gauges of processes that were killed.
+
+    The library lets the files grow as they are written to, which on a full disk ends in SIGBUS instead of an error. And
+    the last values of a gauge would stand for ever.
+    """
+    for kind in FILES:
+        with (folder / f"{kind}_{os.getpid()}.db").open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
+    for gauge in folder.glob("gauge_*.db"):
+        if not Path("/proc", gauge.stem.rpartition("_")[2]).exists():
+            gauge.unlink(missing_ok=True)
+
+
+if _folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # a worker, and no value of it exists yet
+    _prepare(Path(_folder))
 
 STAGE_SECONDS = Histogram(
     "classifier_stage_seconds",
@@ -97,12 +120,3 @@ def timed(stage: str) -> Iterator[None]:
         yield
     finally:
         STAGE_SECONDS.labels(stage).observe(time.perf_counter() - started)
-
-
-def forget_the_dead() -> None:
-    """Take the gauges of processes that were killed out of the sums: their last values would stand for ever."""
-    folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
-    for file in Path(folder).glob("gauge_live*.db"):
-        pid = file.stem.rpartition("_")[2]
-        if not Path(f"/proc/{pid}").exists():
-            multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
