@@ -153,6 +153,13 @@ down: ## stop the stack; what Prometheus, Alertmanager and Grafana have stored s
 smoke: ## ask the stack from outside: does it classify, are inner paths hidden, are all targets up
 	@python3 deploy/smoke.py
 
+# Debian: nginx-light. Those of a full disk and of memory mount and limit as root, and say so where it is missing.
+check-faults: $(VENV)/.dev ## kill, starve, fill and restart the service under load, and count what is lost; needs Nginx
+	$(BIN)/python -m pytest tests/faults
+
+soak: $(VENV)/.dev ## SOAK_SECONDS (3600) at 70 % load: memory, descriptors, latency into docs/soak.json and a plot; needs wrk
+	$(BIN)/python -m tests.soak --seconds $(or $(SOAK_SECONDS),3600)
+
 e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test them from outside
 	$(BIN)/python -m pytest tests/e2e
 
@@ -236,10 +243,17 @@ kubeconfig: # the file KUBECONFIG from the variable KUBECONFIG_CONTENT
 notes: # of the release TAG
 	gh release create $(TAG) --verify-tag --generate-notes
 
-lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt
-	$(BIN)/uv pip compile -q pyproject.toml -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q pyproject.toml --extra gpu -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev -o requirements.txt --no-annotate --custom-compile-command "make lock"
+audit: $(VENV)/.dev ## fail on known vulnerabilities of what is pinned, and when their index cannot be read
+	$(BIN)/python -m deploy.audit
+
+SBOM ?= dist/sbom.json
+sbom: $(VENV)/.dev ## write the parts list of IMAGE into SBOM (dist/sbom.json), as CycloneDX; needs Docker
+	$(BIN)/python -m deploy.sbom $(or $(IMAGE),$(IMAGE_CPU)) $(SBOM)
+
+lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, with the hash of every file
+	$(BIN)/uv pip compile -q pyproject.toml --generate-hashes -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 

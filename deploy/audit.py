@@ -1,0 +1,69 @@
+"""Known vulnerabilities of every pinned package: `make audit`.
+
+Fails for one that deploy/audit.toml does not excuse, for an excuse that has expired, and when the index cannot say:
+no verdict is no acquittal.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+EXCUSES = ROOT / "deploy/audit.toml"
+REQUIREMENTS = ROOT / "requirements.txt"
+"""Holds what both images hold too."""
+
+
+class NoVerdictError(RuntimeError):
+    """The index could not be read, for all packages or for some."""
+
+
+def objections(report: Mapping[str, Any], excused: Mapping[str, date], today: date) -> Iterator[str]:
+    """A line for each vulnerability in a report of pip-audit that is not excused; raises ``NoVerdictError``."""
+    packages = report["dependencies"]
+    if skipped := [package for package in packages if "skip_reason" in package]:
+        raise NoVerdictError(f"{len(skipped)} of {len(packages)} packages: {skipped[0]['skip_reason']}")
+    for package in packages:
+        for found in package["vulns"]:
+            names = {found["id"], *found["aliases"]}
+            if not any(expires > today for name, expires in excused.items() if name in names):
+                fixed = ", ".join(found["fix_versions"]) or "no version"
+                yield f"{package['name']} {package['version']}: {'/'.join(sorted(names))}, fixed in {fixed}"
+
+
+def excuses(file: Path) -> dict[str, date]:
+    """Until when each vulnerability is excused; every entry needs a reason."""
+    entries = tomllib.loads(file.read_text()).get("excused", [])
+    return {entry["id"]: entry["expires"] for entry in entries if entry["reason"]}
+
+
+def ask(requirements: Path) -> dict[str, Any]:
+    """The report of pip-audit on exactly what is pinned; raises ``NoVerdictError``."""
+    options = ("--require-hashes", "--disable-pip", "--progress-spinner", "off", "--format", "json")
+    command = (sys.executable, "-m", "pip_audit", "--requirement", requirements, *options)
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise NoVerdictError(done.stderr.strip().rpartition("\n")[2]) from None
+    return report
+
+
+def main() -> None:
+    try:
+        found = list(objections(ask(REQUIREMENTS), excuses(EXCUSES), date.today()))
+    except NoVerdictError as error:
+        sys.exit(f"error: the index of vulnerabilities could not be read for {error}")
+    print("\n".join(found) or "no known vulnerabilities")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
