@@ -81,7 +81,7 @@ try:
         load_models()  # one clear line now instead of a traceback from every worker
     KEYS = Keys(settings.api_keys) if settings.api_keys else None
     USAGE = Usage(settings.usage_file) if KEYS else None
-except (store.StoreError, ArtifactError, EnsembleError) as error:
+except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # of the disk, too
     asked = f"MODEL={settings.model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
     raise configuration.SettingsError(f"error: {asked}: {error}") from None
 except AccessError as error:

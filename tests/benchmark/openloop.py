@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import threading
 from collections import Counter
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
@@ -21,6 +23,8 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 import uvloop
+
+from tests.benchmark.workloads import Body
 
 MAX_CONNECTIONS = 4096
 """Beyond it a request is given up as unsent, as by a proxy with that limit. Connections are opened when needed."""
@@ -47,10 +51,14 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not an instance of it
+        self._load.open.add(self)
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def send(self, due: float) -> None:
         self._due = due
-        self._transport.write(self._load.request)
+        self._transport.write(next(self._load.requests))
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -67,6 +75,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._load.connections -= 1
+        self._load.open.discard(self)
         if self in self._load.idle:
             self._load.idle.remove(self)
         self._settle(LOST)
@@ -78,17 +87,22 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    def __init__(self, url: str, body: bytes, content_type: str) -> None:
+    """``bodies`` are sent in turn."""
+
+    def __init__(self, url: str, *bodies: Body) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname, parts.port
-        head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
-        self.request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        self.requests = cycle([_request(head, body) for body in bodies])
         self.idle: list[Connection] = []
         """The last one used first, so that no more are open than are needed."""
+        self.open: set[Connection] = set()
         self.connections = 0
+        self._ended = False
         self.replies: list[Reply] = []
         self.lags: list[float] = []
         """How late each request left, in seconds."""
+        self.started = threading.Event()
         self._complete = asyncio.Event()
         self._faults: list[dict[str, Any]] = []
         self._connecting: set[asyncio.Task[None]] = set()
@@ -97,10 +111,11 @@ class Load:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(lambda loop, context: self._faults.append(context))
         self._start = self._loop.time()
+        self.started.set()
         self._expected = len(due)
         sent = 0
         while sent < len(due):
-            now = self._now()
+            now = self.now()
             while sent < len(due) and due[sent] <= now:
                 self._fire(float(due[sent]))
                 self.lags.append(now - float(due[sent]))
@@ -109,15 +124,22 @@ class Load:
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 await self._complete.wait()
+        self._ended = True
+        for connection in list(self.open):
+            connection.abort()
+        await asyncio.sleep(0)
         if self._faults:
             raise RuntimeError(f"the generator itself failed: {self._faults[0]}")
 
     def settle(self, outcome: str, due: float) -> None:
-        self.replies.append(Reply(outcome, due, self._now()))
+        if self._ended:  # by our own hand: it stays unanswered
+            return
+        self.replies.append(Reply(outcome, due, self.now()))
         if len(self.replies) == self._expected:
             self._complete.set()
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since the start, as replies have them."""
         return self._loop.time() - self._start
 
     def _fire(self, due: float) -> None:
@@ -139,6 +161,11 @@ class Load:
             self.settle(LOST, due)
         else:
             connection.send(due)
+
+
+def _request(head: str, body: Body) -> bytes:
+    fields = f"Content-Type: {body.content_type}\r\nContent-Length: {len(body.content)}\r\n\r\n"
+    return (head + fields).encode() + body.content
 
 
 def arrivals(rate: float, seconds: float) -> np.ndarray:
@@ -177,7 +204,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--deadline", type=float, default=1.0)
     options = parser.parse_args()
-    load = Load(options.url, options.body.read_bytes(), options.content_type)
+    load = Load(options.url, Body(options.content_type, options.body.read_bytes()))
     due = arrivals(options.rate, options.seconds)
     uvloop.run(load.run(due, options.deadline))
     print(json.dumps(report(load, due, options.seconds, options.deadline)))

@@ -1,0 +1,73 @@
+"""Traffic beside a fault, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import uvloop
+
+from tests.benchmark.openloop import UNANSWERED, Load, arrivals
+from tests.benchmark.workloads import SAMPLE, Body
+
+RATE = 200.0
+"""Requests a second."""
+PATIENCE = 20.0
+"""Seconds after the last request in which its reply may come."""
+RESTORED_SECONDS = 10.0
+"""Within which the service must have healed by itself."""
+SLACK = 0.1
+"""Seconds by which this process may learn late of what happened to another."""
+ONE_IMAGE = Body("image/jpeg", SAMPLE.read_bytes())
+
+
+class Traffic:
+    """Requests that leave when they are due, whatever becomes of the others."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self._due = arrivals(RATE, seconds)
+        self.load = Load(f"{url}/classify", ONE_IMAGE)
+
+    def run(self) -> None:
+        uvloop.run(self.load.run(self._due, PATIENCE))
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Of every request: a status, or why there is none."""
+        counted = Counter(reply.outcome for reply in self.load.replies)
+        return counted + Counter({UNANSWERED: len(self._due) - len(self.load.replies)})
+
+    @property
+    def failed(self) -> int:
+        return self.outcomes.total() - self.outcomes["200"]
+
+    def under_way(self, since: float, until: float) -> int:
+        """Requests that were sent and not answered at some moment between two of ``load.now()``."""
+        return sum(reply.due <= until + SLACK and reply.answered >= since - SLACK for reply in self.load.replies)
+
+    def __str__(self) -> str:
+        counted = ", ".join(f"{outcome}: {count}" for outcome, count in self.outcomes.most_common())
+        return f"{len(self._due)} sent ({counted})"
+
+
+@contextmanager
+def traffic(url: str, seconds: float) -> Iterator[Traffic]:
+    """``RATE`` requests a second for ``seconds``, beside what is done meanwhile; all are settled afterwards."""
+    running = Traffic(url, seconds)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(running.run)
+        assert running.load.started.wait(PATIENCE)
+        yield running
+        done.result()
+
+
+def seconds_until(condition: Callable[[], bool], limit: float) -> float:
+    """How long it takes; fails after ``limit`` seconds."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < limit, f"not within {limit} s"
+        time.sleep(0.05)
+    return time.monotonic() - started

@@ -1,0 +1,156 @@
+"""Two replicas behind Nginx, as in production but for TLS and the limit per address: callers notice nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from model.artifact import HASHED, seal
+from model.store import SHIPPED
+from tests import live, nginx
+from tests.faults.load import seconds_until, traffic
+from tests.faults.server import API, classify, starts, workers
+
+Say = Callable[[str], None]
+ENVIRONMENT = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+
+
+class Replica:
+    """One server on a port of its own, which can be stopped, killed and started again with another model."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.home, self.port = home, port
+        self._running = ExitStack()
+
+    def start(self, model: str) -> None:
+        # Enough for two cores with a load generator and Nginx beside it.
+        env = live.environment(self.home, TOPOLOGY="embedded", RUNTIME="onnx-int8", WORKERS=1, MODEL=model)
+        url = f"http://127.0.0.1:{self.port}"
+        log = self.home / live.LOG
+        command = [*live.command(self.port), "--timeout-graceful-shutdown", "30"]
+        ready = lambda: requests.get(f"{url}/readyz", timeout=5).ok  # noqa: E731
+        process = self._running.enter_context(live.running(command, env, log, ready))
+        (self.home / live.PID).write_text(str(process.pid))
+
+    def stop(self) -> None:
+        self._running.close()
+
+    def kill(self) -> None:
+        for pid in live.processes(self.home):
+            os.kill(pid, signal.SIGKILL)
+        self._running.close()
+
+
+@pytest.fixture
+def replicas(tmp_path: Path) -> Iterator[list[Replica]]:
+    both = [Replica(tmp_path / f"replica-{i}", live.free_port()) for i in range(2)]
+    with ExitStack() as stopping:
+        for replica in both:
+            stopping.callback(replica.stop)
+            replica.start("cifar10_cnn")
+        yield both
+
+
+@pytest.fixture
+def url(replicas: list[Replica], tmp_path: Path) -> Iterator[str]:
+    """Of Nginx in front of the replicas."""
+    port = live.free_port()
+    printed = subprocess.run(["nginx", "-v"], capture_output=True, text=True, env=ENVIRONMENT)
+    folder = nginx.configuration(tmp_path / "nginx", nginx.version(printed.stderr))
+    adapt(folder, tmp_path, port, [replica.port for replica in replicas])
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
+    url = f"http://127.0.0.1:{port}"
+    log = tmp_path / "nginx.log"
+    with live.running(command, ENVIRONMENT, log, lambda: requests.get(f"{url}/readyz", timeout=5).ok, signal.SIGQUIT):
+        yield url
+
+
+def adapt(folder: Path, scratch: Path, port: int, replicas: list[int]) -> None:
+    for file in folder.rglob("*.conf"):
+        file.write_text(file.read_text().replace(" /tmp/", f" {scratch}/"))
+    main, upstream = folder / "nginx.conf", folder / "snippets/upstream.conf"
+    nginx.replace(main, "listen 8443 ssl default_server", f"listen 127.0.0.1:{port} default_server")
+    nginx.replace(main, "listen 8080", f"listen 127.0.0.1:{live.free_port()}")
+    nginx.replace(main, "listen 8081", f"listen 127.0.0.1:{live.free_port()}")
+    nginx.replace(main, "include snippets/tls.conf;", "")
+    nginx.replace(folder / "snippets/limits.conf", "rate=100r/s", "rate=1000r/s")
+    (line,) = [line for line in upstream.read_text().splitlines() if line.strip().startswith("server classifier:3000")]
+    servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)
+    nginx.replace(upstream, line + "\n", servers)
+
+
+@contextmanager
+def beside(url: str, say: Say, what: str, seconds: float) -> Iterator[None]:
+    """Traffic of which not one request may fail."""
+    with traffic(url, seconds) as sent:
+        time.sleep(2)
+        yield
+        assert sent.load.now() < seconds - 1, "the traffic ended before the fault did"
+    say(f"{what}: {sent}")
+    assert sent.failed == 0
+
+
+def served(url: str) -> set[str]:
+    return {classify(url).json()["model"] for _ in range(8)}
+
+
+def test_a_killed_replica_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+    with beside(url, say, "replica killed and started again", seconds=25):
+        replicas[0].kill()
+        time.sleep(3)
+        replicas[0].start("cifar10_cnn")
+
+
+def test_a_restart_of_one_after_the_other_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+    with beside(url, say, "rolling restart", seconds=40):
+        for replica in replicas:
+            replica.stop()
+            replica.start("cifar10_cnn")
+
+
+def other_version(home: Path) -> str:
+    """Another version of the shipped model in the store of a replica: the same network with another card."""
+    folder = home / "other"
+    shutil.copytree(SHIPPED, folder)
+    card = json.loads((folder / "card.json").read_text())
+    artifact = seal(folder, {**{key: value for key, value in card.items() if key != "files"}, "note": "upgrade"})
+    assert all((folder / name).exists() for name in HASHED)
+    subprocess.run(
+        [*live.command(0)[:1], "-m", "model.store", "import", folder],
+        cwd=live.REPOSITORY,
+        env=live.environment(home),
+        check=True,
+        capture_output=True,
+    )
+    return f"{artifact.config.name}:{artifact.version}"
+
+
+def test_upgrade_and_rollback_fail_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+    (old,) = served(url)
+    (new,) = {other_version(replica.home) for replica in replicas}
+    assert new != old
+    for name, model in (("upgrade", new), ("rollback", old)):
+        with beside(url, say, name, seconds=40):
+            for replica in replicas:
+                replica.stop()
+                replica.start(model)
+        assert served(url) == {model}
+
+
+def test_a_killed_worker_of_a_replica_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+    """Its replica has no other worker: requests wait at its door, or go to the other replica."""
+    home = replicas[0].home
+    with beside(url, say, "worker of a replica killed", seconds=20):
+        (worker,) = workers(home, API)
+        os.kill(worker, signal.SIGKILL)
+        seconds_until(lambda: starts(home, API) == 2, 30)

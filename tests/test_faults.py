@@ -1,0 +1,179 @@
+"""What goes wrong inside: an altered model, an engine that raises, a clock that jumps, processes that were killed.
+
+Processes under load, disks, slow clients and replicas are in tests/faults: `make check-faults`.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from numpy.typing import NDArray
+
+from model.artifact import Outputs
+from model.batching import Batcher
+from model.preprocess import Pixels
+from serving.access import Key
+from serving.errors import ApiError
+from serving.hosts import Local
+from serving.usage import DAY_SECONDS, Account
+from tests.live import REPOSITORY, command, encode, environment, free_port, picture, processes, serve
+
+
+def models(home: Path) -> Path:
+    """The folder of the one version in the store of a server."""
+    (folder,) = (path for path in (home / "models/cifar10_cnn").iterdir() if path.is_dir())
+    return folder
+
+
+def flip(file: Path) -> None:
+    """Alter one bit in the middle of a file, in place."""
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
+
+
+def started(home: Path) -> subprocess.CompletedProcess[str]:
+    """A server that is not expected to start."""
+    return subprocess.run(
+        command(free_port()), cwd=REPOSITORY, env=environment(home), capture_output=True, text=True, timeout=120
+    )
+
+
+def test_one_altered_byte_harms_no_running_server_and_stops_the_next_start(tmp_path: Path) -> None:
+    photograph = encode(picture(), "JPEG")
+
+    def ask(url: str) -> object:
+        sent = requests.post(f"{url}/classify", photograph, headers={"Content-Type": "image/jpeg"}, timeout=60)
+        assert sent.status_code == 200
+        return sent.json()["all_probabilities"]
+
+    with serve("embedded", tmp_path, WORKERS=1) as url:
+        before = ask(url)
+        for file in models(tmp_path).glob("*.onnx"):
+            flip(file)
+        assert ask(url) == before
+        shutil.move(tmp_path / "models", tmp_path / "gone")
+        assert ask(url) == before
+        assert len(processes(tmp_path)) == 2
+        shutil.move(tmp_path / "gone", tmp_path / "models")
+    done = started(tmp_path)
+    assert done.returncode
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: MODEL='cifar10_cnn': ")
+    assert "model.onnx: sha256 " in line
+
+
+# --- the engine ---
+
+
+class Fragile:
+    """An engine that raises for a batch that holds a black image, and else answers with the mean of each image."""
+
+    name = "fragile"
+
+    def __call__(self, images: Pixels) -> Outputs:
+        if not images.any(axis=(1, 2, 3)).all():
+            raise RuntimeError("a black image")
+        return np.asarray(images.mean(axis=(1, 2)), np.float32)
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+
+def test_an_engine_that_raises_costs_the_requests_of_that_batch_alone() -> None:
+    """128 sent, one black among them: its batch of 8 fails, 120 are answered."""
+    images = np.arange(1, 129, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    images[77] = 0
+
+    async def ask() -> list[Outputs | BaseException]:
+        engine = Fragile()
+        queue = Batcher(Local(engine, engine).infer, max_batch=8, max_queue=128)
+        answers = await asyncio.gather(*(queue(images[i : i + 1]) for i in range(128)), return_exceptions=True)
+        assert queue.waiting == 0
+        np.testing.assert_array_equal(await queue(images[:1]), [[1, 1, 1]])
+        return answers
+
+    answers = asyncio.run(ask())
+    failed = [i for i, answer in enumerate(answers) if isinstance(answer, BaseException)]
+    assert 77 in failed
+    assert len(failed) <= 8
+    for i, answer in enumerate(answers):
+        if i not in failed:
+            np.testing.assert_array_equal(answer, images[i].mean(axis=(0, 1))[None])
+
+
+# --- the clock ---
+
+LIMITED = Key(sha256="0" * 64, images_per_second=10, images_per_day=100)
+NOON = 20_000 * DAY_SECONDS + DAY_SECONDS / 2
+
+
+@pytest.mark.parametrize("jump", [-DAY_SECONDS / 4, -3600.0, 3600.0, DAY_SECONDS / 4])
+def test_a_clock_that_jumps_gives_at_most_one_second_of_images(jump: float) -> None:
+    account = Account(tokens=10).charge(LIMITED, 10, NOON)
+    with pytest.raises(ApiError, match="10 images a second"):
+        account.charge(LIMITED, 10, NOON)
+    if jump > 0:
+        account = account.charge(LIMITED, 10, NOON + jump)
+    with pytest.raises(ApiError, match="10 images a second"):
+        account.charge(LIMITED, 10, NOON + jump)
+
+
+WALL_CLOCK = {
+    "usage.py": "days, and what several processes and restarts share",
+    "review.py": "the age of files",
+}
+
+
+def test_durations_are_of_a_clock_that_never_jumps() -> None:
+    """``time.time`` only where the date itself is meant."""
+    for file in [
+        REPOSITORY / "service.py",
+        *(REPOSITORY / "serving").glob("*.py"),
+        *(REPOSITORY / "model").glob("*.py"),
+    ]:
+        used = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        assert "time.time" not in used or file.name in WALL_CLOCK, file
+
+
+# --- processes that were killed ---
+
+TWO_LIVES = """
+import os, sys
+from serving import metrics
+metrics.QUEUE_IMAGES.set(7)
+metrics.REJECTED.labels("internal").inc()
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+os._exit(0)  # as if killed
+"""
+
+
+def test_gauges_of_the_dead_do_not_count_but_what_they_counted_does(tmp_path: Path) -> None:
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for lives in (1, 2):
+        text = subprocess.check_output([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, text=True)
+        assert "classifier_queue_images 7.0" in text
+        assert f'classifier_rejected_total{{reason="internal"}} {lives}.0' in text
+
+
+def test_metrics_reserve_their_place_on_the_disk(tmp_path: Path) -> None:
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, check=True, capture_output=True)
+    files = list(tmp_path.glob("*.db"))
+    assert len(files) == 5
+    for file in files:
+        assert file.stat().st_blocks * 512 >= file.stat().st_size == 2**17
