@@ -20,6 +20,7 @@ BASE_IMAGE = "python:3.11-slim"
 MAX_OVER_BASE = 500e6
 READY_SECONDS = 120
 STOP_SECONDS = 30
+RESTORED_SECONDS = 10
 HARDENED = (
     *("--read-only", "--tmpfs", "/tmp", "--env", "BENTOML_HOME=/tmp/bentoml"),
     *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
@@ -127,6 +128,21 @@ def image_size(name: str) -> int:
     if not has_image(name):
         docker("pull", "--quiet", name)
     return int(docker("image", "inspect", name, "--format", "{{.Size}}"))
+
+
+def test_a_killed_worker_is_replaced(container: Container) -> None:
+    """BentoML leaves it dead in a container, unless it was the last."""
+    find = "grep -l -e '[-]-worker-id' /proc/[0-9]*/cmdline | cut -d / -f 3"
+    before = container.run(find).split()
+    ups = docker("logs", container.id).count("Service classifier initialized")
+    container.run(f"kill -9 {before[0]}")
+    deadline = time.monotonic() + RESTORED_SECONDS
+    while docker("logs", container.id).count("Service classifier initialized") == ups:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    after = container.run(find).split()
+    assert len(after) == len(before)
+    assert before[0] not in after
 
 
 def test_stops_when_told(container: Container) -> None:
