@@ -11,20 +11,20 @@ import asyncio
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-RECEIVE_SECONDS = 10.0
-"""For headers, and for what is left of a body after its reply. Nginx's limit is the same."""
-SEND_SECONDS = 30.0
-"""For what the operating system has not taken of a reply."""
-
 
 class Connection(HttpToolsProtocol):
+    receive_seconds = 10.0
+    """For headers, and for what is left of a body after its reply. Nginx's limit is the same."""
+    send_seconds = 30.0
+    """For what the operating system has not taken of a reply."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
         self._sending: asyncio.TimerHandle | None = None
         self._await_bytes()
 
     def _await_bytes(self) -> None:
-        self._receiving = self.loop.call_later(RECEIVE_SECONDS, self.transport.abort)
+        self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
 
     def on_message_begin(self) -> None:
         self._receiving.cancel()
@@ -52,7 +52,7 @@ class Connection(HttpToolsProtocol):
 
     def _await_reader(self) -> None:
         if self._sending is None:
-            self._sending = self.loop.call_later(SEND_SECONDS, self._check_reader)
+            self._sending = self.loop.call_later(self.send_seconds, self._check_reader)
 
     def _check_reader(self) -> None:
         self._sending = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import threading
 from collections import Counter
 from contextlib import suppress
 from itertools import cycle
@@ -98,11 +97,11 @@ class Load:
         """The last one used first, so that no more are open than are needed."""
         self.open: set[Connection] = set()
         self.connections = 0
-        self._ended = False
+        self.sent = 0
+        self._stopped = self._ended = False
         self.replies: list[Reply] = []
         self.lags: list[float] = []
         """How late each request left, in seconds."""
-        self.started = threading.Event()
         self._complete = asyncio.Event()
         self._faults: list[dict[str, Any]] = []
         self._connecting: set[asyncio.Task[None]] = set()
@@ -111,16 +110,15 @@ class Load:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(lambda loop, context: self._faults.append(context))
         self._start = self._loop.time()
-        self.started.set()
-        self._expected = len(due)
-        sent = 0
-        while sent < len(due):
+        while self.sent < len(due) and not self._stopped:
             now = self.now()
-            while sent < len(due) and due[sent] <= now:
-                self._fire(float(due[sent]))
-                self.lags.append(now - float(due[sent]))
-                sent += 1
+            while self.sent < len(due) and due[self.sent] <= now:
+                self._fire(float(due[self.sent]))
+                self.lags.append(now - float(due[self.sent]))
+                self.sent += 1
             await asyncio.sleep(TICK)
+        self._stopped = True
+        self._check()
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 await self._complete.wait()
@@ -135,7 +133,14 @@ class Load:
         if self._ended:  # by our own hand: it stays unanswered
             return
         self.replies.append(Reply(outcome, due, self.now()))
-        if len(self.replies) == self._expected:
+        self._check()
+
+    def stop(self) -> None:
+        """Send no more; from any thread."""
+        self._stopped = True
+
+    def _check(self) -> None:
+        if self._stopped and len(self.replies) == self.sent:
             self._complete.set()
 
     def now(self) -> float:

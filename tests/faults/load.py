@@ -17,6 +17,8 @@ RATE = 200.0
 """Requests a second."""
 PATIENCE = 20.0
 """Seconds after the last request in which its reply may come."""
+AROUND_SECONDS = 2.0
+LONGEST_SECONDS = 600.0
 RESTORED_SECONDS = 10.0
 """Within which the service must have healed by itself."""
 SLACK = 0.1
@@ -27,18 +29,17 @@ ONE_IMAGE = Body("image/jpeg", SAMPLE.read_bytes())
 class Traffic:
     """Requests that leave when they are due, whatever becomes of the others."""
 
-    def __init__(self, url: str, seconds: float) -> None:
-        self._due = arrivals(RATE, seconds)
+    def __init__(self, url: str) -> None:
         self.load = Load(f"{url}/classify", ONE_IMAGE)
 
     def run(self) -> None:
-        uvloop.run(self.load.run(self._due, PATIENCE))
+        uvloop.run(self.load.run(arrivals(RATE, LONGEST_SECONDS), PATIENCE))
 
     @property
     def outcomes(self) -> Counter[str]:
         """Of every request: a status, or why there is none."""
         counted = Counter(reply.outcome for reply in self.load.replies)
-        return counted + Counter({UNANSWERED: len(self._due) - len(self.load.replies)})
+        return counted + Counter({UNANSWERED: self.load.sent - len(self.load.replies)})
 
     @property
     def failed(self) -> int:
@@ -50,17 +51,21 @@ class Traffic:
 
     def __str__(self) -> str:
         counted = ", ".join(f"{outcome}: {count}" for outcome, count in self.outcomes.most_common())
-        return f"{len(self._due)} sent ({counted})"
+        return f"{self.load.sent} sent ({counted})"
 
 
 @contextmanager
-def traffic(url: str, seconds: float) -> Iterator[Traffic]:
-    """``RATE`` requests a second for ``seconds``, beside what is done meanwhile; all are settled afterwards."""
-    running = Traffic(url, seconds)
+def traffic(url: str) -> Iterator[Traffic]:
+    """``RATE`` requests a second beside what is done meanwhile, and a little before and after; then all are settled."""
+    running = Traffic(url)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(running.run)
-        assert running.load.started.wait(PATIENCE)
-        yield running
+        try:
+            time.sleep(AROUND_SECONDS)
+            yield running
+            time.sleep(AROUND_SECONDS)
+        finally:
+            running.load.stop()
         done.result()
 
 
