@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -50,8 +51,11 @@ def capacity(running: servers.Running, home: Path) -> float:
     return float(loads.closed(target, CONNECTIONS, CAPACITY_SECONDS)["rate"])
 
 
-def window(url: str, rate: float) -> dict[str, Any]:
-    load, due = Load(f"{url}/classify", *bodies()), arrivals(rate, WINDOW_SECONDS)
+def window(url: str, rate: float, sent: int) -> dict[str, Any]:
+    """One window of load, which goes on among the bodies where the ones before, of ``sent`` requests, ended."""
+    turn = deque(bodies())
+    turn.rotate(-sent)
+    load, due = Load(f"{url}/classify", *turn), arrivals(rate, WINDOW_SECONDS)
     uvloop.run(load.run(due, DEADLINE))
     return report(load, due, WINDOW_SECONDS, DEADLINE)
 
@@ -74,7 +78,8 @@ def measure(seconds: float) -> dict[str, Any]:
         time.sleep(2)  # until its connections are closed
         samples, started = [], time.monotonic()
         while (now := time.monotonic() - started) < seconds:
-            samples.append({"seconds": now, **window(running.url, SHARE * most), "processes": processes(running.pid)})
+            loaded = window(running.url, SHARE * most, sum(sum(sample["outcomes"].values()) for sample in samples))
+            samples.append({"seconds": now, **loaded, "processes": processes(running.pid)})
             print(f"{now:6.0f} s: {_total(samples[-1], 'mib'):.1f} MiB, {samples[-1]['outcomes']}", flush=True)
     about = {"server": bundle.name, "seconds": seconds, "capacity": most, "rate": SHARE * most}
     return {**machine.describe(), **about, "samples": samples}
