@@ -166,6 +166,15 @@ e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test
 e2e-stack: $(VENV)/.dev ## the stack alone
 	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_lines.py tests/e2e/test_stack.py
 
+docs: $(VENV)/.dev ## build the documentation in site/; a warning is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.dev ## show the documentation while it is written, on port 8000
+	$(BIN)/python -m mkdocs serve
+
+check-docs: $(VENV)/.dev ## run the JavaScript and Go of the documentation; needs Node.js and Go (Debian: nodejs golang-go)
+	$(BIN)/python -m pytest tests/docs
+
 NODE := tests/node
 $(NODE)/node_modules: $(NODE)/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund

@@ -1,0 +1,20 @@
+"""The examples in JavaScript and Go, against a real server: make check-docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.snippets import DOCS, OTHERS, Reader, read
+
+PAGE = DOCS / "reference/clients.md"
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_example_prints_what_the_page_says(language: str, tmp_path: Path) -> None:
+    snippets = [snippet for snippet in read(PAGE) if snippet.language == language]
+    assert snippets
+    with Reader(tmp_path) as reader:
+        for snippet in snippets:
+            reader.follow(snippet)

@@ -1,0 +1,161 @@
+"""The examples of the documentation, as a reader would run them: in a copy of the checkout, in order, page by page.
+
+Every fenced block of ``console``, ``python``, ``javascript`` or ``go`` is run. Commands are the lines after ``$ ``, and
+what follows one is its output; that of a program is the ``text`` block after it. ``…`` stands for anything.
+``<!-- not run: WHY -->`` before a block leaves it to ``named_in``; ``<!-- file: NAME -->`` only saves it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http import HTTPStatus
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+
+from tests.live import REPOSITORY, environment, free_port, running
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+PYTHON = ("console", "python")
+"""Languages that need nothing but the virtual environment."""
+OTHERS = ("javascript", "go")
+PROGRAMS = {
+    "python": ("example.py", [sys.executable]),
+    "javascript": ("example.mjs", ["node"]),
+    "go": ("example.go", ["go", "run"]),
+}
+PUBLISHED = "http://localhost:3000"
+"""Where the pages say that the service is."""
+SECONDS = 600
+_FENCE = re.compile(
+    r"(?:^<!-- (not run|file): (.+?) -->\n)?^```(\w+)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.M | re.S
+)
+_COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n?((?:(?!\$ ).*\n?)*)", re.M)
+_SERVE = re.compile(r"^((?:\w+=\S+ )*)make serve$")
+
+
+class Snippet(NamedTuple):
+    """One block of a page; ``output`` is what a program prints."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    output: str
+    directive: str
+    argument: str
+
+    @property
+    def is_run(self) -> bool:
+        return self.directive != "not run" and self.language in PYTHON + OTHERS
+
+    def commands(self) -> list[tuple[str, str]]:
+        """What is typed, each with what it answers."""
+        return _COMMAND.findall(self.text) if self.language == "console" else []
+
+
+def read(page: Path) -> Iterator[Snippet]:
+    content = page.read_text()
+    for match in _FENCE.finditer(content):
+        directive, argument, language, text, output = (group or "" for group in match.groups())
+        line = content.count("\n", 0, match.start(3)) + 1
+        yield Snippet(page, line, language, text, output, directive, argument)
+
+
+def matches(expected: str, found: str) -> bool:
+    """Whether ``found`` is ``expected``, in which ``…`` is anything and the ends of lines do not count."""
+    pattern = ".*?".join(
+        re.escape(part) for part in "\n".join(map(str.rstrip, expected.strip().splitlines())).split("…")
+    )
+    return re.fullmatch(pattern, "\n".join(map(str.rstrip, found.strip().splitlines())), re.DOTALL) is not None
+
+
+def named_in(snippet: Snippet) -> Iterator[tuple[str, str]]:
+    """The make targets and Python modules that the commands of a block name."""
+    for command, _ in snippet.commands():
+        if make := re.search(r"(?:^|&& |[A-Z_]+=\S+ )make ([^&|]*)", command):
+            yield from (("target", word) for word in re.findall(r"(?<!\S)([a-z0-9-]+)(?!\S)", make[1]))
+        yield from (("module", module) for module in re.findall(r"-m ([a-z_.]+)", command))
+
+
+class Reader:
+    """Does what a page says. The server is the one that the page started last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._servers, self._url = folder / "checkout", ExitStack(), ""
+        listed = subprocess.run(
+            ("git", "ls-files", "--cached", "--others", "--exclude-standard"),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+        for name in listed.stdout.splitlines():
+            if (REPOSITORY / name).is_file():
+                (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(REPOSITORY / name, self._folder / name)
+        (self._folder / ".venv").symlink_to(sys.prefix)
+        for requirements in self._folder.glob("requirements*.txt"):
+            os.utime(requirements, (0, 0))  # the environment is there: make has nothing to install
+        self._environment = environment(self._folder / ".bentoml", WORKERS=1, OMP_NUM_THREADS=1)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._servers.close()
+
+    def serve(self, settings: str = "") -> None:
+        """Start a server as ``make serve`` does, in place of the one before."""
+        self._servers.close()
+        port = free_port()
+        self._url = f"http://localhost:{port}"
+        command = f"cd '{self._folder}' && exec env {settings} make serve PORT={port}"
+        log = self._folder.parent / "server.log"
+        self._servers.enter_context(running(["bash", "-c", command], self._environment, log, self._is_ready))
+
+    def _is_ready(self) -> bool:
+        return requests.get(f"{self._url}/readyz", timeout=20).status_code == HTTPStatus.OK
+
+    def _here(self, text: str) -> str:
+        """``text`` with the address of the server, which is started when the page takes it for granted."""
+        if PUBLISHED in text and not self._url:
+            self.serve()
+        return text.replace(PUBLISHED, self._url)
+
+    def follow(self, snippet: Snippet) -> None:
+        """Run a block and compare what it prints with what the page says."""
+        where = f"{snippet.page.relative_to(DOCS)}:{snippet.line}"
+        if snippet.directive == "file":
+            (self._folder / snippet.argument).write_text(snippet.text)
+        elif snippet.language == "console":
+            for command, expected in snippet.commands():
+                if serve := _SERVE.match(command):
+                    self.serve(serve[1])
+                else:
+                    self._run(["bash", "-c", self._here(command)], expected, where)
+        else:
+            name, program = PROGRAMS[snippet.language]
+            (self._folder / name).write_text(self._here(snippet.text))
+            self._run([*program, name], snippet.output, where)
+
+    def _run(self, argv: list[str], expected: str, where: str) -> None:
+        done = subprocess.run(
+            argv,
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, f"{where}: {argv[-1]!r} ended with {done.returncode}:\n{done.stdout}"
+        if expected.strip():
+            assert matches(expected, done.stdout), f"{where}: {argv[-1]!r} printed\n{done.stdout}\nand not\n{expected}"

@@ -1,0 +1,117 @@
+"""What the documentation says is so: its examples run, what they name exists, and its site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.snippets import DOCS, OTHERS, PAGES, PYTHON, REPOSITORY, Reader, Snippet, matches, named_in, read
+
+SNIPPETS = [snippet for page in PAGES for snippet in read(page)]
+EXECUTED = [page for page in PAGES if any(s.is_run and s.language in PYTHON for s in read(page))]
+TARGETS = set(re.findall(r"^([a-z0-9-]+):(?!=)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+LANGUAGES = {*PYTHON, *OTHERS, "json", "text", "yaml", "toml"}
+GENERATED = ("benchmarks.md", "model-card.md")
+
+
+def identity(value: object) -> str | None:
+    if isinstance(value, Snippet):
+        return f"{value.page.relative_to(DOCS)}:{value.line}"
+    return str(value.relative_to(DOCS)) if isinstance(value, Path) else None
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=identity)
+def test_examples_run_and_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    snippets = [snippet for snippet in read(page) if snippet.is_run and snippet.language in PYTHON]
+    with Reader(tmp_path) as reader:
+        for snippet in snippets:
+            reader.follow(snippet)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=identity)
+def test_blocks_name_targets_and_modules_that_exist(snippet: Snippet) -> None:
+    assert snippet.language in LANGUAGES
+    for kind, name in named_in(snippet):
+        if kind == "target":
+            assert name in TARGETS, f"make {name}"
+        else:
+            assert importlib.util.find_spec(name), f"python -m {name}"
+
+
+def test_files_that_pages_name_exist() -> None:
+    named = re.compile(r"`((?:deploy|docs|model|monitoring|serving|tests|train)/[\w./-]+)`")
+    missing = [
+        f"{page.relative_to(DOCS)}: {name}"
+        for page in PAGES
+        if page.name not in GENERATED
+        for name in named.findall(page.read_text())
+        if not (REPOSITORY / name).exists() and not name.startswith("deploy/secrets")
+    ]
+    assert missing == []
+
+
+def test_ellipsis_stands_for_anything_and_nothing_else_does() -> None:
+    assert matches('{"class_name":"dog",…}\n', '{"class_name":"dog","confidence":0.9}')
+    assert not matches('{"class_name":"dog",…}', '{"class_name":"cat","confidence":0.9}')
+    assert not matches("200", "2000")
+
+
+class Resources(HTMLParser):
+    """What a browser fetches by itself to show a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag in ("script", "img", "iframe", "source"):
+            self.found.append(values.get("src") or "")
+        if tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload", "preconnect", "modulepreload"):
+            self.found.append(values.get("href") or "")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_site_fetches_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        resources = Resources()
+        resources.feed(page.read_text())
+        assert [one for one in resources.found if re.match(r"(https?:)?//", one)] == [], page.relative_to(site)
+
+
+def test_reference_is_written_from_what_runs(site: Path) -> None:
+    from settings import Settings
+
+    api, settings = ((site / f"reference/{name}/index.html").read_text() for name in ("api", "settings"))
+    for path in ("/classify", "/classify/batch", "/explain", "/model", "/readyz"):
+        assert path in api
+    for name in Settings.model_fields:
+        assert name.upper() in settings
+    assert "deadline_exceeded" in api
+    assert "Images that may wait in one API worker" in settings
+
+
+def test_every_runbook_is_a_page(site: Path) -> None:
+    for runbook in (REPOSITORY / "monitoring/runbooks").glob("*.md"):
+        assert (site / "runbooks" / runbook.stem / "index.html").exists()
+        assert f"runbooks/{runbook.stem}/" in (site / "operations/runbooks/index.html").read_text()
+
+
+def test_external_links_are_well_formed() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\((https?:[^)\s]*)\)", page.read_text()):
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]{2,}(/[\w./#?=&%~+-]*)?", link), f"{page.name}: {link}"
