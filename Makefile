@@ -235,6 +235,15 @@ debian:
 	command -v promtool && command -v amtool && command -v /usr/sbin/nginx || \
 		sudo apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager nginx-light
 
+scanner:
+	command -v debsecan || sudo apt-get install --yes --no-install-recommends debsecan
+
+scan: $(VENV)/.dev ## fail on known vulnerabilities in IMAGE; needs Docker, debsecan and the network (Debian: debsecan)
+	sh deploy/scan.sh $(IMAGE) $(BIN)/pip-audit
+
+newest: # the tag of the newest release goes into the file OUTPUT
+	gh release view --json tagName --jq '"tag=" + .tagName' >> $(OUTPUT)
+
 push: # IMAGE; its digest goes into the file OUTPUT
 	docker push $(IMAGE)
 	docker inspect --format '{{index .RepoDigests 0}}' $(IMAGE) | sed 's/.*@/digest=/' >> $(OUTPUT)

@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=0.0, ge=0)
     """After SIGTERM, how long requests are still taken while readiness is off, for a load balancer to notice that."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    """Body of one request."""
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
+    """One image, as it was sent."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """Width times height of one image, from its header."""
     api_keys: Path | None = None
@@ -93,6 +95,7 @@ class Settings(BaseSettings):
     review_bytes: int = Field(default=2**30, ge=2**20)
     """Size of the folder at which the oldest images are removed."""
     log_level: Level = "INFO"
+    """Of the lines on standard error."""
     log_requests: bool = True
     """One line for each request."""
     log_directory: Path | None = None
@@ -101,7 +104,9 @@ class Settings(BaseSettings):
     """Mail server for CRITICAL lines; none by default. ``SMTP_TO`` goes with it."""
     smtp_port: int = Field(default=25, ge=1, le=65535)
     smtp_from: str = "classifier@localhost"
+    """Sender of those mails."""
     smtp_to: str | None = None
+    """Who gets them."""
     smtp_user: str | None = None
     smtp_password: SecretStr | None = None
 

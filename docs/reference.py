@@ -64,7 +64,7 @@ def _operation(path: str, method: str, operation: Schema) -> str:
             table(("content type", "content"), ((f"`{m}`", _type(b["schema"])) for m, b in bodies)),
         ]
     if "parameters" in operation:
-        parts += [table(("query parameter", "type", ""), map(_parameter, operation["parameters"]))]
+        parts += [table(("query parameter", "type", "what it asks for"), map(_parameter, operation["parameters"]))]
     parts += [table(("status", "meaning", "content", "headers"), map(_reply, sorted(operation["responses"].items())))]
     return "\n".join(parts)
 
@@ -87,7 +87,7 @@ def _schemas() -> str:
             (f"`{field}`", _type(about), "" if field in required else "no", about.get("description", ""))
             for field, about in schema["properties"].items()
         )
-        parts += [f"### {name}\n", table(("field", "type", "always there", ""), rows)]
+        parts += [f"### {name}\n", table(("field", "type", "always there", "what it is"), rows)]
     return "\n".join(parts)
 
 
@@ -145,7 +145,7 @@ def settings() -> str:
         (f"`{name.upper()}`", _setting(about), _default(about.get("default")), explained.get(name, ""))
         for name, about in Settings.model_json_schema()["properties"].items()
     )
-    return table(("variable", "type", "default", ""), rows)
+    return table(("variable", "type", "default", "what it is"), rows)
 
 
 def _setting(schema: Schema) -> str:
