@@ -11,10 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.snippets import DOCS, OTHERS, PAGES, PYTHON, REPOSITORY, Reader, Snippet, matches, named_in, read
+from tests.snippets import (
+    DOCS,
+    OTHERS,
+    PAGES,
+    PYTHON,
+    REPOSITORY,
+    Reader,
+    Snippet,
+    can_be_followed,
+    matches,
+    named_in,
+    read,
+)
 
 SNIPPETS = [snippet for page in PAGES for snippet in read(page)]
-EXECUTED = [page for page in PAGES if any(s.is_run and s.language in PYTHON for s in read(page))]
+EXECUTED = [
+    page for page in PAGES if can_be_followed(page) and any(s.is_run and s.language in PYTHON for s in read(page))
+]
 TARGETS = set(re.findall(r"^([a-z0-9-]+):(?!=)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 LANGUAGES = {*PYTHON, *OTHERS, "json", "text", "yaml", "toml"}
 GENERATED = ("benchmarks.md", "model-card.md")
