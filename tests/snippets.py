@@ -91,7 +91,8 @@ def matches(expected: str, found: str) -> bool:
 
 def named_in(snippet: Snippet) -> Iterator[tuple[str, str]]:
     """The make targets and Python modules that the commands of a block name."""
-    for command, _ in snippet.commands():
+    for line, _ in snippet.commands():
+        command = re.sub(r"\s+#.*", "", line)
         if make := re.search(r"(?:^|&& |[A-Z_]+=\S+ )make ([^&|]*)", command):
             yield from (("target", word) for word in re.findall(r"(?<!\S)([a-z0-9-]+)(?!\S)", make[1]))
         yield from (("module", module) for module in re.findall(r"-m ([a-z_.]+)", command))

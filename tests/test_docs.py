@@ -25,7 +25,8 @@ from tests.snippets import (
     read,
 )
 
-SNIPPETS = [snippet for page in PAGES for snippet in read(page)]
+README = REPOSITORY / "README.md"
+SNIPPETS = [snippet for page in (*PAGES, README) for snippet in read(page)]
 EXECUTED = [
     page for page in PAGES if can_be_followed(page) and any(s.is_run and s.language in PYTHON for s in read(page))
 ]
@@ -35,8 +36,8 @@ LANGUAGES = {*PYTHON, *OTHERS, "json", "text", "yaml", "toml"}
 
 def identity(value: object) -> str | None:
     if isinstance(value, Snippet):
-        return f"{value.page.relative_to(DOCS)}:{value.line}"
-    return str(value.relative_to(DOCS)) if isinstance(value, Path) else None
+        return f"{value.page.relative_to(REPOSITORY)}:{value.line}"
+    return str(value.relative_to(REPOSITORY)) if isinstance(value, Path) else None
 
 
 @pytest.mark.parametrize("page", EXECUTED, ids=identity)
@@ -66,6 +67,12 @@ def test_files_that_pages_name_exist() -> None:
         if not (REPOSITORY / name).exists() and not name.startswith("deploy/secrets")
     ]
     assert missing == []
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text())
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
 def test_ellipsis_stands_for_anything_and_nothing_else_does() -> None:
