@@ -18,11 +18,19 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 RUNBOOKS = ROOT / "monitoring/runbooks"
-UNMEASURED = """# Benchmarks
+UNMEASURED = {
+    "benchmarks.md": """# Benchmarks
 
 Nothing was measured yet in this checkout. `make bench` measures the service and its peers on your machine in about
 25 minutes and writes this page. What the figures are for is told on [capacity](operations/capacity.md).
-"""
+""",
+    "capacity.md": """# Replicas and cost
+
+Nothing was measured yet in this checkout. After `make bench`, `make capacity` writes this page: how many replicas for
+how many images a second, and what they cost. What limits is told on [capacity](operations/capacity.md).
+""",
+}
+"""Pages in place of those that a measurement writes."""
 ELSEWHERE = {
     "CHANGELOG.md": "upgrade.md",
     "SECURITY.md": "security.md",
@@ -62,8 +70,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     for path in RUNBOOKS.glob("*.md"):
         files.append(File.generated(config, f"runbooks/{path.name}", abs_src_path=str(path)))
     files.append(File.generated(config, "reference/openapi.json", content=reference.openapi()))
-    if files.get_file_from_path("benchmarks.md") is None:
-        files.append(File.generated(config, "benchmarks.md", content=UNMEASURED))
+    for name, page in UNMEASURED.items():
+        if files.get_file_from_path(name) is None:
+            files.append(File.generated(config, name, content=page))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

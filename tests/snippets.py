@@ -24,9 +24,9 @@ import requests
 from tests.live import REPOSITORY, environment, free_port, running
 
 DOCS = REPOSITORY / "docs"
-GENERATED = ("benchmarks.md", "model-card.md")
+GENERATED = ("benchmarks.md", "capacity.md", "model-card.md")
 """Written by commands; what they quote are the commands of another machine."""
-PAGES = sorted(page for page in DOCS.rglob("*.md") if page.name not in GENERATED)
+PAGES = sorted(page for page in DOCS.rglob("*.md") if page.relative_to(DOCS).as_posix() not in GENERATED)
 PYTHON = ("console", "python")
 """Languages that need nothing but the virtual environment."""
 OTHERS = ("javascript", "go")
