@@ -1,23 +1,39 @@
 """Image bytes to the uint8 array that a network sees: one function for training, evaluation and serving.
 
 The header is read before anything is decoded, so that what is too large or no image at all costs next to nothing.
+Where images come from strangers, ``model.sandbox`` decodes in a process of its own whatever is not plain and small.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from model.headers import FORMATS, Header, ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "Header",
+    "ImageError",
+    "Pixels",
+    "TooManyPixelsError",
+    "UnsupportedFormatError",
+    "decode",
+    "inspect",
+    "preprocess",
+    "read_header",
+    "render",
+    "resize",
+    "shrink",
+]
 
 Pixels = NDArray[np.uint8]
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is decoded, told by the leading bytes whatever the declared type: every other decoder stays unreachable."""
 MAX_PIXELS = 50_000_000
 """Default limit on width times height, from the header: a 50-megapixel photograph, 150 MB decoded."""
 ALPHA_COST = 4
@@ -41,43 +57,6 @@ Image.MAX_IMAGE_PIXELS = None
 # What is wrong with an image is told to its sender; decoders that print let anyone fill the log.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class ImageError(ValueError):
-    """Bytes that cannot be turned into pixels: empty, truncated or broken."""
-
-
-class UnsupportedFormatError(ImageError):
-    """Bytes of no format in ``FORMATS``."""
-
-
-class TooManyPixelsError(ImageError):
-    """An image whose header announces more pixels than the limit."""
-
-
-class Header(NamedTuple):
-    """What an image says of itself; ``width`` and ``height`` in pixels, before any EXIF rotation."""
-
-    format: str
-    width: int
-    height: int
-    has_alpha: bool
-
-
-def read_header(data: bytes) -> Header:
-    """Format, size and transparency from the leading bytes; no pixel is decoded.
-
-    Raises ``UnsupportedFormatError`` for what is none of ``FORMATS`` and ``ImageError`` for a header that is broken.
-    """
-    if not data:
-        raise ImageError("the image is empty: 0 bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return Header(str(image.format), *image.size, has_alpha=image.has_transparency_data)
-    except UnidentifiedImageError:
-        raise UnsupportedFormatError(f"not an image of a known format; expected one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # a parser of hostile bytes: whatever it raises, the bytes are at fault
-        raise ImageError(f"the image's header is broken: {error}") from error
 
 
 def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -142,6 +121,13 @@ def preprocess(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS)
 def render(data: bytes, header: Header, size: tuple[int, int]) -> Pixels:
     """``preprocess`` for a caller that has inspected the header already."""
     return resize(decode(data, header, _reduction(header, size)), size)
+
+
+def shrink(data: bytes, header: Header, longest: int) -> Pixels:
+    """Image bytes to pixels of its own proportions, no side longer than ``longest``."""
+    image = decode(data, header, _reduction(header, (longest, longest)))
+    scale = min(1.0, longest / max(image.shape[:2]))
+    return resize(image, (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale))))
 
 
 def _reduction(header: Header, size: tuple[int, int]) -> int:

@@ -1,0 +1,207 @@
+"""What an image file says of itself: its format, size and kind, from its leading bytes.
+
+Pure Python, so that no native code sees a byte before the format is known and the size is bearable. Work is bounded
+whatever is in the file: at most ``MAX_STEPS`` segments, chunks, blocks or entries are looked at, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+MAX_STEPS = 4096
+"""Parts of a file that are looked at; real files have tens before the first pixel."""
+
+JPEG_NO_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD8)})
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPEG_BASELINE, JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_FILL = 0xC0, 0xD9, 0xDA, 0xE1, 0xFF
+
+PNG_PLAIN = frozenset(
+    {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"pHYs", b"bKGD", b"tEXt", b"tIME"}
+)
+"""Chunks that are read by libpng itself or skipped; the rest is for decoders to see in a process of their own."""
+
+BMP_COMPRESSIONS = {0: "none", 1: "RLE8", 2: "RLE4", 3: "bit fields"}
+TIFF_COMPRESSIONS = {
+    1: "none",
+    2: "CCITT RLE",
+    3: "CCITT group 3",
+    4: "CCITT group 4",
+    5: "LZW",
+    7: "JPEG",
+    8: "Deflate",
+    32773: "PackBits",
+    32946: "old Deflate",
+}
+TIFF_WIDTH, TIFF_HEIGHT, TIFF_COMPRESSION, TIFF_COLOURS, TIFF_SAMPLES, TIFF_EXTRA = 256, 257, 259, 262, 277, 338
+TIFF_RGB, TIFF_ALPHA = 2, (1, 2)
+TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
+
+
+class ImageError(ValueError):
+    """Bytes that cannot be turned into pixels: empty, truncated or broken."""
+
+
+class UnsupportedFormatError(ImageError):
+    """Bytes of no format in ``FORMATS``, or compressed in a way that is not decoded."""
+
+
+class TooManyPixelsError(ImageError):
+    """An image whose header announces more pixels than the limit."""
+
+
+class Header(NamedTuple):
+    """What an image says of itself; ``width`` and ``height`` in pixels, before any EXIF rotation."""
+
+    format: str
+    width: int
+    height: int
+    has_alpha: bool = False
+    is_plain: bool = False
+    """A baseline JPEG of one scan or an opaque 8-bit PNG, with nothing out of the ordinary in it."""
+
+
+def read_header(data: bytes) -> Header:
+    """Format, size and kind from the leading bytes.
+
+    Raises ``UnsupportedFormatError`` for what is none of ``FORMATS`` and ``ImageError`` for a header that is broken.
+    """
+    if not data:
+        raise ImageError("the image is empty: 0 bytes")
+    read = _reader(data)
+    try:
+        header = read(data)
+    except (struct.error, IndexError):
+        raise ImageError("the image's header is broken: it ends too early") from None
+    if not (header.width > 0 and header.height > 0):
+        raise ImageError(f"the {header.format} image has no pixels: {header.width}x{header.height}")
+    return header
+
+
+def _reader(data: bytes) -> Callable[[bytes], Header]:
+    for magic, reader in _READERS.items():
+        if data.startswith(magic) and (magic != b"RIFF" or data[8:12] == b"WEBP"):
+            return reader
+    raise UnsupportedFormatError(f"not an image of a known format; expected one of {', '.join(FORMATS)}")
+
+
+def _jpeg(data: bytes) -> Header:
+    frame: tuple[int, int, int, int] | None = None
+    is_plain = True
+    at = 2
+    for _ in range(MAX_STEPS):
+        lead, marker = data[at], data[at + 1]
+        if lead != 0xFF or marker == JPEG_END:
+            break
+        if marker in JPEG_NO_LENGTH or marker == JPEG_FILL:
+            at += 1 if marker == JPEG_FILL else 2
+            continue
+        if marker == JPEG_SCAN:
+            if frame is None:
+                break
+            precision, height, width, components = frame
+            # With fewer components than the image has, more scans follow, and each may cost as much as the image.
+            is_plain &= precision == 8 and components in (1, 3) and data[at + 4] == components
+            return Header("JPEG", width, height, is_plain=is_plain)
+        if marker in JPEG_FRAMES:
+            frame = struct.unpack_from(">BHHB", data, at + 4)
+            is_plain &= marker == JPEG_BASELINE
+        is_plain &= marker != JPEG_EXIF
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    raise ImageError("the JPEG image's header is broken: no scan follows a frame")
+
+
+def _png(data: bytes) -> Header:
+    length, kind, width, height, depth, colour, *_, interlace = struct.unpack_from(">I4sIIBBBBB", data, 8)
+    if (length, kind) != (13, b"IHDR"):
+        raise ImageError("the PNG image's header is broken: it does not begin with IHDR")
+    kinds = set()
+    at = 8
+    for _ in range(MAX_STEPS):
+        if at + 8 > len(data):
+            break
+        length, kind = struct.unpack_from(">I4s", data, at)
+        kinds.add(kind)
+        at += 12 + length
+    is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
+    return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)
+
+
+def _webp(data: bytes) -> Header:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        flags, width, height = data[20], data[24:27], data[27:30]
+        if len(height) < 3:
+            raise IndexError
+        return Header("WEBP", *(int.from_bytes(side, "little") + 1 for side in (width, height)), bool(flags & 0x10))
+    if kind == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, bool(bits >> 28 & 1))
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return Header("WEBP", width & 0x3FFF, height & 0x3FFF)
+    raise ImageError("the WEBP image's header is broken: it does not begin with VP8, VP8L or VP8X")
+
+
+def _bmp(data: bytes) -> Header:
+    size = struct.unpack_from("<I", data, 14)[0]
+    if size == 12:
+        return Header("BMP", *struct.unpack_from("<HH", data, 18))
+    if size < 40:
+        raise ImageError(f"the BMP image's header is broken: {size} bytes of it")
+    width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+    if compression not in BMP_COMPRESSIONS:
+        raise UnsupportedFormatError(_compressed("BMP", compression, BMP_COMPRESSIONS))
+    has_mask = bits == 32 and BMP_COMPRESSIONS[compression] == "bit fields" and size >= 56
+    return Header("BMP", width, abs(height), has_mask and struct.unpack_from("<I", data, 66)[0] != 0)
+
+
+def _gif(data: bytes) -> Header:
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    has_alpha = False
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    for _ in range(MAX_STEPS):
+        if data[at] == 0x2C:
+            x, y, frame_width, frame_height = struct.unpack_from("<4H", data, at + 1)
+            return Header("GIF", max(width, x + frame_width), max(height, y + frame_height), has_alpha)
+        if data[at] == 0x21:
+            has_alpha |= data[at + 1] == 0xF9 and bool(data[at + 3] & 1)
+            at += 2
+        at += 1 + data[at]  # a sub-block, or the empty one that ends an extension
+    raise ImageError("the GIF image's header is broken: no frame in it")
+
+
+def _tiff(data: bytes) -> Header:
+    order = "<" if data[:2] == b"II" else ">"
+    start = struct.unpack_from(order + "I", data, 4)[0]
+    count = struct.unpack_from(order + "H", data, start)[0]
+    values = {TIFF_COMPRESSION: 1, TIFF_WIDTH: 0, TIFF_HEIGHT: 0}
+    for at in range(start + 2, start + 2 + 12 * min(count, MAX_STEPS), 12):
+        tag, kind = struct.unpack_from(order + "HH", data, at)
+        if kind in TIFF_TYPES:
+            values[tag] = struct.unpack_from(order + TIFF_TYPES[kind], data, at + 8)[0]
+    if values[TIFF_COMPRESSION] not in TIFF_COMPRESSIONS:
+        raise UnsupportedFormatError(_compressed("TIFF", values[TIFF_COMPRESSION], TIFF_COMPRESSIONS))
+    # Four samples of red, green and blue without a word about the fourth are commonly taken for alpha.
+    unspoken = (values.get(TIFF_COLOURS), values.get(TIFF_SAMPLES)) == (TIFF_RGB, 4) and TIFF_EXTRA not in values
+    has_alpha = unspoken or values.get(TIFF_EXTRA) in TIFF_ALPHA
+    return Header("TIFF", values[TIFF_WIDTH], values[TIFF_HEIGHT], has_alpha)
+
+
+def _compressed(kind: str, found: int, known: dict[int, str]) -> str:
+    return f"{kind} of compression {found}; expected one of {', '.join(known.values())}"
+
+
+_READERS = {
+    b"\xff\xd8\xff": _jpeg,
+    b"\x89PNG\r\n\x1a\n": _png,
+    b"RIFF": _webp,
+    b"BM": _bmp,
+    b"GIF87a": _gif,
+    b"GIF89a": _gif,
+    b"II*\0": _tiff,
+    b"MM\0*": _tiff,
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What is decoded, told by the leading bytes whatever the declared type: every other decoder stays unreachable."""
