@@ -36,6 +36,7 @@ from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
 from model.preprocess import Pixels
 from model.runtimes import Runtime
+from model.sandbox import Sandbox
 from model.tuning import BATCHES, best_batch, compare
 from serving import connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
@@ -231,7 +232,7 @@ class Classifier:
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=settings.max_queue)
         classifier = Calibrated(self._served.config, self._reference, settings.foreign_rate)
         replies = Replies(TAG, classifier, self._drift)
-        self._pipeline = Pipeline(settings, classifier, replies, self._queue, explanations)
+        self._pipeline = Pipeline(settings, classifier, replies, self._queue, explanations, Sandbox())
         for artifact in self._served.artifacts:
             metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))

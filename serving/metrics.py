@@ -78,6 +78,9 @@ REASONS = (
 )
 for _reason in REASONS:  # Prometheus sees no growth from no series to 1: each is there from the start, at 0
     REJECTED.labels(_reason)
+DECODER_DEATHS = Counter(
+    "classifier_decoder_deaths_total", "Decoders that an image crashed, or that took too much time or memory for it."
+)
 KEY_IMAGES = Counter("classifier_key_images_total", "Images taken from the holder of each API key.", ["key"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
 BATCH_LIMIT = Gauge(

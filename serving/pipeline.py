@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +18,8 @@ from model import explain
 from model.artifact import Outputs
 from model.batching import Batcher
 from model.classifier import Classifier
-from model.preprocess import Header, Pixels, decode, inspect, render, resize
+from model.preprocess import Header, Pixels, inspect, read_header, render
+from model.sandbox import DecoderError, Sandbox
 from serving import metrics, visits
 from serving.context import client_waits
 from serving.errors import ApiError, from_exception
@@ -24,8 +28,10 @@ from serving.requests import Item, Options, read_image, read_images, read_option
 from serving.visits import Verdict
 from settings import Settings
 
+logger = logging.getLogger("classifier.pipeline")
+
 LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
-"""From here on decoding takes longer than handing it to a thread; a small file may well hold a large image."""
+"""From here on decoding takes longer than handing it to a process; a small file may well hold a large image."""
 JSON, PNG = "application/json", "image/png"
 
 
@@ -33,12 +39,19 @@ class Pipeline:
     """Every stage of a request; ``infer`` and ``evidence`` are the queues before the engine."""
 
     def __init__(
-        self, settings: Settings, classifier: Classifier, replies: Replies, infer: Batcher, evidence: Batcher
+        self,
+        settings: Settings,
+        classifier: Classifier,
+        replies: Replies,
+        infer: Batcher,
+        evidence: Batcher,
+        sandbox: Sandbox,
     ) -> None:
         self._settings, self._classifier, self._replies = settings, classifier, replies
-        self._infer, self._evidence = infer, evidence
+        self._infer, self._evidence, self._sandbox = infer, evidence, sandbox
         self._size = classifier.config.input_size
-        self._decoders = ThreadPoolExecutor(2, "decode")
+        # One, for there is a worker for each processor, and memory for one large image.
+        self._decoding = ThreadPoolExecutor(1, "decode")
 
     async def classify(self, request: Request) -> Response:
         options = read_options(request)
@@ -79,9 +92,7 @@ class Pipeline:
         stages = metrics.Stages()
         data = await read_image(request, self._settings)
         await visits.admit([data])
-        loop = asyncio.get_running_loop()
-        original = await loop.run_in_executor(self._decoders, decode, data, inspect(data, self._settings.max_pixels))
-        image = resize(original, self._size)
+        image = await self._decode(data)
         prediction = self._classifier(await self._outputs(image[None], stages))[0]
         visits.judge([data], [prediction])
         evidence = await self._evidence(explain.views(image), client_waits())
@@ -89,7 +100,8 @@ class Pipeline:
         if JSON in request.headers.get("accept", ""):
             reply = {**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()}
             return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)
-        picture = await loop.run_in_executor(self._decoders, explain.overlay, original, heat)
+        original = await self._contained(self._sandbox.shrink, data, explain.MAX_SIDE)
+        picture = await asyncio.to_thread(explain.overlay, original, heat)
         return Response(picture, headers=stages.headers(), media_type=PNG)
 
     async def _outputs(self, images: Pixels, stages: metrics.Stages) -> Outputs:
@@ -101,9 +113,20 @@ class Pipeline:
 
     async def _decode(self, data: bytes) -> Pixels:
         header = inspect(data, self._settings.max_pixels)
-        if _is_small(data, header):
+        if _is_harmless(data, header):
             return render(data, header, self._size)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, render, data, header, self._size)
+        return await self._contained(self._sandbox.render, data, self._size)
+
+    async def _contained(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._decoding, decode, data, *how)
+        except DecoderError:
+            metrics.DECODER_DEATHS.inc()
+            logger.warning(
+                "a decoder died", extra={"sha256": hashlib.sha256(data).hexdigest(), **read_header(data)._asdict()}
+            )
+            raise
 
     async def _attempt(self, item: Item) -> Pixels | ApiError:
         """One image of a batch, or what is wrong with it: it fails alone."""
@@ -116,5 +139,5 @@ class Pipeline:
         return item
 
 
-def _is_small(data: bytes, header: Header) -> bool:
-    return len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS
+def _is_harmless(data: bytes, header: Header) -> bool:
+    return header.is_plain and len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS

@@ -1,0 +1,85 @@
+"""The processes that decode for ``model.sandbox``; they are native code on bytes of strangers, and may die of it.
+
+    python -m model.decoder    with a socket as standard input
+
+A fork server: for each byte that it receives it forks, and sends back a socket to the new decoder. It has imported
+everything and never sees an image, so that the next decoder is there within milliseconds of the death of one. A decoder
+answers one image after another until its socket is closed. It may take ``SECONDS`` for each and ``MEMORY`` in all; the
+kernel ends what takes more.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cv2
+import orjson
+
+from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
+from model.preprocess import Pixels, render, shrink
+
+SECONDS = 5.0
+"""For one image: several times what the largest takes on a slow processor."""
+MEMORY = 448 * 2**20
+"""Of a decoder, with the interpreter and the libraries: enough for the largest image that the default limits admit."""
+ERRORS = {error.__name__: error for error in (ImageError, TooManyPixelsError, UnsupportedFormatError)}
+Work = Callable[[bytes, dict[str, Any]], Pixels]
+"""From an image and a task to pixels."""
+
+
+def work(data: bytes, task: dict[str, Any]) -> Pixels:
+    """A task is ``{"size": [height, width]}`` or ``{"longest": pixels}``."""
+    header = read_header(data)
+    return render(data, header, tuple(task["size"])) if "size" in task else shrink(data, header, task["longest"])
+
+
+def main(work: Work = work, seconds: float = SECONDS) -> None:
+    """Fork a decoder that does ``work`` for each byte received, until the worker has gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks what a decoder died of: the kernel may forget it
+    for stop in (signal.SIGINT, signal.SIGTERM):  # to the whole group: what the worker has accepted is still decoded
+        signal.signal(stop, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    control = socket.socket(fileno=0)
+    while control.recv(1):
+        ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            control.close()
+            ours.close()
+            _decode(Connection(theirs.detach()), work, seconds)
+        socket.send_fds(control, [b"\0"], [ours.fileno()])
+        ours.close()
+        theirs.close()
+
+
+def _decode(connection: Connection, work: Work, seconds: float) -> None:
+    """Answer until the worker has gone; never returns."""
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # which would hold somebody's image
+        while True:
+            task, data = orjson.loads(connection.recv_bytes()), connection.recv_bytes()
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # nothing handles its signal: the process ends
+            answer, pixels = _attempt(work, data, task)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(orjson.dumps(answer))
+            connection.send_bytes(pixels)
+    finally:
+        os._exit(0)  # past everything that the fork server would do at its own end
+
+
+def _attempt(work: Work, data: bytes, task: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    try:
+        pixels = work(data, task)
+        return {"shape": pixels.shape}, pixels.tobytes()
+    except ImageError as error:
+        return {"error": type(error).__name__, "message": str(error)}, b""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Decoding in a process of its own, so that an image that crashes, hangs or bloats a decoder costs itself alone."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import orjson
+
+from model.decoder import ERRORS, SECONDS
+from model.headers import ImageError
+from model.preprocess import Pixels
+
+COMMAND = (sys.executable, "-m", "model.decoder")
+PATIENCE = 2 * SECONDS
+"""Seconds for one answer: the kernel ends a decoder that takes half of it."""
+START_SECONDS = 60.0
+"""For the fork server to have imported everything, on a machine with other work."""
+
+
+class DecoderError(ImageError):
+    """The decoder ended in the middle of an image: it crashed, or took more time or memory than it may."""
+
+
+class Sandbox:
+    """One decoder, followed up by another after its death. Belongs to one thread."""
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        self._command = command
+        self._decoder: Connection | None = None
+        self._start()
+
+    def render(self, data: bytes, size: tuple[int, int]) -> Pixels:
+        """``preprocess.render``; raises ``ImageError``."""
+        return self._ask(data, {"size": size})
+
+    def shrink(self, data: bytes, longest: int) -> Pixels:
+        """``preprocess.shrink``; raises ``ImageError``."""
+        return self._ask(data, {"longest": longest})
+
+    def close(self) -> None:
+        self._drop()
+        self._control.close()
+        self._server.kill()
+        self._server.wait()
+
+    def _ask(self, data: bytes, task: dict[str, Any]) -> Pixels:
+        decoder = self._living()
+        try:
+            decoder.send_bytes(orjson.dumps(task))
+            decoder.send_bytes(data)
+            if not decoder.poll(PATIENCE):
+                raise EOFError
+            answer, pixels = orjson.loads(decoder.recv_bytes()), decoder.recv_bytes()
+        except (EOFError, OSError):
+            self._drop()
+            raise DecoderError("the image cannot be decoded: its decoder had to be ended") from None
+        if "error" in answer:
+            raise ERRORS[answer["error"]](answer["message"])
+        return np.frombuffer(pixels, np.uint8).reshape(answer["shape"])
+
+    def _living(self) -> Connection:
+        """The decoder; a new one where the last has died, if only of idleness, which makes its socket readable."""
+        if self._decoder and self._decoder.poll():
+            self._drop()
+        if not self._decoder:
+            with suppress(OSError):
+                self._decoder = self._fork()
+        if not self._decoder:  # the fork server was killed
+            self.close()
+            self._start()
+            self._decoder = self._fork()
+        return self._decoder
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(START_SECONDS)
+        with theirs:
+            # What native code prints is no log line.
+            self._server = subprocess.Popen(
+                self._command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+
+    def _fork(self) -> Connection:
+        self._control.send(b"\0")
+        _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
+        if not descriptors:
+            raise BrokenPipeError("the fork server of the decoders has ended")
+        return Connection(descriptors[0])
+
+    def _drop(self) -> None:
+        if self._decoder:
+            self._decoder.close()
+        self._decoder = None

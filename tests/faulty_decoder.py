@@ -1,0 +1,30 @@
+"""A decoder with faults, at an image's own wish: what comes after the end of the image says which."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from model import decoder
+from model.preprocess import Pixels
+
+CRASH, HANG, EAT = b"!crash", b"!hang", b"!eat"
+SECONDS = 1.0
+
+
+def work(data: bytes, task: dict[str, Any]) -> Pixels:
+    if data.endswith(CRASH):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if data.endswith(HANG):
+        while True:
+            pass
+    if data.endswith(EAT):
+        eaten = []
+        while True:
+            eaten.append(bytearray(2**24))
+    return decoder.work(data, task)
+
+
+if __name__ == "__main__":
+    decoder.main(work, SECONDS)

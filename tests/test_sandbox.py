@@ -1,0 +1,177 @@
+"""Decoding in a process of its own: the same pixels, and what becomes of an image that its decoder does not survive."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import requests
+from starlette.requests import Request
+from starlette.types import Message
+
+from model import runtimes
+from model.artifact import Artifact, Outputs
+from model.batching import Batcher
+from model.classifier import Classifier
+from model.decoder import MEMORY
+from model.headers import FORMATS, ImageError, UnsupportedFormatError
+from model.preprocess import Pixels, preprocess, read_header, shrink
+from model.sandbox import DecoderError, Sandbox
+from model.store import SHIPPED
+from serving import metrics
+from serving.drift import Drift
+from serving.pipeline import Pipeline
+from serving.replies import Replies
+from settings import Settings
+from tests.faulty_decoder import CRASH, EAT, HANG, SECONDS
+from tests.live import Server, encode, family, picture, processes
+
+SIZE = (32, 32)
+FAULTY = (sys.executable, "-m", "tests.faulty_decoder")
+WEBP = encode(picture(), "WEBP")
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with closing(Sandbox()) as real:
+        yield real
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[Sandbox]:
+    with closing(Sandbox(FAULTY)) as sandbox:
+        yield sandbox
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_pixels_as_without_it(sandbox: Sandbox, kind: str) -> None:
+    data = encode(picture(1, 300, 200), kind)
+    np.testing.assert_array_equal(sandbox.render(data, SIZE), preprocess(data, SIZE))
+    np.testing.assert_array_equal(sandbox.shrink(data, 100), shrink(data, read_header(data), 100))
+
+
+def test_a_shrunk_image_keeps_its_proportions(sandbox: Sandbox) -> None:
+    assert sandbox.shrink(encode(picture(1, 300, 200)), 100).shape == (100, 67, 3)
+    assert sandbox.shrink(encode(picture(1, 30, 20)), 100).shape == (30, 20, 3)
+    assert sandbox.shrink(encode(picture(1, 2, 4000)), 100).shape == (1, 100, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", ImageError),
+        (WEBP[: len(WEBP) // 2], ImageError),
+        (b"hello, world", UnsupportedFormatError),
+    ],
+)
+def test_the_same_errors_as_without_it(sandbox: Sandbox, data: bytes, error: type[ImageError]) -> None:
+    with pytest.raises(ImageError) as contained:
+        sandbox.render(data, SIZE)
+    with pytest.raises(ImageError) as bare:
+        preprocess(data, SIZE)
+    assert type(contained.value) is type(bare.value) is error
+    assert str(contained.value) == str(bare.value)
+
+
+@pytest.mark.parametrize("fault", [CRASH, HANG, EAT])
+def test_a_faulty_image_is_an_error_and_the_next_one_is_none(faulty: Sandbox, fault: bytes) -> None:
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(DecoderError):
+            faulty.render(WEBP + fault, SIZE)
+        assert time.monotonic() - started < SECONDS + 5
+        np.testing.assert_array_equal(faulty.render(WEBP, SIZE), preprocess(WEBP, SIZE))
+
+
+def test_killed_processes_are_replaced_and_no_image_pays_for_it() -> None:
+    with closing(Sandbox()) as sandbox:
+        sandbox.render(WEBP, SIZE)
+        for spared in (1, 0):  # the decoder alone, and the fork server with it
+            for victim in family(sandbox._server.pid)[spared:]:
+                os.kill(victim, signal.SIGKILL)
+            time.sleep(0.2)
+            np.testing.assert_array_equal(sandbox.render(WEBP, SIZE), preprocess(WEBP, SIZE))
+
+
+def test_a_decoder_has_a_limit_on_its_memory(sandbox: Sandbox) -> None:
+    sandbox.render(WEBP, SIZE)
+    _, decoder = family(sandbox._server.pid)
+    limits = dict(
+        re.findall(r"^Max (.+?)  +(\d+|unlimited)", Path(f"/proc/{decoder}/limits").read_text(), re.MULTILINE)
+    )
+    assert limits["data size"] == str(MEMORY)
+    assert limits["core file size"] == "0"
+
+
+@pytest.fixture
+def pipeline(faulty: Sandbox) -> Pipeline:
+    """The real pipeline on the shipped model, with a decoder that can be made to fail."""
+    artifact = Artifact.load(SHIPPED)
+    reference = artifact.reference(quantised=True)
+    classifier = Classifier(artifact.config, reference)
+    engine = runtimes.create(runtimes.ONNX_INT8, artifact)
+
+    async def infer(images: Pixels) -> Outputs:
+        return engine(images)
+
+    queue = Batcher(infer, max_batch=64, max_queue=64)
+    return Pipeline(
+        Settings(), classifier, Replies("toy:1", classifier, Drift(artifact.config, reference)), queue, queue, faulty
+    )
+
+
+def request(images: list[bytes]) -> Request:
+    body = orjson.dumps({"images": [base64.b64encode(image).decode() for image in images]})
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    headers = [(b"content-type", b"application/json")]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}, receive)
+
+
+@pytest.mark.parametrize("fault", [CRASH, HANG, EAT])
+def test_one_image_among_64_that_kills_its_decoder_fails_alone(
+    pipeline: Pipeline, fault: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [encode(picture(i), "WEBP") for i in range(64)]
+    images[40] += fault
+    before = metrics.DECODER_DEATHS._value.get()
+    results = orjson.loads(asyncio.run(pipeline.classify_batch(request(images))).body)["results"]
+    assert [i for i, result in enumerate(results) if "error" in result] == [40]
+    assert results[40]["error"]["code"] == "invalid_image"
+    assert metrics.DECODER_DEATHS._value.get() - before == 1
+    (line,) = caplog.records
+    assert line.message == "a decoder died"
+    assert line.__dict__["sha256"] == hashlib.sha256(images[40]).hexdigest()
+
+
+def test_killed_decoders_of_a_server_are_replaced(server: Server) -> None:
+    def post() -> int:
+        headers = {"Content-Type": "image/webp"}
+        return requests.post(f"{server.url}/classify", data=WEBP, headers=headers, timeout=60).status_code
+
+    def decoders() -> list[int]:
+        return [pid for pid in processes(server.home) if b"model.decoder" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    assert {post() for _ in range(20)} == {200}
+    before = decoders()
+    assert before
+    for decoder in before:
+        os.kill(decoder, signal.SIGKILL)
+    assert {post() for _ in range(20)} == {200}
+    assert decoders()
+    assert not set(decoders()) & set(before)
