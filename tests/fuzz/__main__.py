@@ -1,0 +1,72 @@
+"""Coverage-guided fuzzing of the decoder and of the request parser, by atheris (libFuzzer).
+
+    make fuzz                      both, FUZZ_SECONDS each
+    python -m tests.fuzz decoder runs/fuzz/decoder -max_total_time=60
+
+Coverage is that of Python code alone: of ours, of Pillow's and of the multipart parser. It leads through every branch of
+``model.headers`` and ``serving.requests``; of OpenCV, libjpeg-turbo, libpng, libtiff and libwebp nothing is seen, and
+they are only tried with what the mutations happen upon (their authors fuzz them on OSS-Fuzz). Checksums of PNG are
+repaired after each mutation, for without that none would get past them.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["model", "serving", "multipart", "PIL"]):
+    from tests.fuzz.targets import TARGETS
+
+from tests import seeds
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def repair(data: bytes) -> bytes:
+    """A PNG with the right checksum after every chunk; anything else as it is."""
+    if not data.startswith(PNG):
+        return data
+    repaired = bytearray(data)
+    at = len(PNG)
+    while at + 12 <= len(data):
+        end = at + 8 + struct.unpack_from(">I", data, at)[0]
+        if end + 4 > len(data):
+            break
+        struct.pack_into(">I", repaired, end, zlib.crc32(data[at + 4 : end]))
+        at = end + 4
+    return bytes(repaired)
+
+
+def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+    mutated = atheris.Mutate(data, len(data))
+    if random.Random(seed).random() < 0.9:
+        mutated = repair(mutated)
+    return mutated[:max_size]
+
+
+def plant(target: str, corpus: Path) -> None:
+    """The seeds, into a corpus that is to grow."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    images = seeds.images()
+    if target == "decoder":
+        contents = images
+    else:
+        contents = {name: f"{kind}\n".encode() + body for name, (kind, body) in seeds.bodies(images["jpeg"]).items()}
+    for name, content in contents.items():
+        (corpus / name).write_bytes(content)
+
+
+def main() -> None:
+    target, corpus, *flags = sys.argv[1:]
+    plant(target, Path(corpus))
+    options = [sys.argv[0], corpus, f"tests/fuzz/corpus/{target}", "-max_len=8192", "-timeout=20", *flags]
+    atheris.Setup(options, TARGETS[target], custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+main()

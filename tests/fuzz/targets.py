@@ -1,0 +1,70 @@
+"""What is fuzzed, as functions of bytes that fail by an assertion: any bytes are answered, and only as documented."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.types import Message
+
+from model.preprocess import ImageError, inspect, render
+from serving.errors import ApiError
+from serving.requests import read_image, read_images
+from settings import Settings
+
+MAX_PIXELS = 2**18
+"""Small, so that most of the time goes into many images rather than into large ones."""
+SETTINGS = Settings(max_body_bytes=20_000, max_image_bytes=4_096, max_request_images=8)
+ENDPOINTS = (read_image, read_images)
+
+
+def decoder(data: bytes) -> None:
+    """An image file, decoded here whatever it is: a crash of a native decoder is to be seen, not contained."""
+    try:
+        header = inspect(data, MAX_PIXELS)
+        pixels = render(data, header, (32, 32))
+    except ImageError as error:
+        assert str(error)  # noqa: PT017  # no test function
+        return
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+
+
+def parser(data: bytes) -> None:
+    """A content type, a line end and the body of a request; the parity of its length says how it arrives."""
+    content_type, _, body = data.partition(b"\n")
+    for read in ENDPOINTS:
+        try:
+            found = _finish(read(_request(content_type, body), SETTINGS))
+        except ApiError as error:
+            assert error.status in (400, 413, 415)  # noqa: PT017
+            assert error.message  # noqa: PT017
+            continue
+        items = found if isinstance(found, list) else [found]
+        assert 1 <= len(items) <= SETTINGS.max_request_images
+        assert all(isinstance(item, ApiError) or len(item) <= SETTINGS.max_image_bytes for item in items)
+
+
+def _request(content_type: bytes, body: bytes) -> Request:
+    half = len(body) // 2 if len(body) % 2 else len(body)
+    messages: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+    messages += [{"type": "http.request", "body": part, "more_body": True} for part in (body[half:], body[:half])]
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    return Request({"type": "http", "method": "POST", "headers": [(b"content-type", content_type)]}, receive)
+
+
+def _finish(work: Awaitable[Any]) -> Any:
+    """The result of what never waits: an event loop for each input would take most of the time."""
+    try:
+        work.__await__().send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("reading waits for what has been sent")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"decoder": decoder, "parser": parser}
