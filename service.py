@@ -40,6 +40,7 @@ from model.sandbox import Sandbox
 from model.tuning import BATCHES, best_batch, compare
 from serving import connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
+from serving.bodies import Bodies
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
@@ -107,6 +108,8 @@ DEFAULT_BATCH = 32
 RUNNER_MAX_BATCH = 256
 """Images of one batch of the runner, gathered over all workers."""
 PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
+BODIES = 5
+"""Of the largest size that one worker holds at once."""
 VERIFY_SECONDS = 10.0
 """For the reference images; longer means that the engine hangs."""
 HOUR = 3600.0
@@ -196,7 +199,8 @@ class ClassifierService(Service[Any]):
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
-        return Gateway(app, PATHS, Page(), settings.log_requests, visits)
+        bodies = Bodies(BODIES * settings.max_body_bytes)
+        return Gateway(app, PATHS, Page(), settings.log_requests, bodies, visits)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above

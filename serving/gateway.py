@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import draining, metrics
+from serving.bodies import Bodies
 from serving.context import choose_request_id, request_id, watch
 from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
 from serving.visits import Visits
@@ -33,10 +34,16 @@ class Gateway:
     """
 
     def __init__(
-        self, app: ASGIApp, paths: Collection[str], page: ASGIApp, log_requests: bool, visits: Visits | None = None
+        self,
+        app: ASGIApp,
+        paths: Collection[str],
+        page: ASGIApp,
+        log_requests: bool,
+        bodies: Bodies,
+        visits: Visits | None = None,
     ) -> None:
         self._app, self._paths, self._page = app, frozenset(paths), page
-        self._log_requests, self._visits = log_requests, visits
+        self._log_requests, self._bodies, self._visits = log_requests, bodies, visits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -57,7 +64,8 @@ class Gateway:
             if visit:
                 visit.authorize(Headers(scope=scope))
             answer = self._app if scope["path"] in self._paths else self._page
-            await answer(scope, receive, reply)
+            with self._bodies.meter(receive) as metered:
+                await answer(scope, metered, reply)
         except ApiError as error:
             await reply.fail(error)
         except Exception as error:
