@@ -3,10 +3,11 @@
     make fuzz                      both, FUZZ_SECONDS each
     python -m tests.fuzz decoder runs/fuzz/decoder -max_total_time=60
 
-Coverage is that of Python code alone: of ours, of Pillow's and of the multipart parser. It leads through every branch of
-``model.headers`` and ``serving.requests``; of OpenCV, libjpeg-turbo, libpng, libtiff and libwebp nothing is seen, and
+Coverage is that of Python code alone: of ours, of Pillow's and of the multipart parser. It leads through every branch
+of ``model.headers`` and ``serving.requests``. Of OpenCV, libjpeg-turbo, libpng, libtiff and libwebp nothing is seen:
 they are only tried with what the mutations happen upon (their authors fuzz them on OSS-Fuzz). Checksums of PNG are
-repaired after each mutation, for without that none would get past them.
+repaired after most mutations, for without that few would get past them. Images that their decoder does not survive are
+kept in runs/fuzz/contained: they cost nobody else anything, and deserve a look.
 """
 
 from __future__ import annotations
