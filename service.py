@@ -195,7 +195,8 @@ class ClassifierService(Service[Any]):
         assert isinstance(app, Starlette)
         app.add_route("/model", lambda request: bentoml.get_current_service().card(), ["GET"])
         if is_main:
-            document = orjson.dumps(describe(self.openapi_spec.asdict(), asks_for_keys=KEYS is not None))
+            version = str(self.openapi_spec.info.version)
+            document = orjson.dumps(describe(version, asks_for_keys=KEYS is not None))
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())

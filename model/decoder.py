@@ -4,8 +4,8 @@
 
 A fork server: for each byte that it receives it forks, and sends back a socket to the new decoder. It has imported
 everything and never sees an image, so that the next decoder is there within milliseconds of the death of one. A decoder
-answers one image after another until its socket is closed. It may take ``SECONDS`` for each and ``MEMORY`` in all; the
-kernel ends what takes more.
+answers one image after another until its socket is closed. It may compute for ``SECONDS`` on each, last ``PATIENCE``
+and take ``MEMORY`` in all; the kernel ends what takes more.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from typing import Any
 
 import cv2
 import orjson
+from PIL import Image
 
 from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
 from model.preprocess import Pixels, render, shrink
 
 SECONDS = 5.0
-"""For one image: several times what the largest takes on a slow processor."""
+"""Of processor time for one image: several times what the largest takes on a slow processor."""
+PATIENCE = 2 * SECONDS
+"""Of time as it passes, on a machine with other work."""
 MEMORY = 448 * 2**20
 """Of a decoder, with the interpreter and the libraries: enough for the largest image that the default limits admit."""
 ERRORS = {error.__name__: error for error in (ImageError, TooManyPixelsError, UnsupportedFormatError)}
@@ -39,38 +42,45 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
     return render(data, header, tuple(task["size"])) if "size" in task else shrink(data, header, task["longest"])
 
 
-def main(work: Work = work, seconds: float = SECONDS) -> None:
+def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE) -> None:
     """Fork a decoder that does ``work`` for each byte received, until the worker has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks what a decoder died of: the kernel may forget it
     for stop in (signal.SIGINT, signal.SIGTERM):  # to the whole group: what the worker has accepted is still decoded
         signal.signal(stop, signal.SIG_IGN)
     cv2.setNumThreads(1)
+    Image.init()  # all that Pillow would import with the first image
     control = socket.socket(fileno=0)
     while control.recv(1):
         ours, theirs = socket.socketpair()
         if os.fork() == 0:
             control.close()
             ours.close()
-            _decode(Connection(theirs.detach()), work, seconds)
+            _decode(Connection(theirs.detach()), work, seconds, patience)
         socket.send_fds(control, [b"\0"], [ours.fileno()])
         ours.close()
         theirs.close()
 
 
-def _decode(connection: Connection, work: Work, seconds: float) -> None:
+def _decode(connection: Connection, work: Work, seconds: float, patience: float) -> None:
     """Answer until the worker has gone; never returns."""
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # which would hold somebody's image
         while True:
             task, data = orjson.loads(connection.recv_bytes()), connection.recv_bytes()
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # nothing handles its signal: the process ends
+            _limit_time(seconds, patience)
             answer, pixels = _attempt(work, data, task)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _limit_time(0, 0)
             connection.send_bytes(orjson.dumps(answer))
             connection.send_bytes(pixels)
     finally:
         os._exit(0)  # past everything that the fork server would do at its own end
+
+
+def _limit_time(computing: float, passing: float) -> None:
+    """Nothing handles the signals of these timers, so that the process ends."""
+    signal.setitimer(signal.ITIMER_PROF, computing)
+    signal.setitimer(signal.ITIMER_REAL, passing)
 
 
 def _attempt(work: Work, data: bytes, task: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

@@ -133,10 +133,8 @@ def _png(data: bytes) -> Header:
 def _webp(data: bytes) -> Header:
     kind = data[12:16]
     if kind == b"VP8X":
-        flags, width, height = data[20], data[24:27], data[27:30]
-        if len(height) < 3:
-            raise IndexError
-        return Header("WEBP", *(int.from_bytes(side, "little") + 1 for side in (width, height)), bool(flags & 0x10))
+        flags, width, width_high, height, height_high = struct.unpack_from("<B3xHBHB", data, 20)
+        return Header("WEBP", width + (width_high << 16) + 1, height + (height_high << 16) + 1, bool(flags & 0x10))
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
         return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, bool(bits >> 28 & 1))

@@ -12,7 +12,7 @@ import warnings
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model.headers import FORMATS, Header, ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
 
@@ -95,6 +95,8 @@ def _over_white(data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             layer = ImageOps.exif_transpose(image.convert("RGBA"))
+    except UnidentifiedImageError:  # whose own words are of objects in memory
+        raise ImageError("the image cannot be decoded: its data is truncated or broken") from None
     except Exception as error:
         raise ImageError(f"the image cannot be decoded: {error}") from error
     white = Image.new("RGBA", layer.size, "white")

@@ -1,11 +1,19 @@
-"""``/docs.json`` as it really is: BentoML describes one form and its own errors; this adds ours."""
+"""``/docs.json``: every endpoint, form, error and header as they really are, in OpenAPI 3.1.
+
+BentoML's own document knows one form of a request and its own errors, so nothing of it is left but the version.
+"""
 
 from __future__ import annotations
 
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
 from serving.access import GUARDED
+from serving.errors import ERROR_HEADER
+from serving.schemas import Batch, Classification, Explanation, Failure
 
 Document = dict[str, Any]
 
@@ -13,7 +21,7 @@ ERRORS = {
     HTTPStatus.BAD_REQUEST: "invalid_request, or invalid_image: missing, malformed or undecodable",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too_large or too_many_pixels",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type: not a type of request or image that is accepted",
-    HTTPStatus.TOO_MANY_REQUESTS: "overloaded: the queue is full; Retry-After says for how long",
+    HTTPStatus.TOO_MANY_REQUESTS: "overloaded: the server is full; Retry-After says for how long",
     HTTPStatus.INTERNAL_SERVER_ERROR: "internal: the server's fault",
     HTTPStatus.SERVICE_UNAVAILABLE: "not_ready",
     HTTPStatus.GATEWAY_TIMEOUT: "deadline_exceeded",
@@ -30,81 +38,127 @@ KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-REQUEST_ID = {"X-Request-ID": {"description": "As sent, or made.", "schema": {"type": "string"}}}
-SERVER_TIMING = {"Server-Timing": {"description": "Stages in milliseconds (W3C).", "schema": {"type": "string"}}}
-RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
-AUTHENTICATE = {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}}
-HEADERS = {HTTPStatus.UNAUTHORIZED: AUTHENTICATE, HTTPStatus.TOO_MANY_REQUESTS: RETRY_AFTER}
-BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _header(description: str, **schema: Any) -> Document:
+    return {"description": description, "required": True, "schema": schema}
+
+
+REQUEST_ID = {"X-Request-ID": _header("As sent, or made.", type="string", pattern="^[A-Za-z0-9._-]{1,64}$")}
+SERVER_TIMING = {"Server-Timing": _header("Stages in milliseconds (W3C).", type="string")}
+ERROR_CODE = {ERROR_HEADER: _header("The error's code.", type="string")}
+HEADERS = {
+    HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": _header("Bearer.", type="string")},
+    HTTPStatus.TOO_MANY_REQUESTS: {"Retry-After": _header("Seconds.", type="integer", minimum=1)},
+}
 SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-OPTIONS = [
-    {"name": name, "in": "query", "description": description, "schema": schema}
-    for name, description, schema in (
-        ("prediction_set", "Level of a set of classes to be sent along, such as 0.99.", SHARE),
-        ("abstain_below", "No verdict under this confidence.", SHARE),
-        ("abstain_foreign", "No verdict on images that do not resemble the training images.", {"type": "boolean"}),
+PARAMETERS = [
+    {"name": name, "in": place, "description": description, "schema": schema}
+    for name, place, description, schema in (
+        ("prediction_set", "query", "Level of a set of classes to be sent along, such as 0.99.", SHARE),
+        ("abstain_below", "query", "No verdict under this confidence.", SHARE),
+        ("abstain_foreign", "query", "No verdict on what does not resemble the training images.", {"type": "boolean"}),
+        ("X-Request-ID", "header", "Kept if it is made of letters, digits, dots and hyphens.", {"type": "string"}),
+        (
+            "X-Request-Timeout",
+            "header",
+            "Seconds until the answer is of no use: 504 by then.",
+            {"type": "number", "exclusiveMinimum": 0},
+        ),
     )
 ]
-ENCODED = {"type": "string", "description": "Base64 (RFC 4648) or a data URL (RFC 2397)."}
+IMAGE = {"type": "string", "format": "binary", "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file."}
+ENCODED = {"type": "string", "format": "base64-image", "description": "Base64 (RFC 4648) or a data URL (RFC 2397)."}
+MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+    (model, "serialization") for model in (Classification, Explanation, Batch, Failure)
+]
+INFRASTRUCTURE = {
+    "/livez": "The process answers.",
+    "/healthz": "As /livez; deprecated.",
+    "/readyz": "The model has reproduced its reference outputs, and is served.",
+    "/metrics": "Metrics for Prometheus.",
+}
 
 
-def _json(schema: Document) -> Document:
-    return {"application/json": {"schema": schema}}
+def _reply(description: str, **content: Document) -> Document:
+    types = {name.replace("_", "/"): {"schema": schema} for name, schema in content.items()}
+    return {"description": description, "headers": REQUEST_ID, "content": types}
 
 
-def _object(name: str, schema: Document) -> Document:
-    return {"type": "object", "required": [name], "properties": {name: schema}}
+def _ref(name: str) -> Document:
+    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _failures(errors: dict[HTTPStatus, str]) -> Document:
     """Replies by status, from the codes that go with it."""
-    failure = _json({"$ref": "#/components/schemas/Failure"})
+    failures = {}
+    for status, codes in errors.items():
+        reply = _reply(codes, application_json=_ref("Failure"))
+        failures[str(status.value)] = {**reply, "headers": {**REQUEST_ID, **ERROR_CODE, **HEADERS.get(status, {})}}
+    return failures
+
+
+def _post(summary: str, field: str, form: Document, encoded: Document, reply: Document, **raw: Document) -> Document:
+    """An operation that takes images, as ``form`` in a form and as ``encoded`` in JSON, or as they are."""
+
+    def with_field(schema: Document) -> Document:
+        return {"schema": {"type": "object", "required": [field], "properties": {field: schema}}}
+
+    content = {"multipart/form-data": with_field(form), "application/json": with_field(encoded), **raw}
     return {
-        str(status.value): {
-            "description": codes,
-            "headers": {**REQUEST_ID, **HEADERS.get(status, {})},
-            "content": failure,
-        }
-        for status, codes in errors.items()
+        "summary": summary,
+        "parameters": PARAMETERS,
+        "requestBody": {"required": True, "content": content},
+        "responses": {"200": {**reply, "headers": {**REQUEST_ID, **SERVER_TIMING}}, **_failures(ERRORS)},
     }
 
 
-def _ask_for_keys(spec: Document) -> None:
-    spec["components"]["securitySchemes"] = KEY_SCHEMES
-    for path in set(GUARDED) & set(spec["paths"]):
-        for method, operation in spec["paths"][path].items():
+def _get(summary: str, **content: Document) -> Document:
+    return {"summary": summary, "responses": {"200": _reply(summary, **content)}}
+
+
+def _paths() -> Document:
+    raw = {"image/*": {"schema": IMAGE}}
+    classification = _reply("The verdict.", application_json=_ref("Classification"))
+    explanation = _reply("A picture, or its numbers.", image_png=IMAGE, application_json=_ref("Explanation"))
+    several = {"type": "array", "minItems": 1, "items": ENCODED}
+    files = {"type": "array", "minItems": 1, "items": IMAGE}
+    batch = _reply("The verdicts in order.", application_json=_ref("Batch"))
+    card = {"type": "object", "required": ["name", "version", "classes", "input_size", "runtime", "topology"]}
+    return {
+        "/classify": {"post": _post("Classify one image.", "image", IMAGE, ENCODED, classification, **raw)},
+        "/classify/batch": {"post": _post("Classify several images.", "images", files, several, batch)},
+        "/explain": {
+            "post": _post("Where the verdict on one image comes from.", "image", IMAGE, ENCODED, explanation, **raw)
+        },
+        "/model": {"get": _get("What is served, and how good it is.", application_json=card)},
+        "/docs.json": {"get": _get("This document.", application_json={"type": "object"})},
+        "/schema.json": {"get": _get("What BentoML's clients ask for.", application_json={"type": "object"})},
+        **{path: {"get": _get(summary, text_plain={"type": "string"})} for path, summary in INFRASTRUCTURE.items()},
+    }
+
+
+def _ask_for_keys(document: Document) -> None:
+    document["components"]["securitySchemes"] = KEY_SCHEMES
+    for path in set(GUARDED) & set(document["paths"]):
+        for method, operation in document["paths"][path].items():
             operation["security"] = [{name: []} for name in KEY_SCHEMES]
             operation["responses"].update(_failures(KEY_ERRORS))
             if method == "get":  # no images, no limits
                 del operation["responses"]["429"]
 
 
-def describe(spec: Document, asks_for_keys: bool) -> Document:
-    """BentoML's OpenAPI document, changed in place to name every form, error and header of our endpoints."""
-    errors = _failures(ERRORS)
-    several = {"type": "array", "minItems": 1, "items": ENCODED}
-    for path, field, body in (
-        ("/classify", "image", ENCODED),
-        ("/classify/batch", "images", several),
-        ("/explain", "image", ENCODED),
-    ):
-        operation = spec["paths"][path]["post"]
-        success = next(reply for status, reply in operation["responses"].items() if str(status) == "200")
-        operation["responses"] = {"200": {**success, "headers": REQUEST_ID | SERVER_TIMING}, **errors}
-        operation["requestBody"]["required"] = True
-        content = operation["requestBody"]["content"]
-        content.update(_json(_object(field, body)))
-        if field == "image":
-            content["image/*"] = BINARY
-        operation["parameters"] = OPTIONS
-    spec["paths"]["/explain"]["post"]["responses"]["200"]["content"]["image/png"] = BINARY
-    card = {"description": "The model card.", "headers": REQUEST_ID, "content": _json({"type": "object"})}
-    spec["paths"]["/model"] = {
-        "get": {"description": "What is served, and how good it is.", "responses": {"200": card}}
+def describe(version: str, asks_for_keys: bool) -> Document:
+    """The OpenAPI document of the whole API."""
+    _, schemas = models_json_schema(MODELS, ref_template="#/components/schemas/{model}")
+    not_ready = {HTTPStatus.SERVICE_UNAVAILABLE: ERRORS[HTTPStatus.SERVICE_UNAVAILABLE]}
+    document: Document = {
+        "openapi": "3.1.0",
+        "info": {"title": "classifier", "version": version, "description": "Image classification."},
+        "paths": _paths(),
+        "components": {"schemas": schemas["$defs"]},
     }
-    spec["info"] = {"title": "classifier", "version": spec["info"]["version"], "description": "Image classification."}
-    for unused in ("InvalidArgument", "NotFound", "InternalServerError", "TaskStatusResponse"):
-        spec["components"]["schemas"].pop(unused, None)
+    document["paths"]["/readyz"]["get"]["responses"].update(_failures(not_ready))
     if asks_for_keys:
-        _ask_for_keys(spec)
-    return spec
+        _ask_for_keys(document)
+    return document

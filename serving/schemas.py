@@ -1,4 +1,4 @@
-"""What ``/docs.json`` and BentoML's clients are told of requests and replies.
+"""What ``/docs.json`` is made of, and what BentoML's clients are told of requests and replies.
 
 The inputs hand the request itself to the endpoint instead of parsing it: parsing is ``serving.requests``', where every
 mistake gets its own 4xx, and no default of BentoML's fetches URLs or writes temporary files.
@@ -68,6 +68,10 @@ class Failure(BaseModel):
     error: Problem
 
 
+class Batch(BaseModel):
+    results: list[Classification | Failure]
+
+
 class ClassifyOutput(Classification, IODescriptor):  # type: ignore[misc]  # BentoML's own mix-in
     pass
 
@@ -76,5 +80,5 @@ class ExplainOutput(Explanation, IODescriptor):  # type: ignore[misc]  # as abov
     pass
 
 
-class BatchOutput(IODescriptor):
-    results: list[Classification | Failure]
+class BatchOutput(Batch, IODescriptor):  # type: ignore[misc]  # as above
+    pass

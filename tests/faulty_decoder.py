@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from model import decoder
 from model.preprocess import Pixels
 
-CRASH, HANG, EAT = b"!crash", b"!hang", b"!eat"
-SECONDS = 1.0
+CRASH, HANG, SLEEP, EAT = FAULTS = b"!crash", b"!hang", b"!sleep", b"!eat"
+SECONDS, PATIENCE = 1.0, 3.0
 
 
 def work(data: bytes, task: dict[str, Any]) -> Pixels:
@@ -19,6 +20,8 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
     if data.endswith(HANG):
         while True:
             pass
+    if data.endswith(SLEEP):
+        time.sleep(3600)
     if data.endswith(EAT):
         eaten = []
         while True:
@@ -27,4 +30,4 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
 
 
 if __name__ == "__main__":
-    decoder.main(work, SECONDS)
+    decoder.main(work, SECONDS, PATIENCE)

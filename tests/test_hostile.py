@@ -111,6 +111,7 @@ def assert_documented(request: object, answer: Answer) -> str:
     error = orjson.loads(answer.body)["error"]
     assert set(error) == {"code", "message", "request_id"}
     assert error["message"]
+    assert " at 0x" not in error["message"]
     assert DOCUMENTED.get(error["code"]) == answer.status, (request, answer)
     assert answer.headers["x-error-code"] == error["code"]
     assert answer.headers["x-request-id"] == error["request_id"]
@@ -178,7 +179,7 @@ RAW = {
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     "a NUL in a header": (b"GET /model HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n", 400),
     "a folded header": (b"POST /classify HTTP/1.1\r\nHost: x\r\nX: a\r\n b\r\nContent-Length: 0\r\n\r\n", 400),
-    "a path of no text": (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "a path of no text": (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     "a path with NUL": (b"GET /model%00 HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     "a path that climbs": (b"GET /model/../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     "a whole URL": (b"GET http://elsewhere/x HTTP/1.1\r\nHost: x\r\n\r\n", 404),
@@ -188,8 +189,6 @@ RAW = {
         400,
     ),
     "an encoding": (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Encoding: zstd\r\nContent-Length: 0\r\n\r\n", 415),
-    "a header without end": (b"GET /model HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 300_000 + b"\r\n\r\n", 400),
-    "headers without end": (b"GET /model HTTP/1.1\r\nHost: x\r\n" + b"X: x\r\n" * 50_000 + b"\r\n", 400),
 }
 UNWRAPPED = b"Invalid HTTP request received."
 """Of uvicorn, where what was sent is no HTTP and no request ever began."""

@@ -65,7 +65,7 @@ def plant(target: str, corpus: Path) -> None:
 def main() -> None:
     target, corpus, *flags = sys.argv[1:]
     plant(target, Path(corpus))
-    options = [sys.argv[0], corpus, f"tests/fuzz/corpus/{target}", "-max_len=8192", "-timeout=20", *flags]
+    options = [sys.argv[0], corpus, f"tests/fuzz/corpus/{target}", "-max_len=8192", "-timeout=120", *flags]
     atheris.Setup(options, TARGETS[target], custom_mutator=mutate)
     atheris.Fuzz()
 
