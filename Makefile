@@ -204,6 +204,20 @@ capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make
 bench-client: $(VENV)/.dev ## measure python -m client on the folder IMAGES against the service itself; needs wrk
 	$(BIN)/python -m tests.benchmark.command_line $(IMAGES)
 
+.venv-bench/fuzz/.installed: tests/fuzz/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+FUZZ_SECONDS ?= 1800
+fuzz: .venv-bench/fuzz/.installed ## look for bytes that break the decoder or the request parser, FUZZ_SECONDS (1800) each
+	.venv-bench/fuzz/bin/python -m tests.fuzz decoder runs/fuzz/decoder tests/fuzz/corpus/decoder -max_total_time=$(FUZZ_SECONDS)
+	.venv-bench/fuzz/bin/python -m tests.fuzz parser runs/fuzz/parser tests/fuzz/corpus/parser -max_total_time=$(FUZZ_SECONDS)
+
+fuzz-corpus: .venv-bench/fuzz/.installed ## keep what fuzz has found in tests/fuzz/corpus, where it leads further
+	.venv-bench/fuzz/bin/python -m tests.fuzz decoder -merge=1 tests/fuzz/corpus/decoder runs/fuzz/decoder
+	.venv-bench/fuzz/bin/python -m tests.fuzz parser -merge=1 tests/fuzz/corpus/parser runs/fuzz/parser
+
 k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
 	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
 
@@ -273,6 +287,7 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, wit
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
 clean: ## remove everything that make made, but neither data nor runs

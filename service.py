@@ -215,6 +215,7 @@ class Classifier:
 
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
+        logs.mute_native_code()
         logs.configure(settings, process_name())
         if settings.drain_seconds:
             draining.install(settings.drain_seconds)

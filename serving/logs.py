@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import queue
+import sys
 import time
 from collections.abc import Iterator
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler, SMTPHandler
@@ -45,6 +46,15 @@ class Seldom:
             self._next = time.monotonic() + SELDOM_SECONDS
             self._logger.error(message, extra={**fields, "times": self._times})
             self._times = 0
+
+
+def mute_native_code() -> None:
+    """Codecs print on descriptor 2 what they find wrong with an image, so that anyone could fill the log.
+
+    What they print goes nowhere from now on, and what Python writes to standard error goes where it did.
+    """
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def configure(settings: Settings, process_name: str) -> None:

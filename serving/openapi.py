@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serving.access import GUARDED
+from serving.answers import Batch, Classification, Explanation, Failure
 from serving.errors import ERROR_HEADER
-from serving.schemas import Batch, Classification, Explanation, Failure
 
 Document = dict[str, Any]
 
@@ -72,6 +72,7 @@ ENCODED = {"type": "string", "format": "base64-image", "description": "Base64 (R
 MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (model, "serialization") for model in (Classification, Explanation, Batch, Failure)
 ]
+BAD = {"description": "Anything else is answered with an error in its place, and harms none of its neighbours."}
 INFRASTRUCTURE = {
     "/livez": "The process answers.",
     "/healthz": "As /livez; deprecated.",
@@ -121,7 +122,7 @@ def _paths() -> Document:
     raw = {"image/*": {"schema": IMAGE}}
     classification = _reply("The verdict.", application_json=_ref("Classification"))
     explanation = _reply("A picture, or its numbers.", image_png=IMAGE, application_json=_ref("Explanation"))
-    several = {"type": "array", "minItems": 1, "items": ENCODED}
+    several = {"type": "array", "minItems": 1, "items": {"anyOf": [ENCODED, BAD]}}
     files = {"type": "array", "minItems": 1, "items": IMAGE}
     batch = _reply("The verdicts in order.", application_json=_ref("Batch"))
     card = {"type": "object", "required": ["name", "version", "classes", "input_size", "runtime", "topology"]}

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests import hostile, seeds
-from tests.live import Server, encode, picture, processes, samples, serve, total
+from tests.live import LOG, Server, encode, picture, processes, samples, serve, total
 
 TIMEOUT = 60
 THREADS = 8
@@ -98,6 +98,11 @@ def assert_sound(server: Server, pid: int, answer: Answer) -> None:
     assert without_id(again) == without_id(answer)
 
 
+def not_json(server: Server) -> list[str]:
+    """Lines of the log that no log collector can read."""
+    return [line for line in (server.home / LOG).read_text().splitlines() if not line.startswith("{")]
+
+
 def without_id(answer: Answer) -> dict[str, Any]:
     document = orjson.loads(answer.body)
     document.pop("request_id")
@@ -121,13 +126,14 @@ def assert_documented(request: object, answer: Answer) -> str:
 
 def test_thousands_of_bad_requests_are_refused_and_harm_nothing(server: Server) -> None:
     requests = hostile.requests()
-    before = classify(server)
+    before, printed = classify(server), not_json(server)
     pid = worker(server)
     answers = ask_all(server, requests)
     codes = Counter(map(assert_documented, requests, answers))
     assert codes.total() - codes[""] >= 2000, codes
     assert set(codes) - {""} == set(DOCUMENTED)
     assert_sound(server, pid, before)
+    assert not_json(server) == printed  # codecs that print would let anyone fill the log
     figures = samples(server.url)
     assert total(figures, "classifier_rejected_total", reason="internal") == 0
     assert total(figures, "classifier_decoder_deaths_total") == 0

@@ -1,7 +1,8 @@
 """Coverage-guided fuzzing of the decoder and of the request parser, by atheris (libFuzzer).
 
-    make fuzz                      both, FUZZ_SECONDS each
-    python -m tests.fuzz decoder runs/fuzz/decoder -max_total_time=60
+    make fuzz           both, FUZZ_SECONDS each
+    make fuzz-corpus    keep of what was found what leads furthest, in tests/fuzz/corpus
+    python -m tests.fuzz decoder FILE    one input again
 
 Coverage is that of Python code alone: of ours, of Pillow's and of the multipart parser. It leads through every branch
 of ``model.headers`` and ``serving.requests``. Of OpenCV, libjpeg-turbo, libpng, libtiff and libwebp nothing is seen:
@@ -50,8 +51,9 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     return mutated[:max_size]
 
 
-def plant(target: str, corpus: Path) -> None:
-    """The seeds, into a corpus that is to grow."""
+def plant(target: str) -> None:
+    """The seeds, into the folder that is to grow."""
+    corpus = Path("runs/fuzz") / target
     corpus.mkdir(parents=True, exist_ok=True)
     images = seeds.images()
     if target == "decoder":
@@ -63,10 +65,11 @@ def plant(target: str, corpus: Path) -> None:
 
 
 def main() -> None:
-    target, corpus, *flags = sys.argv[1:]
-    plant(target, Path(corpus))
-    options = [sys.argv[0], corpus, f"tests/fuzz/corpus/{target}", "-max_len=8192", "-timeout=120", *flags]
-    atheris.Setup(options, TARGETS[target], custom_mutator=mutate)
+    _, target, *options = sys.argv
+    program = f"{sys.executable} -m tests.fuzz {target}"  # libFuzzer starts others of itself to merge
+    plant(target)
+    limits = ["-max_len=8192", "-timeout=120", "-artifact_prefix=runs/fuzz/"]
+    atheris.Setup([program, *limits, *options], TARGETS[target], custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -1,0 +1,41 @@
+"""The JSON that is answered, as models: for ``/docs.json`` and for BentoML's clients."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class Classification(BaseModel):
+    predicted_class: int | None = Field(description="Index of the most probable class; null when abstained.")
+    class_name: str | None = Field(description="Its name; null when abstained.")
+    confidence: float = Field(ge=0, le=1, description="Calibrated probability of that class.")
+    all_probabilities: dict[str, float] = Field(
+        description="Calibrated probability of each class index; they sum to 1."
+    )
+    in_distribution: bool = Field(description="Whether the image resembles the training images.")
+    prediction_set: list[str] = Field(
+        default=[], description="With ?prediction_set: classes that hold the true one at that level, likeliest first."
+    )
+    abstained: bool = Field(default=False, description="With ?abstain_below or ?abstain_foreign.")
+    model: str = Field(description="name:version of the model; of an ensemble, all of them with commas between.")
+    request_id: str
+
+
+class Explanation(Classification):
+    evidence: list[list[float]] = Field(
+        description="The image as the network saw it, row by row: the share of the evidence that lies in each place."
+    )
+
+
+class Problem(BaseModel):
+    code: str
+    message: str
+    request_id: str
+
+
+class Failure(BaseModel):
+    error: Problem
+
+
+class Batch(BaseModel):
+    results: list[Classification | Failure]
