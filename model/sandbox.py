@@ -1,4 +1,14 @@
-"""Decoding in a process of its own, so that an image that crashes, hangs or bloats a decoder costs itself alone."""
+"""Decoding in a process of its own, so that an image that crashes, hangs or bloats a decoder costs itself alone.
+
+Every image goes there but plain and small ones (``Header.is_plain``, ``serving.pipeline``): baseline JPEG and opaque
+8-bit PNG of a few kilobytes, the traffic that counts, are left to the most proven code of libjpeg-turbo and libpng. The
+rest is where decoders break: TIFF, WebP, GIF and BMP, transparency, 16 bits, animation, EXIF, several scans, and
+whatever is large.
+
+Measured in microseconds of processor time for an image of 32x32 pixels, here and through the process (in the caller,
+who waits for about 100 in all): WebP 18 and 36, BMP 5 and 31, GIF 61 and 39, TIFF 19 and 38; a PNG would take 33 and
+43, and a JPEG 32 and 63. From a hundred kilobytes on the way costs nothing that could be measured.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +28,8 @@ from model.decoder import ERRORS
 from model.headers import ImageError
 from model.preprocess import Pixels
 
+ROOT = Path(__file__).parent.parent
+"""Where the package is, in a Bento as in a checkout."""
 COMMAND = (sys.executable, "-m", "model.decoder")
 START_SECONDS = 60.0
 """For the fork server to have imported everything, on a machine with other work."""
@@ -80,7 +93,7 @@ class Sandbox:
         with theirs:
             # What native code prints is no log line.
             self._server = subprocess.Popen(
-                self._command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                self._command, cwd=ROOT, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
 
     def _fork(self) -> Connection:

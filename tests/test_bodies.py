@@ -1,0 +1,51 @@
+"""The limit on what a worker holds of request bodies, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from starlette.types import Message, Receive
+
+from serving.bodies import Bodies
+from serving.errors import ApiError
+
+
+async def endless() -> Message:
+    return {"type": "http.request", "body": b"x" * 40, "more_body": True}
+
+
+def take(receive: Receive, times: int) -> None:
+    async def work() -> None:
+        for _ in range(times):
+            await receive()
+
+    asyncio.run(work())
+
+
+def test_bodies_of_all_requests_together_are_bounded() -> None:
+    bodies = Bodies(100)
+    with bodies.meter(endless) as first, bodies.meter(endless) as second:
+        take(first, 1)
+        take(second, 1)
+        with pytest.raises(ApiError) as refusal:
+            take(second, 1)
+    assert (refusal.value.status, refusal.value.code) == (429, "overloaded")
+    assert int(refusal.value.headers["retry-after"]) >= 1
+
+
+def test_what_was_held_is_free_again_after_the_request() -> None:
+    bodies = Bodies(100)
+    for _ in range(5):
+        with pytest.raises(ApiError), bodies.meter(endless) as receive:
+            take(receive, 3)
+    with bodies.meter(endless) as receive:
+        take(receive, 2)
+
+
+def test_a_message_without_a_body_is_free() -> None:
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    with Bodies(0).meter(gone) as receive:
+        take(receive, 9)
