@@ -72,7 +72,6 @@ ENCODED = {"type": "string", "format": "base64-image", "description": "Base64 (R
 MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (model, "serialization") for model in (Classification, Explanation, Batch, Failure)
 ]
-BAD = {"description": "Anything else is answered with an error in its place, and harms none of its neighbours."}
 INFRASTRUCTURE = {
     "/livez": "The process answers.",
     "/healthz": "As /livez; deprecated.",
@@ -122,9 +121,11 @@ def _paths() -> Document:
     raw = {"image/*": {"schema": IMAGE}}
     classification = _reply("The verdict.", application_json=_ref("Classification"))
     explanation = _reply("A picture, or its numbers.", image_png=IMAGE, application_json=_ref("Explanation"))
-    several = {"type": "array", "minItems": 1, "items": {"anyOf": [ENCODED, BAD]}}
+    several = {"type": "array", "minItems": 1, "items": ENCODED}
     files = {"type": "array", "minItems": 1, "items": IMAGE}
-    batch = _reply("The verdicts in order.", application_json=_ref("Batch"))
+    batch = _reply(
+        "The verdicts in order, and in the place of what is no image an error.", application_json=_ref("Batch")
+    )
     card = {"type": "object", "required": ["name", "version", "classes", "input_size", "runtime", "topology"]}
     return {
         "/classify": {"post": _post("Classify one image.", "image", IMAGE, ENCODED, classification, **raw)},

@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import negative_data_rejection
 
 from serving.openapi import describe
 from tests import seeds
@@ -36,8 +37,11 @@ api = schemathesis.openapi.from_dict(DOCUMENT)
 @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
 def test_the_server_does_what_its_document_says(case: schemathesis.Case, embedded: Server) -> None:
     response = case.call(base_url=embedded.url)
-    # A deadline that nobody could meet is missed as documented, and no fault.
-    forgiven = [not_a_server_error] if response.status_code == HTTPStatus.GATEWAY_TIMEOUT else []
+    forgiven = []
+    if response.status_code == HTTPStatus.GATEWAY_TIMEOUT:  # a deadline that nobody could meet, missed as documented
+        forgiven.append(not_a_server_error)
+    if (case.path, response.status_code) == ("/classify/batch", HTTPStatus.OK):  # what is no image fails in its place
+        forgiven.append(negative_data_rejection)
     case.validate_response(response, excluded_checks=forgiven)
 
 
