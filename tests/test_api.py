@@ -13,8 +13,7 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import negative_data_rejection
+from schemathesis.checks import negative_data_rejection, not_a_server_error
 
 from serving.openapi import describe
 from tests import seeds
