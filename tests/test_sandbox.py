@@ -172,6 +172,7 @@ def test_killed_decoders_of_a_server_are_replaced(server: Server) -> None:
     assert before
     for decoder in before:
         os.kill(decoder, signal.SIGKILL)
+    time.sleep(0.5)  # until they are dead: an image in the hands of a dying decoder would be an error
     assert {post() for _ in range(20)} == {200}
     assert decoders()
     assert not set(decoders()) & set(before)
