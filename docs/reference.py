@@ -37,7 +37,7 @@ def _document() -> Schema:
     from serving.openapi import describe
 
     service: Any = Classifier  # BentoML's decorator makes another class of it
-    document: Schema = json.loads(json.dumps(describe(service.openapi_spec.asdict(), asks_for_keys=True)))
+    document: Schema = json.loads(json.dumps(describe(str(service.openapi_spec.info.version), asks_for_keys=True)))
     return document
 
 
@@ -66,7 +66,7 @@ def _operation(path: str, method: str, operation: Schema) -> str:
             table(("content type", "content"), ((f"`{m}`", _type(b["schema"])) for m, b in bodies)),
         ]
     if "parameters" in operation:
-        parts += [table(("query parameter", "type", "what it asks for"), map(_parameter, operation["parameters"]))]
+        parts += [table(("parameter", "type", "what it asks for"), map(_parameter, operation["parameters"]))]
     parts += [table(("status", "meaning", "content", "headers"), map(_reply, sorted(operation["responses"].items())))]
     return "\n".join(parts)
 

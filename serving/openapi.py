@@ -106,7 +106,7 @@ def _post(summary: str, field: str, form: Document, encoded: Document, reply: Do
 
     content = {"multipart/form-data": with_field(form), "application/json": with_field(encoded), **raw}
     return {
-        "summary": summary,
+        "description": summary,
         "parameters": PARAMETERS,
         "requestBody": {"required": True, "content": content},
         "responses": {"200": {**reply, "headers": {**REQUEST_ID, **SERVER_TIMING}}, **_failures(ERRORS)},
@@ -114,7 +114,7 @@ def _post(summary: str, field: str, form: Document, encoded: Document, reply: Do
 
 
 def _get(summary: str, **content: Document) -> Document:
-    return {"summary": summary, "responses": {"200": _reply(summary, **content)}}
+    return {"description": summary, "responses": {"200": _reply(summary, **content)}}
 
 
 def _paths() -> Document:
