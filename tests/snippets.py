@@ -94,7 +94,9 @@ def named_in(snippet: Snippet) -> Iterator[tuple[str, str]]:
     for line, _ in snippet.commands():
         command = re.sub(r"\s+#.*", "", line)
         if make := re.search(r"(?:^|&& |[A-Z_]+=\S+ )make ([^&|]*)", command):
-            yield from (("target", word) for word in re.findall(r"(?<!\S)([a-z0-9-]+)(?!\S)", make[1]))
+            yield from (
+                ("target", word) for word in re.findall(r"(?<!\S)([a-z0-9-]+)(?!\S)", re.sub(r'"[^"]*"', "", make[1]))
+            )
         yield from (("module", module) for module in re.findall(r"-m ([a-z_.]+)", command))
 
 

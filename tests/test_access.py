@@ -116,7 +116,7 @@ def test_a_quota_holds_over_both_workers(guarded: Guarded) -> None:
             assert 1 <= int(reply.headers["Retry-After"]) <= 86_400
     # Both workers had a part in it, each with a file of its own.
     time.sleep(1)
-    lines = [path.read_text().count('"frugal"') for path in (guarded.home / "audit").iterdir()]
+    lines = [path.read_text().count('"frugal"') for path in (guarded.home / "audit").glob("*.jsonl")]
     assert len(lines) == 2
     assert all(lines)
     assert sum(lines) == 40

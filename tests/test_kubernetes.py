@@ -114,9 +114,15 @@ def test_a_gateway_waits_longer_than_the_service() -> None:
 
 def test_only_what_the_service_offers_is_public() -> None:
     (rule,) = load("deploy/k8s/overlays/production/http-route.yaml")["spec"]["rules"]
-    public = {(match["method"], match["path"]["value"]) for match in rule["matches"]}
-    assert public == {("POST", "/classify"), ("POST", "/classify/batch"), ("GET", "/model")}
-    assert {match["path"]["type"] for match in rule["matches"]} == {"Exact"}
+    public = {(match["method"], match["path"]["type"], match["path"]["value"]) for match in rule["matches"]}
+    assert public == {
+        ("POST", "Exact", "/classify"),
+        ("POST", "Exact", "/classify/batch"),
+        ("POST", "Exact", "/explain"),
+        ("GET", "Exact", "/model"),
+        ("GET", "Exact", "/"),
+        ("GET", "PathPrefix", "/page"),
+    }
 
 
 def test_both_scrape_alike() -> None:
