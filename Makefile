@@ -47,11 +47,11 @@ $(BIN)/python:
 SERVE_REQUIREMENTS := $(if $(wildcard /proc/driver/nvidia/version),requirements-gpu.txt,requirements-serve.txt)
 
 $(VENV)/.serve: $(SERVE_REQUIREMENTS) | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $(SERVE_REQUIREMENTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(SERVE_REQUIREMENTS)
 	@touch $@
 
 $(VENV)/.dev: requirements.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	@touch $@ $(VENV)/.serve
 
 serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 3000)
