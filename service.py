@@ -42,6 +42,7 @@ from model.tuning import BATCHES, best_batch, compare
 from serving import connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.bodies import Bodies
+from serving.direct import shorten
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
@@ -214,7 +215,8 @@ class ClassifierService(LeanService):
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
         bodies = Bodies(BODIES * settings.max_body_bytes)
-        return Gateway(app, PATHS, Page(), settings.log_requests, bodies, visits)
+        shortened = shorten(app, {method.route: method.func for method in self.apis.values()})
+        return Gateway(shortened, PATHS, Page(), settings.log_requests, bodies, visits)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above

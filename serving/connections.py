@@ -7,9 +7,39 @@ a file descriptor and memory. A request whose body comes late is answered by its
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class Joining:
+    """A transport that writes the head of a reply together with its body: a system call and a packet less."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Hold ``data`` back until more comes, or until the event loop has done what it is at."""
+        if self._held:
+            data, self._held = self._held + data, b""
+            self._transport.write(data)
+        else:
+            self._held = data
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        if self._held:
+            data, self._held = self._held, b""
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
@@ -20,6 +50,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # as good as one
         self._sending: asyncio.TimerHandle | None = None
         self._await_bytes()
 
@@ -40,6 +71,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._joining.flush()
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._await_bytes()

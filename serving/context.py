@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -21,6 +21,14 @@ def choose_request_id(sent: str | None) -> str:
     if sent and _ACCEPTABLE.fullmatch(sent):
         return sent
     return uuid.uuid4().hex
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """A header of a request, by its name in small letters. Starlette's mapping decodes and raises on the way there."""
+    for found, value in scope["headers"]:
+        if found == name:
+            return str(value, "latin-1")
+    return None
 
 
 def watch(receive: Receive) -> None:

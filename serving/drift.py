@@ -6,7 +6,11 @@ index, is a rule of Prometheus (monitoring/prometheus), so that a window and a t
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from functools import cache
+
 import numpy as np
+from prometheus_client import Counter
 
 from model.artifact import Reference
 from model.classifier import Prediction, calibrated
@@ -26,7 +30,10 @@ class Drift:
         self._edges = reference.edges
         probabilities = calibrated(reference.validation, config.temperature)
         verdicts = np.bincount(probabilities.argmax(axis=1), minlength=len(config.classes))
-        confidences = np.bincount(_confidence_bins(probabilities.max(axis=1)), minlength=len(CONFIDENCE_EDGES) + 1)
+        confidences = np.bincount(
+            np.searchsorted(CONFIDENCE_EDGES, probabilities.max(axis=1), side="right"),
+            minlength=len(CONFIDENCE_EDGES) + 1,
+        )
         _expect(CLASS, dict(zip(config.classes, verdicts.tolist(), strict=True)))
         _expect(CONFIDENCE, {str(i): count for i, count in enumerate(confidences.tolist())})
         for name in STATISTICS:
@@ -36,17 +43,19 @@ class Drift:
         """Count a batch (N, H, W, 3)."""
         for name, counts in zip(STATISTICS, histogram(images, self._edges), strict=True):
             for index in np.flatnonzero(counts).tolist():
-                metrics.DRIFT_IMAGES.labels(name, str(index)).inc(int(counts[index]))
+                _images(name, str(index)).inc(int(counts[index]))
 
     @staticmethod
     def hear(prediction: Prediction) -> None:
         """Count a verdict."""
-        metrics.DRIFT_IMAGES.labels(CLASS, prediction.class_name).inc()
-        metrics.DRIFT_IMAGES.labels(CONFIDENCE, str(int(_confidence_bins(prediction.confidence)))).inc()
+        _images(CLASS, prediction.class_name).inc()
+        _images(CONFIDENCE, str(bisect_right(CONFIDENCE_EDGES, prediction.confidence))).inc()
 
 
-def _confidence_bins(confidence: np.ndarray | float) -> np.ndarray:
-    return np.searchsorted(CONFIDENCE_EDGES, confidence, side="right")
+@cache
+def _images(feature: str, bin_name: str) -> Counter:
+    """``DRIFT_IMAGES`` of one bin, without looking it up by its labels for every image."""
+    return metrics.DRIFT_IMAGES.labels(feature, bin_name)
 
 
 def _expect(feature: str, counts: dict[str, int]) -> None:
@@ -54,4 +63,4 @@ def _expect(feature: str, counts: dict[str, int]) -> None:
     total = sum(counts.values()) + len(counts)
     for name, count in counts.items():
         metrics.EXPECTED_SHARE.labels(feature, name).set((count + 1) / total)
-        metrics.DRIFT_IMAGES.labels(feature, name)  # at 0 from the start
+        _images(feature, name)  # at 0 from the start

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import draining, metrics
 from serving.bodies import Bodies
-from serving.context import choose_request_id, request_id, watch
+from serving.context import choose_request_id, header, request_id, watch
 from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
 from serving.visits import Visits
 
@@ -55,7 +55,7 @@ class Gateway:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        chosen = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        chosen = choose_request_id(header(scope, REQUEST_ID_HEADER.encode()))
         token = request_id.set(chosen)
         watch(receive)
         reply = _Reply(scope, receive, send, chosen)

@@ -19,11 +19,11 @@ class Replies:
 
     def __init__(self, tag: str, classifier: Classifier, drift: Drift) -> None:
         self._tag, self._classifier, self._drift = tag, classifier, drift
-        for name in classifier.config.classes:
-            metrics.IMAGES.labels(name)  # at 0 from the start
+        # At 0 from the start, and at hand for every image.
+        self._images = [metrics.IMAGES.labels(name) for name in classifier.config.classes]
 
     def __call__(self, prediction: Prediction, options: Options) -> dict[str, Any]:
-        metrics.IMAGES.labels(prediction.class_name).inc()
+        self._images[prediction.class_index].inc()
         metrics.CONFIDENCE.observe(prediction.confidence)
         self._drift.hear(prediction)
         if not prediction.in_distribution:

@@ -14,8 +14,9 @@ from http import HTTPStatus
 
 import orjson
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser, parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
+from serving.context import header
 from serving.errors import ApiError
 from settings import Settings
 
@@ -53,7 +54,7 @@ NO_OPTIONS = Options()
 
 def read_options(request: Request) -> Options:
     """The options of a request; raises ``ApiError`` for one that is unknown or has no sensible value."""
-    if not request.query_params:
+    if not request.scope["query_string"]:
         return NO_OPTIONS
     readers = {"prediction_set": _share, "abstain_below": _share, "abstain_foreign": _flag}
     chosen: dict[str, float | bool] = {}
@@ -82,7 +83,7 @@ def _flag(name: str, value: str) -> bool:
 
 def read_timeout(request: Request, limit: float) -> float:
     """Seconds that the caller is willing to wait, by ``X-Request-Timeout``: ``limit`` at most, and by default."""
-    asked = request.headers.get("x-request-timeout")
+    asked = header(request.scope, b"x-request-timeout")
     if asked is None:
         return limit
     try:
@@ -129,13 +130,13 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
 
 
 def _content_type(request: Request) -> tuple[str, dict[str, str]]:
-    if encoding := request.headers.get("content-encoding"):
+    if encoding := header(request.scope, b"content-encoding"):
         raise ApiError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             "unsupported_media_type",
             f"content-encoding {encoding[:40]!r}; expected a body without one",
         )
-    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    media_type, options = parse_options_header(header(request.scope, b"content-type") or "")
     media_type = media_type.lower()
     if media_type not in (JSON, MULTIPART) and not media_type.startswith("image/"):
         raise _unsupported(media_type, JSON, MULTIPART, "image/*")
@@ -152,12 +153,16 @@ def _unsupported(media_type: str, *expected: str) -> ApiError:
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """The body, given up as soon as it is known to exceed ``limit`` bytes."""
-    announced = request.headers.get("content-length", "")[:19]
+    announced = (header(request.scope, b"content-length") or "")[:19]
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise too_large(f"the body has {announced} bytes; expected at most {limit}")
     chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         size += len(chunk)
         if size > limit:
             raise too_large(f"the body has more than {limit} bytes")
