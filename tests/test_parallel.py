@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.artifact import CONFIG
 from tests import first_step, toy
 from train import data
 from train.augment import Augmented
-from train.fit import CHECKPOINT, CONFIG, RUN
+from train.fit import CHECKPOINT, RUN
 from train.parallel import ALONE, Group
 from train.recipe import Recipe
 

@@ -32,9 +32,13 @@ class Draw:
         """Standard normal numbers (B, *shape) for the share."""
         return torch.randn((self.count, *shape), generator=self.generator)[self.share]
 
-    def uniform(self, reach: float) -> Tensor:
-        """A number between ``-reach`` and ``reach`` for each image of the share."""
-        return (torch.rand(self.count, generator=self.generator)[self.share] * 2 - 1) * reach
+    def uniform(self, reach: float, *shape: int) -> Tensor:
+        """Numbers (B, *shape) between ``-reach`` and ``reach`` for the share."""
+        return (torch.rand((self.count, *shape), generator=self.generator)[self.share] * 2 - 1) * reach
+
+    def batch_uniform(self, low: float, high: float) -> float:
+        """One number between ``low`` and ``high`` for the whole batch."""
+        return low + (high - low) * float(torch.rand((), generator=self.generator))
 
 
 class Batch(NamedTuple):
@@ -84,8 +88,9 @@ class Augmented:
             if self.recipe.zoom > 1:
                 reach = math.log(self.recipe.zoom)
                 scale, stretch = draw.uniform(reach), draw.uniform(reach)
-                every_other = slice(share.start % 2, None, 2)
-                images[every_other] = self._zoom(images[every_other], scale[every_other], stretch[every_other])
+                # By groups of four, so that every kind of corruption meets zoomed images and others.
+                zoomed = torch.arange(share.start, share.stop) // 4 % 2 == 0
+                images[zoomed] = self._zoom(images[zoomed], scale[zoomed], stretch[zoomed])
             images = self._cutout(images, draw)
             views = self._corrupt(images, draw) if self.recipe.corrupt > 0 else images
             if epoch < int(self.recipe.low_res * self.recipe.epochs):
@@ -119,22 +124,41 @@ class Augmented:
         return _to_images(F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True))
 
     def _corrupt(self, images: Tensor, draw: Draw) -> Tensor:
-        """Of each four images one stays, one gets noise, one is blurred, and one changes its colours."""
+        """Of each four images one stays, one gets noise, one loses detail, and one changes its colours."""
         pixels = images.permute(0, 3, 1, 2).float()
-        strength = self.recipe.corrupt
-        noise = draw.normal(*pixels.shape[1:]).to(self.device)
-        amount = strength * draw.uniform(1.0).abs().to(self.device)[:, None, None, None]
-        brightness, contrast, saturation = (
-            strength * draw.uniform(1.0).to(self.device)[:, None, None, None] for _ in range(3)
-        )
-        noise_at, blur_at, colour_at = (slice((kind - draw.share.start) % 4, None, 4) for kind in (1, 2, 3))
-        pixels[noise_at] += 30 * amount[noise_at] * noise[noise_at]
-        pixels[blur_at] = torch.lerp(pixels[blur_at], _blurred(pixels[blur_at]), amount[blur_at].clamp(max=1))
-        gray = pixels[colour_at].mean(dim=1, keepdim=True)
-        coloured = gray + (1 + saturation[colour_at]) * (pixels[colour_at] - gray)
-        mean = coloured.mean(dim=(1, 2, 3), keepdim=True)
-        pixels[colour_at] = mean + torch.exp(0.7 * contrast[colour_at]) * (coloured - mean) + 50 * brightness[colour_at]
+        kinds = (slice((kind - draw.share.start) % 4, None, 4) for kind in (1, 2, 3))
+        for kind, change in zip(kinds, (self._add_noise, self._lose_detail, self._recolour), strict=True):
+            change(pixels, kind, draw)
         return _to_images(pixels)
+
+    def _add_noise(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
+        """On all pixels of an image or on a few of them, where it is then stronger."""
+        noise = draw.normal(*pixels.shape[1:])[kind].to(self.device)
+        amount, density, where = (
+            draw.uniform(1.0, *shape)[kind].abs().to(self.device)
+            for shape in ((1, 1, 1), (1, 1, 1), (1, *pixels.shape[2:]))
+        )
+        density = density.clamp(min=0.05)
+        pixels[kind] += 30 * self.recipe.corrupt * amount * noise * (where < density) / density.sqrt()
+
+    def _lose_detail(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
+        """By a blur, or, for every other batch, by larger pixels."""
+        amount = draw.uniform(self.recipe.corrupt, 1, 1, 1)[kind].abs().to(self.device)
+        coarse = draw.batch_uniform(0.45, 1.55)
+        if coarse > 1:
+            pixels[kind] = torch.lerp(pixels[kind], _blurred(pixels[kind]), amount.clamp(max=1))
+        else:
+            small = F.interpolate(pixels[kind], scale_factor=coarse, mode="area")
+            pixels[kind] = F.interpolate(small, size=pixels.shape[2:], mode="nearest")
+
+    def _recolour(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
+        """Saturation, brightness, and contrast: lost more often than gained, as in fog or bad light."""
+        strength = self.recipe.corrupt
+        brightness, contrast, saturation = (draw.uniform(strength, 1, 1, 1)[kind].to(self.device) for _ in range(3))
+        gray = pixels[kind].mean(dim=1, keepdim=True)
+        coloured = gray + (1 + saturation) * (pixels[kind] - gray)
+        mean = coloured.mean(dim=(1, 2, 3), keepdim=True)
+        pixels[kind] = mean + torch.exp(1.2 * contrast - 0.5 * strength) * (coloured - mean) + 50 * brightness
 
     def _cutout(self, images: Tensor, draw: Draw) -> Tensor:
         height, width = images.shape[1:3]

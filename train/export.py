@@ -64,9 +64,9 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
 
     Rounding first makes every format an image of the same weights, and lets the larger ones be stored in FP16.
     """
-    config = ModelConfig.load(run / fit.CONFIG)
+    config = ModelConfig.load(run / files.CONFIG)
     network = ConvNet(config).eval()
-    state = fit.read_weights(run / fit.CHECKPOINT)
+    state = fit.read_weights(run)
     network.load_state_dict(
         {name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     )
@@ -234,7 +234,7 @@ def quantize(source: Path, target: Path, images: Pixels) -> None:
             target,
             Calibration(images),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Add", "MaxPool"],
+            op_types_to_quantize=["Conv", "Relu", "Add", "MaxPool"],
             nodes_to_exclude=[stem],
             per_channel=True,
             reduce_range=True,
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    size = ModelConfig.load(options.run / fit.CONFIG).input_size
+    size = ModelConfig.load(options.run / files.CONFIG).input_size
     sealed = export(options.run, load(options.source, size), options.out)
     print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
     for name, entry in sealed.card["files"].items():

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from model.artifact import CARD, CONFIG, WEIGHTS
 from model.config import ModelConfig
 from model.network import ConvNet
 from train import command
@@ -43,7 +44,7 @@ from train.muon import Muon
 from train.parallel import Group, join
 from train.recipe import Recipe
 
-CONFIG, CHECKPOINT, RUN = "config.json", "checkpoint.safetensors", "run.json"
+CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
@@ -254,20 +255,20 @@ class Fit:
             raise DataError(f"{self.data.source}: process {self.group.rank} found other data there than the first one")
         self.restore(tensors, position)
 
-    def take_weights(self, path: Path) -> None:
-        """Begin with the weights of another run's checkpoint instead of random ones."""
+    def take_weights(self, trained: Path) -> None:
+        """Begin with the weights of a finished run or of an artifact instead of random ones."""
         try:
-            self.network.load_state_dict(read_weights(path))
+            self.network.load_state_dict(read_weights(trained))
         except RuntimeError as error:
-            raise DataError(f"{path}: not the weights of this network: {error}") from error
+            raise DataError(f"{trained}: not the weights of this network: {error}") from error
 
-    def take_teacher(self, run: Path) -> None:
-        """Learn from the network of a finished run too; raises ``DataError`` for one of other classes."""
-        config = ModelConfig.load(run / CONFIG)
+    def take_teacher(self, trained: Path) -> None:
+        """Learn from the network of a finished run or artifact too; raises ``DataError`` for one of other classes."""
+        config = ModelConfig.load(trained / CONFIG)
         if config.classes != self.data.classes:
-            raise DataError(f"{run}: a teacher of {list(config.classes)}; expected {list(self.data.classes)}")
+            raise DataError(f"{trained}: a teacher of {list(config.classes)}; expected {list(self.data.classes)}")
         teacher = ConvNet(config)
-        teacher.load_state_dict(read_weights(run / CHECKPOINT))
+        teacher.load_state_dict(read_weights(trained))
         self.teachers.append(teacher.to(self.device).eval().requires_grad_(False))
 
     def resume(self) -> None:
@@ -285,11 +286,24 @@ class Fit:
         self.restore(tensors, position)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The network's state in a checkpoint, on the CPU."""
+def read_weights(trained: Path) -> dict[str, Tensor]:
+    """The state of the network of a run or of an artifact, on the CPU."""
+    path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
+    if not path.exists():
+        raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
     with safe_open(path, "pt") as checkpoint:
         names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
         return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
+
+
+def read_story(trained: Path) -> dict[str, Any]:
+    """What a finished run, or the card of an artifact, tells of its training."""
+    story: dict[str, Any]
+    if (trained / RUN).exists():
+        story = json.loads((trained / RUN).read_text())
+    else:
+        story = json.loads((trained / CARD).read_text())["training"]
+    return story
 
 
 def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
@@ -318,8 +332,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--name", required=True, help="name of the model in the store")
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--start", type=Path, metavar="RUN", help="start from the weights of a finished run")
-    parser.add_argument("--teacher", type=Path, metavar="RUN", action="append", default=[], help="repeatable")
+    parser.add_argument("--start", type=Path, metavar="RUN", help="start from the weights of a run or an artifact")
+    parser.add_argument(
+        "--teacher", type=Path, metavar="RUN", action="append", default=[], help="a run or an artifact; repeatable"
+    )
     parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
@@ -334,7 +350,7 @@ def begin(fit: Fit, config: ModelConfig, options: argparse.Namespace) -> None:
     elif (fit.out / CHECKPOINT).exists():
         raise DataError(f"{fit.out}: holds a run already; --resume it, or choose another --out")
     elif options.start:
-        fit.take_weights(options.start / CHECKPOINT)
+        fit.take_weights(options.start)
     fit.save()
     config.save(fit.out / CONFIG)
 
@@ -379,9 +395,9 @@ def write_run(fit: Fit, options: argparse.Namespace, findings: dict[str, Any], s
     )
     about: dict[str, object] = {**describe_run(fit, typed, started), "check": findings}
     if options.teacher:
-        about["teachers"] = [json.loads((run / RUN).read_text()) for run in options.teacher]
+        about["teachers"] = [read_story(run) for run in options.teacher]
     if options.start:
-        about["start"] = json.loads((options.start / RUN).read_text())
+        about["start"] = read_story(options.start)
     (options.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
 
 

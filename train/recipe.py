@@ -32,7 +32,7 @@ class Recipe:
     zoom: float = 1.3
     """Every other image is scaled by up to this factor, up or down, and stretched by up to its square root."""
     corrupt: float = 0.0
-    """Strength of noise, blur or changed colours, each on a quarter of the images; 1 is strong."""
+    """Strength of noise, lost detail or changed colours, each on a quarter of the images; 1 is strong."""
     distill: float = 0.9
     """Weight of the teachers' verdicts against the labels, where there are teachers."""
     distill_temperature: float = 2.0
