@@ -96,10 +96,10 @@ gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped
 	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(if $(SUMMARY),--summary $(SUMMARY))
 
 adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
-	rm -rf model/pretrained && cp -r $(RUN)/artifact model/pretrained
+	rm -rf model/pretrained $(if $(NEW),model/pretrained_accurate) && cp -r $(RUN)/artifact model/pretrained
 	$(BIN)/python -m tests.golden $(if $(NEW),$(DATA))
 	$(BIN)/python -m train.readme
-	$(MAKE) report ARTIFACTS=model/pretrained
+	$(MAKE) report ARTIFACTS="$$(echo model/pretrained*)"
 
 # Only what adopt leaves: pictures of the model before, and the data that train, evaluate and report take by default.
 new: ## make this checkout that of your own classifier: train NAME on DATA, evaluate and ship it; EPOCHS, TRAIN_FLAGS

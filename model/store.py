@@ -23,7 +23,7 @@ import bentoml
 from bentoml.exceptions import BentoMLException, NotFound
 
 from model import comparison, promotions
-from model.artifact import CARD, SHIPPED, Artifact, ArtifactError
+from model.artifact import ACCURATE, CARD, SHIPPED, Artifact, ArtifactError
 from model.classifier import verify
 from model.config import ConfigError
 from model.runtimes import ONNX, ONNX_INT8, create
@@ -67,13 +67,15 @@ def _create(artifact: Artifact, tag: str) -> None:
 
 
 def resolve(reference: str) -> str:
-    """``name`` or ``name:version`` to the full tag in the store; the shipped artifact is imported when it is missing.
+    """``name`` or ``name:version`` to the full tag in the store; the shipped artifacts are imported when it is missing.
 
     Without a version the one counts that the Bento was built with; in a checkout, the promoted one.
     Raises ``StoreError`` naming what the store holds.
     """
-    if _find(_versioned(reference)) is None and (SHIPPED / CARD).exists():
-        put(SHIPPED)
+    if _find(_versioned(reference)) is None:
+        for directory in (SHIPPED, ACCURATE):
+            if (directory / CARD).exists():
+                put(directory)
     return str(_held(reference).tag)
 
 

@@ -11,6 +11,7 @@ import pytest
 from model.artifact import SHIPPED, Artifact
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
 from tests.golden import GOLDEN, predict, size
+from train import readme
 
 MAX_DIFFERENCE = {ONNX: 0.001, TORCH: 0.02, ONNX_INT8: 0.1}
 """In probability, from the FP32 predictions that were stored."""
@@ -47,3 +48,15 @@ def test_no_worse_model_is_shipped(shipped: Artifact, golden: dict[str, Any]) ->
     assert int8["accuracy"] >= fp32["accuracy"] - max(0.003, 1 / fp32["images"])
     assert fp32["ece"] <= limits["ece"]
     assert size(shipped) <= limits["bytes"]
+
+
+def test_the_larger_model_earns_its_time(golden: dict[str, Any]) -> None:
+    """Where there is one: more accurate, as good in INT8, right on the same pictures, and both small enough for Git."""
+    first, *larger = readme.shipped()
+    for artifact in larger:
+        fp32, int8 = (artifact.card["metrics"][name] for name in (ONNX, ONNX_INT8))
+        assert fp32["images"] >= golden["limits"]["images"]
+        assert int8["accuracy"] >= fp32["accuracy"] - max(0.003, 1 / fp32["images"])
+        assert int8["accuracy"] > first.card["metrics"][ONNX_INT8]["accuracy"]
+        assert [name for name, p in predict(artifact, ONNX_INT8).items() if p.class_name != name] == []
+    assert sum(map(size, [first, *larger])) <= 40e6

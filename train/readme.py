@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.artifact import SHIPPED, Artifact
+from model.artifact import ACCURATE, SHIPPED, Artifact
+from model.runtimes import ONNX_INT8
 from train import command
 from train.sections import between, measured, percent, runs, table
 
@@ -22,9 +23,35 @@ NAMED_CLASSES = 20
 """More of them are counted alone."""
 
 
-def section(artifact: Artifact) -> str:
-    """Everything below the heading."""
-    return "\n\n".join(filter(None, [about(artifact), commands(artifact), accuracy(artifact), *rest(artifact)]))
+def shipped() -> list[Artifact]:
+    """Those in the repository, the default one first."""
+    return [Artifact.load(path) for path in (SHIPPED, ACCURATE) if path.exists()]
+
+
+def section(artifact: Artifact, *others: Artifact) -> str:
+    """Everything below the heading: of the default model, and how the ``others`` compare."""
+    parts = [sizes([artifact, *others]), about(artifact), commands(artifact), accuracy(artifact), *rest(artifact)]
+    return "\n\n".join(filter(None, parts))
+
+
+def sizes(artifacts: list[Artifact]) -> str:
+    """The shipped models beside each other, the default one first; nothing for a single one."""
+    if len(artifacts) < 2:
+        return ""
+    rows = []
+    for artifact in artifacts:
+        metrics, training = artifact.card["metrics"], artifact.card["training"]
+        int8, minutes = metrics[ONNX_INT8], sum(run["training_seconds"] for run in runs(training)) / 60
+        measures = (
+            percent(int8["accuracy"]),
+            percent(metrics["robustness"]["accuracy"]),
+            percent(metrics["photographs"]["accuracy"]),
+            f"{int8['speed']['images_per_s']:,}",
+        )
+        about = (f"`{artifact.config.name}`", f"{training['parameters'] / 1e6:.1f} M", f"{minutes:.0f} min")
+        rows.append((*about, *measures))
+    head = ("`MODEL`", "parameters", "trained for", "accuracy, INT8", "corrupted", "photographs", "images/s, one core")
+    return "Two are shipped; the first is the default.\n\n" + table(head, rows)
 
 
 def about(artifact: Artifact) -> str:
@@ -67,7 +94,7 @@ def rest(artifact: Artifact) -> Iterator[str]:
         f"INT8 agrees with FP32 on {agreement:.1%} of the validation images. All formats together take "
         f"{megabytes:.1f} MB, for `model.onnx` refers to\nthe weights in `model.safetensors`."
     )
-    if rows := list(others(artifact.card["metrics"])):
+    if rows := list(further(artifact.card["metrics"])):
         yield table(("what else was measured, INT8", ""), rows)
     yield (
         "The [model card](docs/model-card.md) has the plots; the card (`GET /model`, or `model/pretrained/card.json`)"
@@ -75,7 +102,7 @@ def rest(artifact: Artifact) -> Iterator[str]:
     )
 
 
-def others(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def further(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What only some models were measured for."""
     if foreign := metrics.get("foreign"):
         kinds = ", ".join(f"{name} {kind['auroc']:.3f}" for name, kind in foreign["kinds"].items())
@@ -90,7 +117,7 @@ def others(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    text, count = SECTION.subn(lambda match: section(Artifact.load(SHIPPED)), README.read_text())
+    text, count = SECTION.subn(lambda match: section(*shipped()), README.read_text())
     if not count:
         raise command.CommandError(f"{README}: no section 'The shipped model'")
     README.write_text(text)
