@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ import requests
 
 from model.artifact import Artifact
 from model.statistics import BINS, STATISTICS, edges, histogram, measure
+from serving.drift import GATHER_SECONDS
 from tests import toy
 from tests.live import Server, encode, picture, samples, total
 
@@ -56,6 +58,7 @@ def test_a_server_counts_what_it_sees_and_says(server: Server) -> None:
     before = samples(server.url)
     dark = [encode(picture(seed).point(lambda v: v // 6)) for seed in range(40)]
     requests.post(f"{server.url}/classify/batch", files=[("images", i) for i in dark], timeout=60).raise_for_status()
+    time.sleep(10 * GATHER_SECONDS)
     after = samples(server.url)
     for feature in ("class", "confidence", *STATISTICS):
         grown = {k: after[k] - before.get(k, 0) for k in after if k.startswith("classifier_drift_images_total{")}

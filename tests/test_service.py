@@ -460,6 +460,25 @@ def test_every_metric_family_is_there(server: Server) -> None:
     assert total(values, "classifier_model_info", **labels) == 1
 
 
+def test_bentoml_counts_and_times_each_request_once(server: Server) -> None:
+    """Whether it goes straight to its endpoint, as a POST does, or through BentoML's application."""
+    before = samples(server.url)
+    for _ in range(3):
+        assert post_raw(server.url).status_code == 200
+    for _ in range(2):
+        assert post_raw(server.url, b"\x89PNG\r\n\x1a\n but no more").status_code == 400
+    assert requests.get(f"{server.url}/classify", timeout=TIMEOUT).status_code == 405
+    after = samples(server.url)
+    for name in ("request_total", "request_duration_seconds_count"):
+        for code, count in (("200", 3), ("400", 2), ("405", 1)):
+            labels = {"endpoint": "/classify", "http_response_code": code, "runner_name": "classifier"}
+            grown = total(after, f"bentoml_service_{name}", **labels) - total(
+                before, f"bentoml_service_{name}", **labels
+            )
+            assert (name, code, grown) == (name, code, count)
+    assert total(after, "bentoml_service_request_in_progress", endpoint="/classify") == 0
+
+
 def test_what_may_be_counted_is_at_0_before_it_comes(server: Server) -> None:
     """`increase()` of a counter that appears at 1 is 0, so an alert would miss the first of a kind."""
     text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
