@@ -157,6 +157,9 @@ smoke: ## ask the stack from outside: does it classify, are inner paths hidden, 
 check-faults: $(VENV)/.dev ## kill, starve, fill and restart the service under load, and count what is lost; needs Nginx
 	$(BIN)/python -m pytest tests/faults
 
+check-gpu: $(VENV)/.dev ## the torch engine on an NVIDIA GPU: right at every batch size, and its images/s with CUDA graphs and without
+	$(BIN)/python -m pytest tests/gpu
+
 soak: $(VENV)/.dev ## SOAK_SECONDS (3600) at 70 % load: memory, descriptors, latency into docs/soak.json and a plot; needs wrk
 	$(BIN)/python -m tests.soak --seconds $(or $(SOAK_SECONDS),3600)
 

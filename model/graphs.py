@@ -1,0 +1,71 @@
+"""CUDA graphs: all kernels of a network launched as one.
+
+A GPU computes a network of this size faster than Python launches its kernels one by one. A graph is recorded for a
+fixed batch size; there is one for each power of two, and a batch takes the next larger one, padded with what was there
+before. See "Accelerating PyTorch with CUDA Graphs" (pytorch.org, 2021). Imported only where there is a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.preprocess import Pixels
+
+WARM_UPS = 3
+"""Before recording, so that libraries have chosen their kernels and allocated what they keep."""
+
+
+class Graphs:
+    """``function``, from (N, H, W, 3) uint8 images on ``device`` to (N, ...) outputs, for up to ``largest`` images.
+
+    Raises ``RuntimeError`` for a function that does what cannot be recorded. Called from one thread at a time.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], shape: tuple[int, int, int], largest: int, device: torch.device
+    ) -> None:
+        # Copies from pinned memory need no copy of their own before.
+        self._pinned = torch.zeros((largest, *shape), dtype=torch.uint8, pin_memory=True)
+        self._images = torch.zeros((largest, *shape), dtype=torch.uint8, device=device)
+        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode(), torch.cuda.device(device):
+            for size in reversed(sizes(largest)):  # the largest first: the others find room in its memory
+                self._recorded[size] = _record(function, self._images[:size], pool)
+
+    def __call__(self, images: Pixels) -> Tensor:
+        """Outputs for ``images`` on the CPU; raises ``KeyError`` for more than ``largest`` of them."""
+        count = len(images)
+        graph, outputs = self._recorded[ceiling(count)]
+        with torch.inference_mode():
+            self._pinned[:count].copy_(torch.from_numpy(images))
+            self._images[:count].copy_(self._pinned[:count], non_blocking=True)
+            graph.replay()
+            return outputs[:count].cpu()  # waits for all of it
+
+
+def _record(function: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            function(images)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = function(images)
+    return graph, outputs
+
+
+def sizes(largest: int) -> list[int]:
+    """The powers of two up to ``largest``, itself one."""
+    return [2**power for power in range(largest.bit_length())]
+
+
+def ceiling(count: int) -> int:
+    """The smallest power of two that is not below ``count``, which is at least 1."""
+    return 1 << (count - 1).bit_length()

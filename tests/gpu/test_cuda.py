@@ -1,0 +1,70 @@
+"""The torch engine on a GPU, with CUDA graphs and without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from model.artifact import SHIPPED, Artifact
+from model.classifier import TOLERANCE, verify
+from model.preprocess import Pixels
+from model.runtimes import GRAPHED_IMAGES, ONNX, TORCH, OnnxRuntime, TorchRuntime
+
+SECONDS = 0.5
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Artifact:
+    assert torch.cuda.is_available(), "no NVIDIA GPU that this torch can use"
+    return Artifact.load(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def engine(artifact: Artifact) -> TorchRuntime:
+    runtime = TorchRuntime(artifact)
+    assert runtime._graphs, "no CUDA graphs were recorded"
+    return runtime
+
+
+def images(artifact: Artifact, count: int, seed: int = 0) -> Pixels:
+    samples = artifact.reference(quantised=False).images
+    return samples[np.random.default_rng(seed).integers(0, len(samples), count)]
+
+
+def test_the_reference_is_reproduced(artifact: Artifact, engine: TorchRuntime) -> None:
+    verify(engine, artifact.reference(quantised=False))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 100, GRAPHED_IMAGES, GRAPHED_IMAGES + 1])
+def test_every_batch_size_is_right(count: int, artifact: Artifact, engine: TorchRuntime) -> None:
+    """Against ONNX Runtime on the CPU, and twice, so that nothing is left of the batch before."""
+    expected = OnnxRuntime(artifact.onnx, ONNX, threads=4)
+    for seed in range(2):
+        batch = images(artifact, count, seed)
+        assert np.abs(engine(batch) - expected(batch)).max() < TOLERANCE[TORCH]
+
+
+def rate(function: Callable[[Pixels], object], batch: Pixels) -> float:
+    function(batch)
+    done, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < SECONDS:
+        function(batch)
+        done += len(batch)
+    return done / elapsed
+
+
+def test_images_per_second(artifact: Artifact, engine: TorchRuntime, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints a table; a GPU slower with graphs than without would be a reason to leave them out."""
+    rows = []
+    for count in (1, 8, 32, GRAPHED_IMAGES):
+        batch = images(artifact, count)
+        rows.append((count, rate(engine, batch), rate(lambda b: engine._run(engine._network, b), batch)))
+    with capsys.disabled():
+        print(f"\n{torch.cuda.get_device_name()}\nimages in a batch, images/s with CUDA graphs, without")
+        for row in rows:
+            print("{:>4} {:>12,.0f} {:>12,.0f}".format(*row))
+    assert all(graphed > eager for _, graphed, eager in rows)
