@@ -85,11 +85,13 @@ class Batcher:
         self.waiting += len(images)
         self._start()
         try:
+            if len(jobs) == 1:  # nearly every time, and without the tasks' worth of work that gathering is
+                return await jobs[0].result
             results = await asyncio.gather(*(job.result for job in jobs))
         except BaseException:
             self._withdraw(jobs)
             raise
-        return results[0] if len(results) == 1 else np.concatenate(results)
+        return np.concatenate(results)
 
     def _withdraw(self, jobs: list[_Job]) -> None:
         """Free the places of what is still waiting when its caller leaves."""
