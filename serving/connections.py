@@ -12,21 +12,23 @@ from typing import Any
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+Buffer = bytes | memoryview
+
 
 class Joining:
     """A transport that writes the head of a reply together with its body: a system call and a packet less."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
-        self._held = b""
+        self._held: Buffer = b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Buffer) -> None:
         """Hold ``data`` back until more comes, or until the event loop has done what it is at."""
         if self._held:
-            data, self._held = self._held + data, b""
+            data, self._held = b"".join((self._held, data)), b""
             self._transport.write(data)
         else:
             self._held = data

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import requests
 import uvicorn
 
 from serving.connections import Connection
@@ -18,6 +19,8 @@ from tests.live import free_port
 PATIENCE = 0.5
 REPLY = 64 * 2**20
 """Bytes; more than an operating system buffers for one connection."""
+PIECES = (memoryview(b"ab"), b"", b"cd", memoryview(b"ef"), memoryview(b"g"))
+"""As BentoML's runner sends them."""
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -26,7 +29,13 @@ class Hasty(Connection):
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers GET with a large reply, and POST at once, before any of its body."""
+    """Answers GET with a large reply or with pieces, and POST at once, before any of its body."""
+    if scope["path"] == "/pieces":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for piece in PIECES:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        return
     size = REPLY if scope["method"] == "GET" else 2
     length = (b"content-length", str(size).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -44,6 +53,9 @@ def serving(loop: str) -> Iterator[int]:
         while not server.started:
             time.sleep(0.01)
         yield port
+        noticed = time.monotonic() + PATIENCE
+        while server.server_state.connections and time.monotonic() < noticed:
+            time.sleep(0.01)
         assert not server.server_state.connections, "one is still held"
     finally:
         server.should_exit = True
@@ -119,3 +131,15 @@ def test_who_does_not_gets_everything() -> None:
             received += len(chunk)
             time.sleep(0.001)  # slower than the server, yet going on
         assert received > REPLY
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
+    with serving(loop) as port, requests.Session() as session:
+        for method, path, body in (
+            ("GET", "/pieces", b"abcdefg"),
+            ("HEAD", "/pieces", b""),
+            ("POST", "/", b"xx"),
+            ("GET", "/pieces", b"abcdefg"),
+        ):
+            assert session.request(method, f"http://127.0.0.1:{port}{path}", timeout=10).content == body
