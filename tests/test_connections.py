@@ -31,7 +31,8 @@ class Hasty(Connection):
 async def application(scope: Any, receive: Any, send: Any) -> None:
     """Answers GET with a large reply or with pieces, and POST at once, before any of its body."""
     if scope["path"] == "/pieces":
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        length = (b"content-length", str(sum(map(len, PIECES))).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
         for piece in PIECES:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
