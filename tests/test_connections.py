@@ -19,7 +19,7 @@ from tests.live import free_port
 PATIENCE = 0.5
 REPLY = 64 * 2**20
 """Bytes; more than an operating system buffers for one connection."""
-PIECES = (memoryview(b"ab"), b"", b"cd", memoryview(b"ef"), memoryview(b"g"))
+PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", memoryview(b"g"))
 """As BentoML's runner sends them."""
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
