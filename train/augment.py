@@ -50,6 +50,8 @@ class Batch(NamedTuple):
     """The same, smaller or corrupted, as the network sees them."""
     labels: Tensor
     size: int
+    number: int
+    """Of the batch, counted over all epochs."""
 
 
 class Augmented:
@@ -80,7 +82,8 @@ class Augmented:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         generator = self._generator(epoch)
-        for batch in torch.randperm(len(self.labels), generator=generator).tensor_split(len(self)):
+        order = torch.randperm(len(self.labels), generator=generator)
+        for number, batch in enumerate(order.tensor_split(len(self)), epoch * len(self)):
             share = self.group.share(len(batch))
             draw, index = Draw(generator, len(batch), share), batch[share]
             flip = (self.flip_parity[index] + epoch) % 2 == 1
@@ -95,7 +98,7 @@ class Augmented:
             views = self._corrupt(images, draw) if self.recipe.corrupt > 0 else images
             if epoch < int(self.recipe.low_res * self.recipe.epochs):
                 views = self._shrink(views)
-            yield Batch(images, views, self.labels[index.to(self.device)], len(batch))
+            yield Batch(images, views, self.labels[index.to(self.device)], len(batch), number)
 
     def _shift(self, index: Tensor, flip: Tensor, draw: Draw) -> Tensor:
         height, width = self.images.shape[1:3]

@@ -189,14 +189,20 @@ class Fit:
         return torch.stack([loss.detach(), hits, torch.full_like(hits, len(batch.labels))])
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Of the labels, and of teachers who see the same image uncorrupted (Beyer et al., 2022, arXiv:2106.05237)."""
+        """Of the labels, and of a teacher who sees the same image uncorrupted (Beyer et al., 2022, arXiv:2106.05237).
+
+        Each batch has one teacher, in turn, who sees it mirrored every other time. The gradient is linear in what is
+        taught: on average the student learns from the mean of them all, at the cost of one.
+        """
         recipe = self.recipe
         by_label = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing, reduction="sum")
         if not self.teachers:
             return by_label
         t = recipe.distill_temperature
+        mirrored, turn = divmod(batch.number, len(self.teachers))
         with torch.no_grad(), autocast(self.device):
-            taught = torch.stack([F.softmax(teacher(batch.images) / t, dim=1) for teacher in self.teachers]).mean(dim=0)
+            images = batch.images.flip(2) if mirrored % 2 else batch.images
+            taught = F.softmax(self.teachers[turn](images) / t, dim=1)
         by_teachers = F.kl_div(F.log_softmax(logits / t, dim=1), taught, reduction="sum") * t**2
         return torch.lerp(by_label, by_teachers, recipe.distill)
 
