@@ -96,7 +96,7 @@ gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped
 	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(if $(SUMMARY),--summary $(SUMMARY))
 
 adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
-	rm -rf model/pretrained $(if $(NEW),model/pretrained_accurate) && cp -r $(RUN)/artifact model/pretrained
+	rm -rf model/pretrained $(if $(NEW),model/pretrained_*) && cp -r $(RUN)/artifact model/pretrained
 	$(BIN)/python -m tests.golden $(if $(NEW),$(DATA))
 	$(BIN)/python -m train.readme
 	$(MAKE) report ARTIFACTS="$$(echo model/pretrained*)"

@@ -37,8 +37,8 @@ HASHED = (CONFIG, WEIGHTS, ONNX, ONNX_INT8, REFERENCE)
 VERSION_LENGTH = 12
 SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships. A built Bento has of it no more than CONFIG: it holds the rest as a model."""
-ACCURATE = SHIPPED.with_name("pretrained_accurate")
-"""A larger one for the same classes, which ``MODEL`` names; a checkout made by ``make new`` has none."""
+ALSO_SHIPPED = tuple(sorted(SHIPPED.parent.glob("pretrained_*")))
+"""Others for the same classes, to be named by ``MODEL``; a checkout made by ``make new`` has none."""
 QUANTISED = "_int8"
 
 

@@ -23,7 +23,7 @@ import bentoml
 from bentoml.exceptions import BentoMLException, NotFound
 
 from model import comparison, promotions
-from model.artifact import ACCURATE, CARD, SHIPPED, Artifact, ArtifactError
+from model.artifact import ALSO_SHIPPED, CARD, SHIPPED, Artifact, ArtifactError
 from model.classifier import verify
 from model.config import ConfigError
 from model.runtimes import ONNX, ONNX_INT8, create
@@ -73,7 +73,7 @@ def resolve(reference: str) -> str:
     Raises ``StoreError`` naming what the store holds.
     """
     if _find(_versioned(reference)) is None:
-        for directory in (SHIPPED, ACCURATE):
+        for directory in (SHIPPED, *ALSO_SHIPPED):
             if (directory / CARD).exists():
                 put(directory)
     return str(_held(reference).tag)

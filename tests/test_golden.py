@@ -50,13 +50,15 @@ def test_no_worse_model_is_shipped(shipped: Artifact, golden: dict[str, Any]) ->
     assert size(shipped) <= limits["bytes"]
 
 
-def test_the_larger_model_earns_its_time(golden: dict[str, Any]) -> None:
-    """Where there is one: more accurate, as good in INT8, right on the same pictures, and both small enough for Git."""
-    first, *larger = readme.shipped()
-    for artifact in larger:
+def test_every_other_model_is_there_for_a_reason(golden: dict[str, Any]) -> None:
+    """More accurate or faster; as good in INT8, right on the same pictures, and all of them small enough for Git."""
+    first, *others = readme.shipped()
+    for artifact in others:
         fp32, int8 = (artifact.card["metrics"][name] for name in (ONNX, ONNX_INT8))
         assert fp32["images"] >= golden["limits"]["images"]
         assert int8["accuracy"] >= fp32["accuracy"] - max(0.003, 1 / fp32["images"])
-        assert int8["accuracy"] > first.card["metrics"][ONNX_INT8]["accuracy"]
+        default = first.card["metrics"][ONNX_INT8]
+        faster = int8["speed"]["images_per_s"] > default["speed"]["images_per_s"]
+        assert faster or int8["accuracy"] > default["accuracy"]
         assert [name for name, p in predict(artifact, ONNX_INT8).items() if p.class_name != name] == []
-    assert sum(map(size, [first, *larger])) <= 40e6
+    assert sum(map(size, [first, *others])) <= 40e6

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.artifact import ACCURATE, SHIPPED, Artifact
+from model.artifact import ALSO_SHIPPED, SHIPPED, Artifact
 from model.runtimes import ONNX_INT8
 from train import command
 from train.sections import between, measured, percent, runs, table
@@ -25,7 +25,7 @@ NAMED_CLASSES = 20
 
 def shipped() -> list[Artifact]:
     """Those in the repository, the default one first."""
-    return [Artifact.load(path) for path in (SHIPPED, ACCURATE) if path.exists()]
+    return [Artifact.load(path) for path in (SHIPPED, *ALSO_SHIPPED)]
 
 
 def section(artifact: Artifact, *others: Artifact) -> str:
@@ -51,7 +51,7 @@ def sizes(artifacts: list[Artifact]) -> str:
         about = (f"`{artifact.config.name}`", f"{training['parameters'] / 1e6:.1f} M", f"{minutes:.0f} min")
         rows.append((*about, *measures))
     head = ("`MODEL`", "parameters", "trained for", "accuracy, INT8", "corrupted", "photographs", "images/s, one core")
-    return "Two are shipped; the first is the default.\n\n" + table(head, rows)
+    return "The first is the default.\n\n" + table(head, rows)
 
 
 def about(artifact: Artifact) -> str:
