@@ -1,0 +1,75 @@
+"""Where a worker's own engine computes: few images at once, others in its thread, never two calls together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.artifact import Outputs
+from model.preprocess import Pixels
+from serving.hosts import AT_ONCE_SECONDS, Local
+
+IMAGE = np.zeros((1, 4, 4, 3), np.uint8)
+
+
+class Engine:
+    """Takes ``seconds`` an image and remembers in which thread; complains of company."""
+
+    name = "fake"
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._alone = threading.Lock()
+        self.threads: list[str] = []
+
+    def __call__(self, images: Pixels) -> Outputs:
+        assert self._alone.acquire(blocking=False), "two threads at once"
+        self.threads.append(threading.current_thread().name)
+        time.sleep(len(images) * self._seconds)
+        self._alone.release()
+        return np.zeros((len(images), 3), np.float32)
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        return self(images)
+
+
+def test_few_images_are_computed_at_once_when_it_is_known_that_they_are_few() -> None:
+    engine = Engine(AT_ONCE_SECONDS / 4)
+
+    async def ask() -> None:
+        local = Local(engine, engine)
+        for count in (1, 1, 8, 1):
+            await local.infer(np.repeat(IMAGE, count, axis=0))
+
+    asyncio.run(ask())
+    assert engine.threads == ["engine_0", "MainThread", "engine_0", "MainThread"]
+
+
+def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
+    engine = Engine(2 * AT_ONCE_SECONDS)
+
+    async def ask() -> None:
+        local = Local(engine, engine)
+        for _ in range(4):
+            await local.infer(IMAGE)
+
+    asyncio.run(ask())
+    assert set(engine.threads) == {"engine_0"}
+
+
+def test_an_engine_at_work_is_waited_for() -> None:
+    engine = Engine(AT_ONCE_SECONDS / 4)
+
+    async def ask() -> None:
+        local = Local(engine, engine)
+        await local.infer(IMAGE)
+        busy = asyncio.create_task(local.evidence(np.repeat(IMAGE, 20, axis=0)))
+        await asyncio.sleep(AT_ONCE_SECONDS)  # until the thread has begun
+        await asyncio.gather(busy, *(local.infer(IMAGE) for _ in range(3)))
+
+    asyncio.run(ask())
+    assert engine.threads == ["engine_0"] * 5
