@@ -246,6 +246,7 @@ class Classifier:
             self._infer,
             max_batch=DEFAULT_BATCH if settings.max_batch == "auto" else settings.max_batch,
             max_queue=settings.max_queue,
+            max_wait=settings.max_wait,
             concurrency=self._host.concurrency,
             observe=metrics.BATCH_IMAGES.observe,
         )

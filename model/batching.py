@@ -49,6 +49,7 @@ class Batcher:
     """Groups the images of concurrent callers into batches of at most ``max_batch`` for ``engine``.
 
     ``concurrency`` batches may be under way at once: one for an engine in this process, more to keep a remote one busy.
+    Images that would wait longer than ``max_wait`` seconds, at the rate at which the queue drained lately, are refused.
     ``observe`` is told the size of each batch. Belongs to one event loop.
     """
 
@@ -58,10 +59,11 @@ class Batcher:
         *,
         max_batch: int,
         max_queue: int,
+        max_wait: float = math.inf,
         concurrency: int = 1,
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self._engine, self.max_batch, self._max_queue = engine, max_batch, max_queue
+        self._engine, self.max_batch, self._max_queue, self._max_wait = engine, max_batch, max_queue, max_wait
         self._concurrency, self._observe = concurrency, observe
         self._jobs: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
@@ -76,8 +78,7 @@ class Batcher:
         of time, or for images that by then are no longer wanted: ``GoneError``. Raises ``QueueFullError`` when the
         images do not fit into the queue, and whatever the engine raised for their batch.
         """
-        if self.waiting + len(images) > self._max_queue:
-            raise QueueFullError(self.waiting, self._max_queue, self._retry_after())
+        self.admit(len(images))
         loop = asyncio.get_running_loop()
         parts = [images[i : i + self.max_batch] for i in range(0, len(images), self.max_batch)]
         jobs = [_Job(part, loop.create_future(), is_wanted) for part in parts]
@@ -93,6 +94,17 @@ class Batcher:
             raise
         return np.concatenate(results)
 
+    def admit(self, count: int) -> None:
+        """Raise ``QueueFullError`` when ``count`` images more are too many, or would wait longer than ``max_wait``.
+
+        Where none waits any number is welcome that the queue can hold, however long it will take.
+        """
+        limit = self._max_queue
+        if self.waiting and self._images_per_second:
+            limit = int(min(limit, self._rate() * self._max_wait))
+        if self.waiting + count > limit:
+            raise QueueFullError(self.waiting, limit, self._retry_after())
+
     def _withdraw(self, jobs: list[_Job]) -> None:
         """Free the places of what is still waiting when its caller leaves."""
         for job in jobs:
@@ -102,8 +114,12 @@ class Batcher:
 
     def _retry_after(self) -> int:
         """Seconds until the queue as it stands has drained, at the rate seen lately."""
-        rate = self._images_per_second * self._concurrency
+        rate = self._rate()
         return max(1, math.ceil(self.waiting / rate)) if rate else 1
+
+    def _rate(self) -> float:
+        """Images a second that leave the queue, as seen lately."""
+        return self._images_per_second * self._concurrency
 
     def _start(self) -> None:
         """Wake a free engine for each waiting job; one that finds nothing to do ends at once."""
@@ -111,17 +127,21 @@ class Batcher:
             self._running.add(asyncio.get_running_loop().create_task(self._drain()))
 
     async def _drain(self) -> None:
+        started = time.monotonic()
         try:
             while batch := self._take():
-                await self._compute(batch)
+                if await self._compute(batch):
+                    # What passes between two batches of a busy engine is time that images wait, too.
+                    now = time.monotonic()
+                    self._remember(sum(len(job.images) for job in batch) / max(now - started, 1e-6))
+                    started = now
         finally:
             # Not in a done callback, which runs a tick later: whoever arrived in between would wait for ever.
             self._running.discard(asyncio.current_task())
 
-    async def _compute(self, batch: list[_Job]) -> None:
-        started = time.monotonic()
-        size = sum(len(job.images) for job in batch)
-        self._observe(size)
+    async def _compute(self, batch: list[_Job]) -> bool:
+        """Answer a batch; whether its engine did."""
+        self._observe(sum(len(job.images) for job in batch))
         try:
             outputs = await self._engine(
                 batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
@@ -129,12 +149,12 @@ class Batcher:
         except Exception as error:
             for job in batch:
                 _settle(job, error)
-            return
-        self._remember(size / max(time.monotonic() - started, 1e-6))
+            return False
         start = 0
         for job in batch:
             _settle(job, outputs[start : start + len(job.images)])
             start += len(job.images)
+        return True
 
     def _take(self) -> list[_Job]:
         """The next batch: jobs in order of arrival while they fit, without those whose caller has gone."""

@@ -55,6 +55,7 @@ class Pipeline:
 
     async def classify(self, request: Request) -> Response:
         options = read_options(request)
+        self._infer.admit(1)  # who will be refused is so before anything is done for them
         stages = metrics.Stages()
         with stages.timed("read"):
             data = await read_image(request, self._settings)

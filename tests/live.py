@@ -61,7 +61,7 @@ def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
     """Start the server with ``settings`` and an own BentoML home in ``home``; the base URL of it, once it is ready."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    settings = {"TOPOLOGY": topology, "RUNTIME": "onnx-int8", "WORKERS": 2, **settings}
+    settings = {"TOPOLOGY": topology, "RUNTIME": "onnx-int8", "WORKERS": 2, "MAX_WAIT": START_SECONDS, **settings}
     with running(command(port), environment(home, **settings), home / LOG, lambda: _is_ready(url)) as process:
         (home / PID).write_text(str(process.pid))
         yield url

@@ -453,3 +453,22 @@ def test_an_engine_error_in_one_part_of_a_split_request_fails_it_once() -> None:
         assert complaints == []
 
     run(scenario())
+
+
+def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
+    async def scenario() -> None:
+        async def engine(batch: Pixels) -> Outputs:
+            await asyncio.sleep(0.05)
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=1, max_queue=1000, max_wait=0.5)
+        await batcher(images(0))  # one image in 0.05 s: at most ten in the half second that they may wait
+        callers = [asyncio.create_task(batcher(images(1))) for _ in range(30)]
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+        refused = [one for one in answers if isinstance(one, QueueFullError)]
+        assert 15 <= len(refused) <= 25
+        assert refused[0].retry_after == 1
+        assert batcher.waiting == 0
+        await batcher(np.concatenate([images(2)] * 12))  # to an empty queue any number may come
+
+    run(scenario())
