@@ -164,10 +164,10 @@ soak: $(VENV)/.dev ## SOAK_SECONDS (3600) at 70 % load: memory, descriptors, lat
 	$(BIN)/python -m tests.soak --seconds $(or $(SOAK_SECONDS),3600)
 
 e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test them from outside
-	$(BIN)/python -m pytest tests/e2e
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/e2e
 
 e2e-stack: $(VENV)/.dev ## the stack alone
-	$(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_lines.py tests/e2e/test_stack.py
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_lines.py tests/e2e/test_stack.py
 
 docs: $(VENV)/.dev ## build the documentation in site/; a warning is an error
 	$(BIN)/python -m mkdocs build --strict
