@@ -13,6 +13,7 @@ import pytest
 import requests
 import uvicorn
 
+from serving.bodies import Bodies
 from serving.gateway import Gateway
 from serving.static import FOLDER, HEADERS, Page
 from tests import nginx
@@ -29,7 +30,8 @@ def gateway(port: int) -> Iterator[None]:
     async def nothing(*_: Any) -> None:
         raise AssertionError("no call of the API is meant here")
 
-    config = uvicorn.Config(Gateway(nothing, (), Page(), log_requests=False), port=port, log_config=None)
+    outermost = Gateway(nothing, (), Page(), log_requests=False, bodies=Bodies(2**20))
+    config = uvicorn.Config(outermost, port=port, log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
