@@ -42,7 +42,7 @@ from model.tuning import BATCHES, best_batch, compare
 from serving import connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.bodies import Bodies
-from serving.direct import shorten
+from serving.direct import shorten, take
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
@@ -107,8 +107,8 @@ GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
 
 DEFAULT_BATCH = 32
 """Until the best one has been measured; and of a hop to the runner."""
-RUNNER_MAX_BATCH = 256
-"""Images of one batch of the runner, gathered over all workers."""
+RUNNER_MAX_BATCH = runtimes.GRAPHED_IMAGES
+"""Images of one batch of the runner, gathered over all workers: what there is a CUDA graph for."""
 PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
 BODIES = 5
 """Of the largest size that one worker holds at once."""
@@ -133,8 +133,7 @@ class LeanService(Service[Any]):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
         assert isinstance(app, Starlette)
-        unwanted: Any = TimeoutMiddleware  # whose type and that of Starlette's factories never overlap for mypy
-        app.user_middleware = [entry for entry in app.user_middleware if entry.cls is not unwanted]
+        take(app, TimeoutMiddleware)
         return app
 
 

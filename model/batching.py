@@ -130,10 +130,12 @@ class Batcher:
         started = time.monotonic()
         try:
             while batch := self._take():
+                size = sum(len(job.images) for job in batch)
+                self._observe(size)
                 if await self._compute(batch):
                     # What passes between two batches of a busy engine is time that images wait, too.
                     now = time.monotonic()
-                    self._remember(sum(len(job.images) for job in batch) / max(now - started, 1e-6))
+                    self._remember(size / max(now - started, 1e-6))
                     started = now
         finally:
             # Not in a done callback, which runs a tick later: whoever arrived in between would wait for ever.
@@ -141,7 +143,6 @@ class Batcher:
 
     async def _compute(self, batch: list[_Job]) -> bool:
         """Answer a batch; whether its engine did."""
-        self._observe(sum(len(job.images) for job in batch))
         try:
             outputs = await self._engine(
                 batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])

@@ -65,10 +65,15 @@ class _Remembered:
 def shorten(app: Starlette, endpoints: Mapping[str, Endpoint]) -> ASGIApp:
     """BentoML's ``app`` with its measuring outermost and the direct way to ``endpoints`` right behind it."""
     direct = Direct(app, endpoints)
-    measuring: Any = RunnerTrafficMetricsMiddleware  # whose type and that of Starlette's factories never overlap
+    options = take(app, RunnerTrafficMetricsMiddleware)
+    # None where BentoML is configured to measure nothing.
+    return direct if options is None else Measuring(direct, **options)
+
+
+def take(app: Starlette, layer: Any) -> dict[str, Any] | None:
+    """Remove a middleware from ``app``; the options that it would have been made with, or None where it has none."""
     for entry in app.user_middleware:
-        if entry.cls is measuring:
+        if entry.cls is layer:
             app.user_middleware.remove(entry)
-            options: dict[str, Any] = dict(entry.kwargs)
-            return Measuring(direct, **options)
-    return direct  # where BentoML is configured to measure nothing
+            return dict(entry.kwargs)
+    return None
