@@ -42,7 +42,8 @@ from model.tuning import BATCHES, best_batch, compare
 from serving import connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.bodies import Bodies
-from serving.direct import shorten, take
+from serving.direct import Measuring, shorten, take
+from serving.door import Door
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
@@ -195,6 +196,10 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def _admit(count: int) -> None:
+    bentoml.get_current_service().admit(count)
+
+
 class ClassifierService(LeanService):
     """Puts the gateway around BentoML's application, and the model card and the page beside its endpoints."""
 
@@ -215,6 +220,9 @@ class ClassifierService(LeanService):
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
         bodies = Bodies(BODIES * settings.max_body_bytes)
         shortened = shorten(app, {method.route: method.func for method in self.apis.values()})
+        if not visits:  # whose callers are told 401 first, and have a line each in the audit log
+            count = shortened.count if isinstance(shortened, Measuring) else None
+            connections.Connection.door = Door(GUARDED, _admit, settings.log_requests, count)
         return Gateway(shortened, PATHS, Page(), settings.log_requests, bodies, visits)
 
 
@@ -306,6 +314,10 @@ class Classifier:
         images = self._reference.images
         size = min(self._queue.max_batch, settings.max_queue)
         return np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
+
+    def admit(self, count: int) -> None:
+        """Raise ``QueueFullError`` where ``count`` images more have no place."""
+        self._queue.admit(count)
 
     def card(self) -> Response:
         """The reply of ``GET /model``."""

@@ -1,4 +1,4 @@
-"""A client's connection, with an end to what uvicorn lets take for ever.
+"""A client's connection, with an end to what uvicorn lets take for ever, and a door that may be shut.
 
 Headers that never end, the rest of a body whose request is answered already, and a reply that nobody reads: each holds
 a file descriptor and memory. A request whose body comes late is answered by its own deadline.
@@ -7,12 +7,19 @@ a file descriptor and memory. A request whose body comes late is answered by its
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol
 
 import uvicorn.config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 Buffer = bytes | memoryview
+
+
+class Door(Protocol):
+    def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]], /) -> Response | None:
+        """The reply that refuses a POST to ``target``, or None where it is to be heard."""
 
 
 class Joining:
@@ -49,11 +56,14 @@ class Connection(HttpToolsProtocol):
     """For headers, and for what is left of a body after its reply. Nginx's limit is the same."""
     send_seconds = 30.0
     """For what the operating system has not taken of a reply."""
+    door: ClassVar[Door | None] = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
         self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # as good as one
         self._sending: asyncio.TimerHandle | None = None
+        self._is_refused = False
+        """Whether the request that is being read has got its reply at the door."""
         self._await_bytes()
 
     def _await_bytes(self) -> None:
@@ -66,11 +76,40 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._receiving.cancel()
-        super().on_headers_complete()
+        if refusal := self._refusal():
+            self._is_refused = True
+            self._send(refusal)
+            self._await_bytes()
+        else:
+            super().on_headers_complete()
+
+    def _refusal(self) -> Response | None:
+        """What the door says; it is asked where a reply can go out at once, and another request come after it."""
+        is_plain = self.parser.get_method() == b"POST" and self.parser.get_http_version() == "1.1"
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if not self.door or not is_plain or is_answering or self.flow.write_paused or self.expect_100_continue:
+            return None
+        if not self.parser.should_keep_alive() or self.parser.should_upgrade():
+            return None
+        return self.door(self.url, self.headers)
+
+    def _send(self, response: Response) -> None:
+        head = [STATUS_LINE[response.status_code]]
+        for name, value in (*self.server_state.default_headers, *response.raw_headers):
+            head.extend((name, b": ", value, b"\r\n"))
+        self.transport.write(b"".join((*head, b"\r\n", response.body)))
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._receiving.cancel()
-        super().on_message_complete()
+        if self._is_refused:
+            self._is_refused = False
+            super().on_response_complete()  # of uvicorn's: the connection is free again
+        else:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self._joining.flush()

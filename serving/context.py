@@ -9,6 +9,8 @@ from contextvars import ContextVar
 
 from starlette.types import Receive, Scope
 
+REQUEST_ID_HEADER = "x-request-id"
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 _connection: ContextVar[object] = ContextVar("connection", default=None)

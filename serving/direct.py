@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from _bentoml_sdk.service import get_current_service
+from bentoml import server_context
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -47,6 +48,22 @@ class Measuring(RunnerTrafficMetricsMiddleware):
             "metrics_last_request_timestamp",
         ):
             setattr(self, name, _Remembered(getattr(self, name)))
+
+    def count(self, path: str, status: int, seconds: list[float]) -> None:
+        """Count requests that were answered with ``status`` outside the application, each after so many seconds."""
+        if not self._is_setup:
+            self._setup()
+        about = {
+            "endpoint": path,
+            "service_name": server_context.bento_name,
+            "service_version": server_context.bento_version,
+            "http_response_code": status,
+            "runner_name": server_context.service_name,
+        }
+        self.metrics_request_total.labels(**about).inc(len(seconds))
+        duration = self.metrics_request_duration.labels(**about)
+        for each in seconds:
+            duration.observe(each)
 
 
 class _Remembered:

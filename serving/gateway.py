@@ -17,13 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import draining, metrics
 from serving.bodies import Bodies
-from serving.context import choose_request_id, header, request_id, watch
+from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id, watch
 from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
 from serving.visits import Visits
 
 logger = logging.getLogger("classifier.access")
 
-REQUEST_ID_HEADER = "x-request-id"
 UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import requests
 import uvicorn
+from starlette.responses import Response
 
 from serving.connections import Connection
 from tests.live import free_port
@@ -43,10 +44,16 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"x" * size})
 
 
+class Guarded(Hasty):
+    door = staticmethod(  # type: ignore[assignment]  # a fake of serving.door.Door
+        lambda target, headers: Response(b"full", 429, {"x-target": target.decode()}) if b"full" in target else None
+    )
+
+
 @contextmanager
-def serving(loop: str) -> Iterator[int]:
+def serving(loop: str, connection: type[Connection] = Hasty) -> Iterator[int]:
     port = free_port()
-    config = uvicorn.Config(application, port=port, http=Hasty, loop=loop, lifespan="off", log_config=None)  # type: ignore[arg-type]
+    config = uvicorn.Config(application, port=port, http=connection, loop=loop, lifespan="off", log_config=None)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -67,6 +74,14 @@ def headers_that_never_end(client: socket.socket) -> None:
     client.sendall(HEAD)
     while True:
         client.sendall(b"X: y\r\n")
+        time.sleep(0.05)
+
+
+def a_body_that_goes_on_after_its_refusal(client: socket.socket) -> None:
+    client.sendall(b"POST /full HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+    assert b"429" in client.recv(1000)
+    while True:
+        client.sendall(b"x")
         time.sleep(0.05)
 
 
@@ -113,11 +128,12 @@ def a_reply_that_nobody_reads(client: socket.socket) -> None:
         nothing_at_all,
         a_second_request_that_never_ends,
         a_body_that_goes_on_after_its_reply,
+        a_body_that_goes_on_after_its_refusal,
         a_reply_that_nobody_reads,
     ],
 )
 def test_who_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None], loop: str) -> None:
-    with serving(loop) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         started = time.monotonic()
         with pytest.raises((ConnectionError, BrokenPipeError)):
             dawdle(client)
@@ -144,3 +160,34 @@ def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
             ("GET", "/pieces", b"abcdefg"),
         ):
             assert session.request(method, f"http://127.0.0.1:{port}{path}", timeout=10).content == body
+
+
+def test_a_shut_door_answers_from_the_headers_and_the_connection_goes_on() -> None:
+    """With a body that is still to come, and many at once: behind one that is heard the door is not asked."""
+    full = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+    heard = HEAD + b"Content-Length: 5\r\n\r\nbody."
+    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        for _ in range(3):
+            client.sendall(full)
+            refusal = client.recv(1000)
+            assert refusal.startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
+            assert refusal.endswith(b"\r\n\r\nfull")
+            assert b"x-target: /full?a=b\r\n" in refusal
+            client.sendall(b"body.")
+            client.sendall(heard)
+            expect_reply(client)
+        client.sendall((full + b"body." + heard) * 20)
+        received = b""
+        while received.count(b"HTTP/1.1") < 40 or not received.endswith((b"xx", b"full")):
+            received += client.recv(2**16)
+        assert [reply[:3] for reply in received.split(b"HTTP/1.1 ")[1:]] == [b"429"] + [b"200"] * 39
+
+
+@pytest.mark.parametrize("head", [b"POST /full HTTP/1.0", b"POST /full HTTP/1.1\r\nConnection: close"])
+def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: bytes) -> None:
+    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(head + b"\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        received = b""
+        while chunk := client.recv(1000):
+            received += chunk
+        assert received.startswith(b"HTTP/1.1 200")  # by the application, which says the same less cheaply

@@ -608,6 +608,8 @@ def test_overload_is_answered_429_and_passes(tmp_path: Path) -> None:
             assert post(url, "/classify/batch", files=images).status_code == 200
         values = samples(url)
         assert total(values, "classifier_rejected_total", reason="overloaded") == refused
+        for name in ("request_total", "request_duration_seconds_count"):
+            assert total(values, f"bentoml_service_{name}", http_response_code="429") == refused
         assert total(values, "classifier_queue_images") == 0
 
 
