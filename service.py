@@ -9,6 +9,7 @@ Embedded, every worker of ``Classifier`` owns an engine. As a runner, workers on
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -267,6 +268,9 @@ class Classifier:
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
         loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
         logger.info("loaded", extra=loaded)
+        # What is there now stays, and need not be looked through for garbage ever again.
+        gc.collect()
+        gc.freeze()
 
     async def _infer(self, images: Pixels) -> Outputs:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)

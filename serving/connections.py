@@ -15,6 +15,8 @@ from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 Buffer = bytes | memoryview
+GRACE_SECONDS = 0.01
+"""Of an idle connection; any time that a timer takes notice of."""
 
 
 class Door(Protocol):
@@ -98,6 +100,7 @@ class Connection(HttpToolsProtocol):
         for name, value in (*self.server_state.default_headers, *response.raw_headers):
             head.extend((name, b": ", value, b"\r\n"))
         self.transport.write(b"".join((*head, b"\r\n", response.body)))
+        self._joining.flush()
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:
@@ -131,6 +134,14 @@ class Connection(HttpToolsProtocol):
         self._sending = None
         if self.transport.get_write_buffer_size():
             self.transport.abort()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, unless a request has come while the event loop was at something else.
+
+        uvloop sees to a timer that is due before what has been received since; to the next one only after that, which
+        cancels it.
+        """
+        self.timeout_keep_alive_task = self.loop.call_later(GRACE_SECONDS, super().timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._receiving, self._sending):

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from serving.connections import Connection
 from tests.live import free_port
 
-PATIENCE = 0.5
+PATIENCE, KEEP_ALIVE = 0.5, 0.3
 REPLY = 64 * 2**20
 """Bytes; more than an operating system buffers for one connection."""
 PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", memoryview(b"g"))
@@ -44,16 +44,31 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"x" * size})
 
 
+class Shut:
+    """Refuses what asks for it, and holds up the event loop for what asks for that."""
+
+    def __call__(self, target: bytes, headers: Any) -> Response | None:
+        if target == b"/stall":
+            time.sleep(2 * KEEP_ALIVE)
+        return Response(b"full", 429, {"x-target": target.decode()}) if b"full" in target else None
+
+
 class Guarded(Hasty):
-    door = staticmethod(  # type: ignore[assignment]  # a fake of serving.door.Door
-        lambda target, headers: Response(b"full", 429, {"x-target": target.decode()}) if b"full" in target else None
-    )
+    door = Shut()
 
 
 @contextmanager
 def serving(loop: str, connection: type[Connection] = Hasty) -> Iterator[int]:
     port = free_port()
-    config = uvicorn.Config(application, port=port, http=connection, loop=loop, lifespan="off", log_config=None)  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        application,
+        port=port,
+        http=connection,
+        loop=loop,
+        lifespan="off",
+        log_config=None,
+        timeout_keep_alive=KEEP_ALIVE,  # type: ignore[arg-type]  # any number will do
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -191,3 +206,18 @@ def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: 
         while chunk := client.recv(1000):
             received += chunk
         assert received.startswith(b"HTTP/1.1 200")  # by the application, which says the same less cheaply
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_request_that_has_come_in_time_is_answered_however_busy_the_server_was(loop: str) -> None:
+    with serving(loop, Guarded) as port:
+        idle, other = (socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(2))
+        with idle, other:
+            idle.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+            expect_reply(idle)
+            time.sleep(KEEP_ALIVE / 3)
+            other.sendall(b"POST /stall HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            time.sleep(KEEP_ALIVE / 3)
+            idle.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+            expect_reply(idle)
+            assert idle.recv(1) == b"", "an idle connection is closed all the same"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import Any
 
+import orjson
 import pytest
 
 from model.batching import QueueFullError
@@ -34,7 +34,7 @@ def test_a_refusal_is_the_reply_that_the_application_would_have_given() -> None:
         assert headers[b"x-error-code"] == b"overloaded"
         assert headers[b"x-request-id"] == b"mine"
         assert int(headers[b"content-length"]) == len(response.body)
-        error = json.loads(response.body)["error"]
+        error = orjson.loads(response.body)["error"]
         assert (error["code"], error["request_id"]) == ("overloaded", "mine")
         assert "50 images are waiting" in error["message"]
 
@@ -45,7 +45,7 @@ def test_each_refusal_without_an_id_has_one_of_its_own() -> None:
     async def knock() -> set[Any]:
         door = Door(["/classify"], full, log_requests=False)
         responses = [door(b"/classify", [(b"x-request-id", b"no good\n")]) for _ in range(3)]
-        return {json.loads(response.body)["error"]["request_id"] for response in responses if response}
+        return {orjson.loads(response.body)["error"]["request_id"] for response in responses if response}
 
     assert len(asyncio.run(knock()) - {"no good\n", ""}) == 3
 
