@@ -81,10 +81,10 @@ def test_evidence_lies_over_the_picture(page: Page) -> None:
 
 
 def test_a_foreign_image_is_told(page: Page, url: str, tmp_path: Path) -> None:
-    noise = tmp_path / "noise.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(noise)
-    assert not ask(url, [noise])[0]["in_distribution"]
-    choose(page, noise)
+    black = tmp_path / "lens-cap.png"
+    Image.new("RGB", (32, 32)).save(black)
+    assert not ask(url, [black])[0]["in_distribution"]
+    choose(page, black)
     verdict(page)
     expect(page.locator("#familiar")).to_contain_text("do not rely on this answer")
 

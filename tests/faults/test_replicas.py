@@ -1,4 +1,4 @@
-"""Two replicas behind Nginx, as in production but for TLS and the limit per address: callers notice nothing."""
+"""Two replicas behind Nginx, as in production but for TLS and the limits per address: callers notice nothing."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ def adapt(folder: Path, scratch: Path, port: int, replicas: list[int]) -> None:
     nginx.replace(main, "listen 8081", f"listen 127.0.0.1:{live.free_port()}")
     nginx.replace(main, "include snippets/tls.conf;", "")
     nginx.replace(folder / "snippets/limits.conf", "rate=100r/s", "rate=1000r/s")
+    nginx.replace(main, "limit_conn connections 64", "limit_conn connections 1000")
     (line,) = [line for line in upstream.read_text().splitlines() if line.strip().startswith("server classifier:3000")]
     servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)
     nginx.replace(upstream, line + "\n", servers)
