@@ -6,6 +6,7 @@ import json
 import os
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -64,10 +65,20 @@ def hides_metrics() -> str:
     return "404"
 
 
-def targets_are_up() -> str:
+def scraped() -> list[dict[str, str]]:
+    """The targets of Prometheus; a replica that has just started is unknown to it until it has been asked once."""
     prometheus = HTTPConnection("localhost", PROMETHEUS_PORT, timeout=SECONDS)
-    _, body = ask(prometheus, "GET", "/api/v1/targets?state=active")
-    targets = json.loads(body)["data"]["activeTargets"]
+    for _ in range(SECONDS):
+        _, body = ask(prometheus, "GET", "/api/v1/targets?state=active")
+        targets: list[dict[str, str]] = json.loads(body)["data"]["activeTargets"]
+        if all(target["health"] != "unknown" for target in targets):
+            break
+        time.sleep(1)
+    return targets
+
+
+def targets_are_up() -> str:
+    targets = scraped()
     down = [f"{target['scrapePool']} is {target['health']}" for target in targets if target["health"] != "up"]
     if down or not targets:
         raise SmokeError(", ".join(down) or "there are none")

@@ -132,10 +132,13 @@ class Batcher:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
+                # What an engine does that could do more says little of what it can: the first batch of all is cold.
+                is_full = self.waiting > 0
                 if await self._compute(batch):
                     # What passes between two batches of a busy engine is time that images wait, too.
                     now = time.monotonic()
-                    self._remember(size / max(now - started, 1e-6))
+                    if is_full:
+                        self._remember(size / max(now - started, 1e-6))
                     started = now
         finally:
             # Not in a done callback, which runs a tick later: whoever arrived in between would wait for ever.

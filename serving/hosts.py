@@ -17,7 +17,7 @@ import numpy as np
 from model.artifact import Outputs
 from model.preprocess import Pixels
 from model.runtimes import Runtime
-from model.tuning import images_per_second
+from model.tuning import seconds_of
 from serving.errors import ApiError
 
 logger = logging.getLogger("classifier.hosts")
@@ -70,8 +70,9 @@ class Local:
     async def evidence(self, images: Pixels) -> Outputs:
         return await self._in_thread(self._engine.evidence, images)
 
-    async def images_per_second(self, images: Pixels) -> float:
-        return await self._in_thread(images_per_second, self._engine, images)
+    async def seconds_of(self, images: Pixels) -> float:
+        """How long the engine takes for one batch."""
+        return await self._in_thread(seconds_of, self._engine, images)
 
     async def _in_thread(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
         def alone() -> Answer:

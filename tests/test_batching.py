@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Coroutine
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,8 @@ def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
             return answer(batch)
 
         batcher = Batcher(engine, max_batch=1, max_queue=50)
-        await batcher(images(0))  # one image in 0.1 s: at most ten a second
+        # One image in 0.1 s while others wait: at most ten a second.
+        await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
         callers = [asyncio.create_task(batcher(images(1)))]
         await asyncio.sleep(0.01)
         callers += [asyncio.create_task(batcher(images(2))) for _ in range(50)]
@@ -455,6 +457,23 @@ def test_an_engine_error_in_one_part_of_a_split_request_fails_it_once() -> None:
     run(scenario())
 
 
+def test_a_slow_start_refuses_nobody() -> None:
+    """The first batch takes its time and is alone, so that it does not tell how fast a queue would drain."""
+
+    async def scenario() -> None:
+        delays = chain([0.3], repeat(0.001))
+
+        async def engine(batch: Pixels) -> Outputs:
+            await asyncio.sleep(next(delays))
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=8, max_queue=100, max_wait=0.5)
+        await batcher(images(0))
+        await asyncio.gather(*(batcher(images(1)) for _ in range(50)))
+
+    run(scenario())
+
+
 def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
     async def scenario() -> None:
         async def engine(batch: Pixels) -> Outputs:
@@ -462,7 +481,8 @@ def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
             return answer(batch)
 
         batcher = Batcher(engine, max_batch=1, max_queue=1000, max_wait=0.5)
-        await batcher(images(0))  # one image in 0.05 s: at most ten in the half second that they may wait
+        # One image in 0.05 s while others wait: at most ten in the half second that they may wait.
+        await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
         callers = [asyncio.create_task(batcher(images(1))) for _ in range(30)]
         answers = await asyncio.gather(*callers, return_exceptions=True)
         refused = [one for one in answers if isinstance(one, QueueFullError)]

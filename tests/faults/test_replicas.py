@@ -85,9 +85,9 @@ def adapt(folder: Path, scratch: Path, port: int, replicas: list[int]) -> None:
     nginx.replace(main, "include snippets/tls.conf;", "")
     nginx.replace(folder / "snippets/limits.conf", "rate=100r/s", "rate=1000r/s")
     nginx.replace(main, "limit_conn connections 64", "limit_conn connections 1000")
-    (line,) = [line for line in upstream.read_text().splitlines() if line.strip().startswith("server classifier:3000")]
-    servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)
-    nginx.replace(upstream, line + "\n", servers)
+    for line in [line for line in upstream.read_text().splitlines() if "server classifier:3000" in line]:
+        servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)
+        nginx.replace(upstream, line + "\n", servers)
 
 
 @contextmanager
