@@ -124,7 +124,7 @@ def _png(data: bytes) -> Header:
         length, kind = struct.unpack_from(">I4s", data, at)
         kinds.add(kind)
         at += 12 + length
-        if at > len(data) and kind != b"IEND":  # OpenCV would make room for what it announces
+        if at > len(data) and (kind, length) != (b"IEND", 0):  # OpenCV would make room for what it announces
             raise ImageError(f"the PNG image is truncated: a chunk of {length} bytes is not all there")
     is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
     return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)

@@ -146,7 +146,7 @@ def _bombs() -> Iterator[bytes]:
         yield seeds.images()["tiff-raw"].replace(*(struct.pack("<HHII", 259, 3, 1, c) for c in (1, compression)))
     for length in (2**31 - 1, 2**32 - 1, 2**30, 10**8):  # a chunk that is not there
         image = seeds.images()["png"]
-        for kind in (b"tEXt", b"iCCP", b"eXIf", b"acTL", b"UP8X", b"IDAT"):
+        for kind in (b"tEXt", b"iCCP", b"eXIf", b"acTL", b"UP8X", b"IDAT", b"IEND"):
             yield image[:33] + struct.pack(">I", length) + kind + image[33:]
     yield b"\xff\xd8" + b"\xff" * 100_000
     yield b"\xff\xd8" + b"\xff\xe0\0\2" * 50_000
