@@ -196,7 +196,7 @@ e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk
+bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk and Nginx
 	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_FLAGS)
 	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
 

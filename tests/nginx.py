@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import requests
+
+from tests import live
 
 SOURCE = Path(__file__).parents[1] / "deploy/nginx"
 RESOLVES = (1, 27, 3)
@@ -34,3 +43,35 @@ def replace(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text, f"{old!r} is not in {file}"
     file.write_text(text.replace(old, new))
+
+
+@contextmanager
+def before(replicas: Sequence[int], port: int, scratch: Path) -> Iterator[str]:
+    """The URL of an Nginx on ``port`` before replicas on these ports of this machine, once it answers.
+
+    As in production, but for TLS and the limits per address.
+    """
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    printed = subprocess.run(["nginx", "-v"], capture_output=True, text=True, env=environment)
+    folder = configuration(scratch / "nginx", version(printed.stderr))
+    _localise(folder, scratch, port, replicas)
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
+    url = f"http://127.0.0.1:{port}"
+    ready = lambda: requests.get(f"{url}/readyz", timeout=5).ok  # noqa: E731
+    with live.running(command, environment, scratch / "nginx.log", ready, signal.SIGQUIT):
+        yield url
+
+
+def _localise(folder: Path, scratch: Path, port: int, replicas: Sequence[int]) -> None:
+    for file in folder.rglob("*.conf"):
+        file.write_text(file.read_text().replace(" /tmp/", f" {scratch}/"))
+    main, upstream = folder / "nginx.conf", folder / "snippets/upstream.conf"
+    replace(main, "listen 8443 ssl default_server", f"listen 127.0.0.1:{port} default_server")
+    replace(main, "listen 8080", f"listen 127.0.0.1:{live.free_port()}")
+    replace(main, "listen 8081", f"listen 127.0.0.1:{live.free_port()}")
+    replace(main, "include snippets/tls.conf;", "")
+    replace(folder / "snippets/limits.conf", "rate=100r/s", "rate=100000r/s")
+    replace(main, "limit_conn connections 64", "limit_conn connections 10000")
+    for line in [line for line in upstream.read_text().splitlines() if "server classifier:3000" in line]:
+        servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)
+        replace(upstream, line + "\n", servers)

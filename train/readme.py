@@ -51,7 +51,10 @@ def sizes(artifacts: list[Artifact]) -> str:
         about = (f"`{artifact.config.name}`", f"{training['parameters'] / 1e6:.1f} M", f"{minutes:.0f} min")
         rows.append((*about, *measures))
     head = ("`MODEL`", "parameters", "trained for", "accuracy, INT8", "corrupted", "photographs", "images/s, one core")
-    return "The first is the default.\n\n" + table(head, rows)
+    return (
+        "The first is the default; `MODEL` in the environment of `make serve` or `make image-cpu` names another.\n\n"
+        + table(head, rows)
+    )
 
 
 def about(artifact: Artifact) -> str:

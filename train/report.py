@@ -4,7 +4,7 @@
 
 Every figure is read from the artifacts' cards, where ``train.fit``, ``train.export``, ``train.evaluate`` and
 ``train.robustness`` wrote it; what was not measured has no section. Test images of SOURCE are needed for the pictures
-of mistakes alone. Plots go to ``images/`` beside the page.
+of mistakes, and for what several artifacts say as an ensemble. Plots go to ``images/`` beside the page.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from model.artifact import Artifact
-from model.classifier import calibrated
+from model.classifier import calibrated, verdicts
+from model.ensemble import Ensemble
 from model.preprocess import Pixels
-from model.runtimes import create
+from model.runtimes import ONNX_INT8, create
+from model.tuning import images_per_second
 from train import command, plots, sections
 from train.command import CommandError
 from train.data import Data, Split, load
-from train.evaluate import require_own_data, run_runtime
+from train.evaluate import SPEED_BATCH, require_own_data, run_runtime
 from train.sections import Page, detailed, percent, table
 
 ORIGINS = {
@@ -59,6 +61,17 @@ def mistakes(page: Page, label: str, artifact: Artifact, test: Split) -> str:
         return "### Mistakes\n\nNone on the test images."
     picture = page.picture(plots.mistakes(rows), f"{label}-mistakes", "Confident mistakes of each class")
     return f"### Mistakes\n\nThe most confident ones of each class; above each image the verdict.\n\n{picture}"
+
+
+def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | None:
+    """Accuracy and speed of all of them as an ensemble, measured now; None for a single one."""
+    if len(artifacts) < 2:
+        return None
+    ensemble = Ensemble(list(artifacts.values()))
+    said = verdicts(run_runtime(ensemble.engine(ONNX_INT8, threads=2), test.images))
+    rate = images_per_second(ensemble.engine(ONNX_INT8), test.images[:SPEED_BATCH])
+    name = " and ".join(artifacts)
+    return {"name": name, "accuracy": float((said == test.labels).mean()), "images_per_s": round(rate)}
 
 
 def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
@@ -185,7 +198,7 @@ def main() -> None:
         require_own_data(artifact, data)
     page = Page(options.out)
     about = "Written by `python -m train.report` from the figures in `card.json`: measure again, and do not edit."
-    parts = [f"# Model card\n\n{about}", sections.frontier(page, artifacts)]
+    parts = [f"# Model card\n\n{about}", sections.frontier(page, artifacts, together(artifacts, data.test))]
     parts += [model(page, label, artifact, data) for label, artifact in artifacts.items()]
     parts.append(about_data(first, options.data))
     options.out.parent.mkdir(parents=True, exist_ok=True)

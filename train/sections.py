@@ -203,15 +203,15 @@ def provenance(artifact: Artifact) -> str:
     return "\n\n".join(["### Provenance", about, table(("file", "bytes", "SHA-256"), rows)])
 
 
-def frontier(page: Page, artifacts: dict[str, Artifact]) -> str:
-    """Speed against accuracy of every artifact, and of the sizes that a card tells of; nothing for a single one."""
+def frontier(page: Page, artifacts: dict[str, Artifact], together: dict[str, Any] | None) -> str:
+    """Speed against accuracy of every artifact, and of what they say ``together``; nothing for a single one."""
     points = []
     for label, artifact in artifacts.items():
-        metrics = artifact.card["metrics"]
-        points += metrics.get("frontier", [])
-        figures = metrics.get(ONNX_INT8, {})
+        figures = artifact.card["metrics"].get(ONNX_INT8, {})
         if "speed" in figures:
             points.append({"name": label, "accuracy": figures["accuracy"], **figures["speed"]})
+    if together:
+        points.append(together)
     if len(points) < 2:
         return ""
     rows = [(point["name"], percent(point["accuracy"]), point["images_per_s"]) for point in points]

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from tests.benchmark.results import BUNDLE, EMBEDDED, RUNNER, Results
+from tests.benchmark.results import EMBEDDED, OURS, RUNNER, Results
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,8 +33,9 @@ def draw(results: Results, directory: Path) -> None:
 
 def style(results: Results, name: str) -> dict[str, Any]:
     """A colour for each server in every plot; the bundle's lines are the thick ones."""
-    ours = results.kinds[name] == BUNDLE
-    return {"color": f"C{results.names.index(name)}", "linewidth": 3 if ours else 1.2, "marker": "o" if ours else "."}
+    ours = results.kinds[name] in OURS
+    colour = mpl.colormaps["tab20"](results.names.index(name))
+    return {"color": colour, "linewidth": 3 if ours else 1.2, "marker": "o" if ours else "."}
 
 
 @plot

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.benchmark import bars, plots
-from tests.benchmark.results import Results
+from tests.benchmark.results import EMBEDDED, ONE_REPLICA, ONE_WORKER, TWO_REPLICAS, Results
 
 NONE = "-"
+MIDDLE = 64
+"""Connections."""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -96,6 +98,20 @@ def resources(results: Results) -> Iterator[str]:
     yield from table(["", "PSS, MiB", "start to first right answer, s", "errors, closed loops", "versions"], rows)
 
 
+def scaling(results: Results) -> Iterator[str]:
+    """Workers of a server, and replicas of one worker behind Nginx."""
+    rows = []
+    for name in (ONE_WORKER, EMBEDDED, ONE_REPLICA, TWO_REPLICAS):
+        if name in results.names:
+            best, run = results.best_rate(name), results.closed(name, "small", MIDDLE)
+            share = f"{best / results.best_rate(ONE_WORKER):.2f} x" if ONE_WORKER in results.names else NONE
+            times = " / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99")) if run else NONE
+            rows.append([name, f"{best:,.0f}", share, times])
+    yield from table(["", "best requests/s", "of one worker", f"p50 / p95 / p99 at {MIDDLE} connections, ms"], rows)
+    cores = results.raw["cores"]
+    yield f"All of them share {cores} cores with the load generator, and the last two with Nginx: the cores bound them."
+
+
 def page(results: Results) -> str:
     judged = table(["what", "measured", "bar", "met"], bars.judge(results))
     sections = {
@@ -107,6 +123,7 @@ def page(results: Results) -> str:
         ],
         "Photographs, and 64 images a request": larger(results),
         "In process, without HTTP: the ceiling": ceilings(results),
+        "Workers and replicas": scaling(results),
         "Overload": [*overload(results), "![](images/bench-overload.png)"],
         "Batch sizes": ["![](images/bench-batches.png)"],
         "Memory, start, errors": [*resources(results), "![](images/bench-memory.png)"],

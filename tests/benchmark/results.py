@@ -6,8 +6,9 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
-BUNDLE = "bundle"
+OURS = BUNDLE, STACK = "bundle", "stack"
 EMBEDDED, RUNNER, ONE_WORKER = "bundle, embedded", "bundle, runner", "bundle, embedded, 1 worker"
+ONE_REPLICA, TWO_REPLICAS = "bundle, 1 replica behind Nginx", "bundle, 2 replicas behind Nginx"
 DEPENDS = "BentoML, documented depends"
 SUMMED = ("replies", "errors")
 Run = dict[str, Any]
@@ -30,7 +31,7 @@ class Results:
 
     @property
     def others(self) -> list[str]:
-        return [name for name in self.names if self.kinds[name] != BUNDLE]
+        return [name for name in self.names if self.kinds[name] not in OURS]
 
     def closed(self, name: str, workload: str, connections: int | None = None) -> Run | None:
         """The closed loop of ``name``; without ``connections`` the only one of that workload."""

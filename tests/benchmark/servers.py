@@ -14,12 +14,13 @@ import requests
 
 from model.store import SHIPPED
 from tests import live
+from tests.benchmark.results import BUNDLE, EMBEDDED, ONE_REPLICA, ONE_WORKER, RUNNER, STACK, TWO_REPLICAS
 from tests.benchmark.workloads import SAMPLE, VERDICT, Body, Pack, multipart, v2
 
 PEERS = "tests.benchmark.peers"
 VENVS = live.REPOSITORY / ".venv-bench"
 PEERS_PYTHON, MLSERVER_PYTHON = (VENVS / name / "bin" / "python" for name in ("peers", "mlserver"))
-BUNDLE, BENTOML, PEER = "bundle", "bentoml", "peer"
+BENTOML, PEER = "bentoml", "peer"
 
 
 MULTIPART = multipart("image")
@@ -50,6 +51,16 @@ def _bundle(name: str, **settings: object) -> Server:
     """As shipped, but for the access log, which no peer writes either."""
     settings = {"RUNTIME": "onnx-int8", "LOG_REQUESTS": "false", **settings}
     return Server(name, BUNDLE, Path(sys.executable), live.command, ("bentoml",), settings, takes_batches=True)
+
+
+def _replicas(name: str, count: int) -> Server:
+    """Of one worker each, behind Nginx: the address of a service on several machines, on one."""
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-m", "tests.benchmark.replicas", str(port), str(count)]
+
+    settings = {"RUNTIME": "onnx-int8", "LOG_REQUESTS": "false", "TOPOLOGY": "embedded", "WORKERS": 1}
+    return Server(name, STACK, Path(sys.executable), command, ("bentoml",), settings, takes_batches=True)
 
 
 def _bentoml(name: str, service: str, pack: Pack) -> Server:
@@ -95,9 +106,11 @@ UVICORN = ("uvicorn", f"{PEERS}.fastapi_app:app", "--workers", "2", "--no-access
 GUNICORN = ("gunicorn", f"{PEERS}.flask_app:app", "--workers", "2", "--threads", "4", "--bind", "127.0.0.1:{port}")
 
 ALL = (
-    _bundle("bundle, embedded", TOPOLOGY="embedded"),
-    _bundle("bundle, runner", TOPOLOGY="runner"),
-    _bundle("bundle, embedded, 1 worker", TOPOLOGY="embedded", WORKERS=1),
+    _bundle(EMBEDDED, TOPOLOGY="embedded"),
+    _bundle(RUNNER, TOPOLOGY="runner"),
+    _bundle(ONE_WORKER, TOPOLOGY="embedded", WORKERS=1),
+    _replicas(ONE_REPLICA, 1),
+    _replicas(TWO_REPLICAS, 2),
     _peer("FastAPI + uvicorn", ("fastapi", "uvicorn"), *UVICORN, takes_batches=True),
     _peer("Flask + gunicorn", ("flask", "gunicorn"), *GUNICORN, "--keep-alive", "30", takes_batches=True),
     _peer("LitServe", ("litserve",), f"{PEERS}.litserve_app", "{port}", stop=signal.SIGINT),

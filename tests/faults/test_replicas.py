@@ -1,4 +1,4 @@
-"""Two replicas behind Nginx, as in production but for TLS and the limits per address: callers notice nothing."""
+"""Two replicas behind Nginx: whatever becomes of one of them, callers notice nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tests.faults.load import seconds_until, traffic
 from tests.faults.server import API, classify, starts, workers
 
 Say = Callable[[str], None]
-ENVIRONMENT = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
 
 
 class Replica:
@@ -64,30 +63,8 @@ def replicas(tmp_path: Path) -> Iterator[list[Replica]]:
 @pytest.fixture
 def url(replicas: list[Replica], tmp_path: Path) -> Iterator[str]:
     """Of Nginx in front of the replicas."""
-    port = live.free_port()
-    printed = subprocess.run(["nginx", "-v"], capture_output=True, text=True, env=ENVIRONMENT)
-    folder = nginx.configuration(tmp_path / "nginx", nginx.version(printed.stderr))
-    adapt(folder, tmp_path, port, [replica.port for replica in replicas])
-    command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
-    url = f"http://127.0.0.1:{port}"
-    log = tmp_path / "nginx.log"
-    with live.running(command, ENVIRONMENT, log, lambda: requests.get(f"{url}/readyz", timeout=5).ok, signal.SIGQUIT):
+    with nginx.before([replica.port for replica in replicas], live.free_port(), tmp_path) as url:
         yield url
-
-
-def adapt(folder: Path, scratch: Path, port: int, replicas: list[int]) -> None:
-    for file in folder.rglob("*.conf"):
-        file.write_text(file.read_text().replace(" /tmp/", f" {scratch}/"))
-    main, upstream = folder / "nginx.conf", folder / "snippets/upstream.conf"
-    nginx.replace(main, "listen 8443 ssl default_server", f"listen 127.0.0.1:{port} default_server")
-    nginx.replace(main, "listen 8080", f"listen 127.0.0.1:{live.free_port()}")
-    nginx.replace(main, "listen 8081", f"listen 127.0.0.1:{live.free_port()}")
-    nginx.replace(main, "include snippets/tls.conf;", "")
-    nginx.replace(folder / "snippets/limits.conf", "rate=100r/s", "rate=1000r/s")
-    nginx.replace(main, "limit_conn connections 64", "limit_conn connections 1000")
-    for line in [line for line in upstream.read_text().splitlines() if "server classifier:3000" in line]:
-        servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)
-        nginx.replace(upstream, line + "\n", servers)
 
 
 @contextmanager

@@ -1,0 +1,36 @@
+"""Replicas of the bundle behind Nginx, as one server that stops on SIGTERM.
+
+python -m tests.benchmark.replicas PORT REPLICAS
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import requests
+
+from tests import live, nginx
+
+
+def main() -> None:
+    port, count = map(int, sys.argv[1:])
+    stop = {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    home = Path(os.environ["BENTOML_HOME"])
+    ports = [live.free_port() for _ in range(count)]
+    with ExitStack() as running:
+        for number in ports:
+            replica = home / str(number)
+            environment = {**os.environ, "BENTOML_HOME": str(replica)}
+            ready = lambda number=number: requests.get(f"http://127.0.0.1:{number}/readyz", timeout=5).ok  # noqa: E731
+            running.enter_context(live.running(live.command(number), environment, replica / live.LOG, ready))
+        running.enter_context(nginx.before(ports, port, home))
+        signal.sigwait(stop)
+
+
+if __name__ == "__main__":
+    main()
