@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 PORT ?= 3000
 SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained/config.json)
+ALSO_SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained_*/config.json 2>/dev/null)
 NAME ?= $(SHIPPED)
 OVERLAY ?= cpu
 DATA ?= cifar10
@@ -107,7 +108,7 @@ new: ## make this checkout that of your own classifier: train NAME on DATA, eval
 	$(MAKE) train
 	$(MAKE) export
 	$(MAKE) evaluate
-	rm -f $(patsubst %,docs/images/$(SHIPPED)-%.png,confusion corruptions mistakes reliability training)
+	rm -f docs/images/frontier.png $(foreach name,$(SHIPPED) $(ALSO_SHIPPED),$(wildcard docs/images/$(name)-*.png))
 	$(MAKE) adopt NEW=1
 	sed -i 's|^DATA ?= .*|DATA ?= $(DATA)|' Makefile
 

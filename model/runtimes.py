@@ -55,6 +55,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         # Workers share the cores: a thread that spins while it waits takes them from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A plan of the memory for every size of a batch that ever comes is itself memory that grows.
+        options.enable_mem_pattern = False
         self.name = name
         # What only the output that was not asked for needs is left out.
         self._run_options = onnxruntime.RunOptions()

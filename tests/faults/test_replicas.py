@@ -20,6 +20,7 @@ from model.store import SHIPPED
 from tests import live, nginx
 from tests.faults.load import seconds_until, traffic
 from tests.faults.server import API, classify, starts, workers
+from tests.golden import SHIPPED_NAME
 
 Say = Callable[[str], None]
 
@@ -56,7 +57,7 @@ def replicas(tmp_path: Path) -> Iterator[list[Replica]]:
     with ExitStack() as stopping:
         for replica in both:
             stopping.callback(replica.stop)
-            replica.start("cifar10_cnn")
+            replica.start(SHIPPED_NAME)
         yield both
 
 
@@ -84,14 +85,14 @@ def test_a_killed_replica_fails_no_request(replicas: list[Replica], url: str, sa
     with beside(url, say, "replica killed and started again"):
         replicas[0].kill()
         time.sleep(3)
-        replicas[0].start("cifar10_cnn")
+        replicas[0].start(SHIPPED_NAME)
 
 
 def test_a_restart_of_one_after_the_other_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
     with beside(url, say, "rolling restart"):
         for replica in replicas:
             replica.stop()
-            replica.start("cifar10_cnn")
+            replica.start(SHIPPED_NAME)
 
 
 def other_version(home: Path) -> str:
