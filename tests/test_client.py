@@ -333,10 +333,10 @@ class TestTrouble:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A server whose engine takes one image at a time from a queue that a batch fills, and a key for batches alone."""
+    """A server with one worker and a queue that one batch fills, and a key that may do nothing but classify."""
     home = tmp_path_factory.mktemp("guarded")
     key = access.add(home / "keys.toml", "batches", paths=["/classify/batch"])
-    small = {"WORKERS": 1, "MAX_BATCH": 1, "MAX_QUEUE": 32, "MAX_REQUEST_IMAGES": 32}
+    small = {"WORKERS": 1, "MAX_QUEUE": 32, "MAX_REQUEST_IMAGES": 32}
     with serve("embedded", home, API_KEYS=home / "keys.toml", **small) as url:
         yield url, key
 

@@ -21,8 +21,8 @@ SERVICES = COMPOSE["services"] | {"dcgm-exporter": GPU["services"]["dcgm-exporte
 
 
 def nginx(name: str, pattern: str) -> str:
-    """The one match of ``pattern``'s group in a file of deploy/nginx."""
-    (found,) = re.findall(pattern, (DEPLOY / "nginx" / name).read_text(), re.MULTILINE)
+    """The one thing that ``pattern``'s group matches in a file of deploy/nginx."""
+    (found,) = set(re.findall(pattern, (DEPLOY / "nginx" / name).read_text(), re.MULTILINE))
     return str(found)
 
 
