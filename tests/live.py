@@ -62,12 +62,12 @@ def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = {"TOPOLOGY": topology, "RUNTIME": "onnx-int8", "WORKERS": 2, "MAX_WAIT": START_SECONDS, **settings}
-    with running(command(port), environment(home, **settings), home / LOG, lambda: _is_ready(url)) as process:
+    with running(command(port), environment(home, **settings), home / LOG, lambda: is_ready(url)) as process:
         (home / PID).write_text(str(process.pid))
         yield url
 
 
-def _is_ready(url: str) -> bool:
+def is_ready(url: str) -> bool:
     return requests.get(f"{url}/readyz", timeout=5).status_code == HTTPStatus.OK
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import requests
-
 from tests import live
 
 SOURCE = Path(__file__).parents[1] / "deploy/nginx"
@@ -57,8 +55,8 @@ def before(replicas: Sequence[int], port: int, scratch: Path) -> Iterator[str]:
     _localise(folder, scratch, port, replicas)
     command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
     url = f"http://127.0.0.1:{port}"
-    ready = lambda: requests.get(f"{url}/readyz", timeout=5).ok  # noqa: E731
-    with live.running(command, environment, scratch / "nginx.log", ready, signal.SIGQUIT):
+    log = scratch / "nginx.log"
+    with live.running(command, environment, log, lambda: live.is_ready(url), signal.SIGQUIT):
         yield url
 
 

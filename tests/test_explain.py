@@ -71,4 +71,4 @@ def test_the_shipped_network_explains_a_mirrored_picture_by_a_mirrored_map() -> 
         index = artifact.config.classes.index(path.stem)
         plain, mirrored = heat(image, index), heat(np.ascontiguousarray(image[:, ::-1]), index)
         agreements.append(np.corrcoef(plain.ravel(), mirrored[:, ::-1].ravel())[0, 1])
-    assert np.mean(agreements) > 0.4  # of maps that have nothing to do with each other it is 0
+    assert np.mean(agreements) > 0.6

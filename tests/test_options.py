@@ -57,9 +57,9 @@ def test_a_set_grows_with_its_level_and_begins_with_the_verdict(server: Server) 
 def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
     plain = classify(server, DOUBTFUL).json()
     before = total(samples(server.url), "classifier_abstained_images_total")
-    sure = classify(server, DOUBTFUL, abstain_below=0.01).json()
+    sure = classify(server, FAMILIAR, abstain_below=0.01).json()
     unsure = classify(server, DOUBTFUL, abstain_below=0.999999).json()
-    assert (sure["abstained"], sure["class_name"]) == (False, plain["class_name"])
+    assert (sure["abstained"], sure["class_name"]) == (False, CLASS)
     assert (unsure["abstained"], unsure["class_name"], unsure["predicted_class"]) == (True, None, None)
     assert unsure["all_probabilities"] == plain["all_probabilities"]
     assert total(samples(server.url), "classifier_abstained_images_total") == before + 1
@@ -126,7 +126,7 @@ def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None
     assert evidence.shape == ARTIFACT.config.input_size
     assert evidence.min() >= 0
     assert evidence.sum() == pytest.approx(1, abs=1e-3)
-    assert evidence.max() > 1.5 * evidence.mean()  # some places count more than others
+    assert evidence.max() > 2 * evidence.mean()  # some places count more than others
 
 
 def test_an_image_that_cannot_be_explained_is_refused_like_any_other(server: Server) -> None:

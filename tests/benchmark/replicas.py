@@ -9,9 +9,8 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-
-import requests
 
 from tests import live, nginx
 
@@ -26,7 +25,7 @@ def main() -> None:
         for number in ports:
             replica = home / str(number)
             environment = {**os.environ, "BENTOML_HOME": str(replica)}
-            ready = lambda number=number: requests.get(f"http://127.0.0.1:{number}/readyz", timeout=5).ok  # noqa: E731
+            ready = partial(live.is_ready, f"http://127.0.0.1:{number}")
             running.enter_context(live.running(live.command(number), environment, replica / live.LOG, ready))
         running.enter_context(nginx.before(ports, port, home))
         signal.sigwait(stop)

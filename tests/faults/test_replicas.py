@@ -10,10 +10,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-import requests
 
 from model.artifact import HASHED, seal
 from model.store import SHIPPED
@@ -35,10 +35,9 @@ class Replica:
     def start(self, model: str) -> None:
         # Enough for two cores with a load generator and Nginx beside it.
         env = live.environment(self.home, TOPOLOGY="embedded", RUNTIME="onnx-int8", WORKERS=1, MODEL=model)
-        url = f"http://127.0.0.1:{self.port}"
         log = self.home / live.LOG
         command = [*live.command(self.port), "--timeout-graceful-shutdown", "30"]
-        ready = lambda: requests.get(f"{url}/readyz", timeout=5).ok  # noqa: E731
+        ready = partial(live.is_ready, f"http://127.0.0.1:{self.port}")
         process = self._running.enter_context(live.running(command, env, log, ready))
         (self.home / live.PID).write_text(str(process.pid))
 
