@@ -65,6 +65,7 @@ settings = configuration.load()
 IS_WORKER = bentoml.server_context.worker_index is not None
 if IS_WORKER:
     connections.install()
+    connections.Connection.stand_back = settings.workers != 1
 else:
     supervision.install()
 MEASURED = "RUNTIME_MEASURED"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from client.errors import ClientError
 from client.rows import Reply, failure
-from model.preprocess import FORMATS
+from model.headers import FORMATS
 
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 """Of the files that are taken from a folder. A file that is named itself is taken whatever it is called."""

@@ -6,17 +6,17 @@ The figures are those that ``python -m train.evaluate`` wrote into the cards, by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model import artifact as files
 from model.artifact import Artifact
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES
+from model.tables import Row, table
 
 Card = Mapping[str, Any]
 Figures = Mapping[str, Any]
 """The entry of one runtime in ``card["metrics"]``."""
-Row = Sequence[str]
 
 METHOD = """\
 Interval of a difference: Newcombe (1998), Statistics in Medicine 17:873, method 10, for independent samples. On the
@@ -66,13 +66,6 @@ def compare(a: Artifact, b: Artifact) -> str:
     names = [f"{artifact.config.name}:{artifact.version}" for artifact in (a, b)]
     rows = [("", *names, "difference"), *_accuracies(a.card, b.card), *_sizes(a.card, b.card), *_per_class(a, b)]
     return "\n".join(["A, B: 95 % intervals in brackets", table(rows), "", _images_note(a.card, b.card), METHOD])
-
-
-def table(rows: Sequence[Row]) -> str:
-    """``rows`` in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _accuracies(a: Card, b: Card) -> Iterator[Row]:

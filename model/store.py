@@ -27,6 +27,7 @@ from model.artifact import ALSO_SHIPPED, CARD, SHIPPED, Artifact, ArtifactError
 from model.classifier import verify
 from model.config import ConfigError
 from model.runtimes import ONNX, ONNX_INT8, create
+from model.tables import Row, table
 
 BENTO = Path(__file__).parents[2]
 """The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
@@ -199,21 +200,19 @@ def listing() -> str:
     """Every version in the store, those served marked, and the last promotions of each name."""
     models = sorted(bentoml.models.list(), key=lambda model: (model.tag.name, model.creation_time))
     served = {name: _versioned(name) for name in dict.fromkeys(model.tag.name for model in models)}
-    rows: list[comparison.Row] = [("", "model", "created (UTC)", *comparison.SUMMARY, "MB")]
+    rows: list[Row] = [("", "model", "created (UTC)", *comparison.SUMMARY, "MB")]
     for model in models:
         mark = "*" if str(model.tag) == served[model.tag.name] else ""
         size = f"{model.file_size / 1e6:.1f}"
         rows.append(
             (mark, str(model.tag), _minute(model.creation_time), *comparison.summary(model.info.metadata), size)
         )
-    changes: list[comparison.Row] = [
+    changes: list[Row] = [
         (_minute(entry.time), entry.action, name, f"{entry.before or '-'} -> {entry.after}")
         for name in served
         for entry in _history(name)[-SHOWN_PROMOTIONS:]
     ]
-    return "\n".join(
-        [comparison.table(rows), "* what MODEL=name serves from its next start", "", comparison.table(changes)]
-    )
+    return "\n".join([table(rows), "* what MODEL=name serves from its next start", "", table(changes)])
 
 
 def _minute(time: datetime) -> str:

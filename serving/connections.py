@@ -7,6 +7,7 @@ a file descriptor and memory. A request whose body comes late is answered by its
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
 """Of an idle connection; any time that a timer takes notice of."""
+SHORTEST_SLEEP = 1e-9
+"""Some 60 us in practice. Without it whoever wakes first takes all connections that come at once, and keeps them."""
 
 
 class Door(Protocol):
@@ -59,8 +62,12 @@ class Connection(HttpToolsProtocol):
     send_seconds = 30.0
     """For what the operating system has not taken of a reply."""
     door: ClassVar[Door | None] = None
+    stand_back: ClassVar[bool] = False
+    """Whether other processes listen on the same socket: each then lets the others come to the next connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        if self.stand_back:
+            time.sleep(SHORTEST_SLEEP)
         super().connection_made(transport)
         self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # as good as one
         self._sending: asyncio.TimerHandle | None = None

@@ -56,3 +56,8 @@ def test_a_cpu_engine_is_loaded_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_command_line_starts_without_what_only_the_service_needs() -> None:
+    code = "import sys, client.__main__; assert not sys.modules.keys() & {'numpy', 'cv2', 'onnxruntime', 'pydantic'}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -549,6 +549,27 @@ def test_no_process_loads_torch_or_much_memory(server: Server) -> None:
         assert int(resident[1]) < 300_000, pid
 
 
+def test_connections_that_come_at_once_are_shared_among_the_workers(server: Server) -> None:
+    """Each keeps those that it took, so that without this a worker, and its core, may be left without any."""
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    rounds, together, fewest = 5, 32, 0
+    for _ in range(rounds):
+        before = {pid: open_files(pid) for pid in processes(server.home)}
+        clients = [socket.create_connection(address, TIMEOUT) for _ in range(together)]
+        time.sleep(0.5)
+        taken = sorted(open_files(pid) - before[pid] for pid in before)[-2:]
+        assert sum(taken) == together
+        fewest += taken[0]
+        for client in clients:
+            client.close()
+        time.sleep(0.5)
+    assert fewest >= rounds * together / 4
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 def test_the_log_has_one_json_line_a_request(server: Server) -> None:
     sent = [f"log-test-{server.topology}-{i}" for i in range(5)]
     for request_id in sent:
