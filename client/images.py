@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 
@@ -24,7 +25,8 @@ FILE_BYTES = 64 * 2**20
 def find(arguments: Iterable[str]) -> dict[str, Path]:
     """Every image of files, folders and globs by its name, in the order of the arguments, those of a folder by path.
 
-    Each path comes once. Raises ``ClientError`` for an argument that gives none.
+    Each path comes once. Raises ``ClientError`` for an argument that gives none, and ``OSError`` for a folder that
+    cannot be read, at any depth: its images would be missing in silence.
     """
     found: dict[str, Path] = {}
     for argument in arguments:
@@ -47,9 +49,13 @@ def _expand(argument: str) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder, onerror=_refuse):
         folders.sort()
         yield from (Path(directory, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def _name(path: Path) -> str:

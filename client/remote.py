@@ -107,9 +107,11 @@ def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:
         problem = _problem(response)
         raise ClientError(f"{url}: {response.status_code} {problem['code']}: {problem['message']}")
     try:
-        document: dict[str, Any] = response.json()
+        document = response.json()
     except ValueError:
         raise ClientError(f"{url}: the reply is not JSON: is this the classifier?") from None
+    if not isinstance(document, dict):
+        raise ClientError(f"{url}: the reply is not an object: is this the classifier?")
     return document
 
 
@@ -119,8 +121,15 @@ def _problem(response: httpx.Response) -> dict[str, str]:
         problem: dict[str, str] = response.json()["error"]
         return {"code": problem["code"], "message": problem["message"]}
     except (ValueError, LookupError, TypeError):
-        status = HTTPStatus(response.status_code)
-        return {"code": status.name.lower(), "message": f"{status} {status.phrase}"}
+        return _by_status(response.status_code)
+
+
+def _by_status(number: int) -> dict[str, str]:
+    try:
+        status = HTTPStatus(number)
+    except ValueError:  # no standard has it, such as Cloudflare's 520 to 526
+        return {"code": f"http_{number}", "message": f"HTTP status {number}"}
+    return {"code": status.name.lower(), "message": f"{status} {status.phrase}"}
 
 
 def _retry_after(response: httpx.Response) -> float | None:

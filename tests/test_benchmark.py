@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -14,34 +18,59 @@ from typing import Any
 
 import pytest
 
-from tests.benchmark import bars
+from tests.benchmark import __main__ as benchmark
+from tests.benchmark import bars, loads, report, servers
 from tests.benchmark.results import EMBEDDED, TWO_REPLICAS, Results
-from tests.benchmark.workloads import SAMPLE
-from tests.live import REPOSITORY, Server
+from tests.benchmark.workloads import SAMPLE, VERDICT, small
+from tests.live import REPOSITORY, Server, environment, free_port
 
 
-class EveryFourthIsRefused(BaseHTTPRequestHandler):
+class Silent(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    numbers = count()
 
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(429 if next(self.numbers) % 4 == 0 else 200)
-        self.send_header("Content-Length", "0")
+    def reply(self, status: int, content: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *arguments: Any) -> None:
         pass
 
 
-@pytest.fixture
-def refusing() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), EveryFourthIsRefused) as server:
+class EveryFourthIsRefused(Silent):
+    numbers = count()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(429 if next(self.numbers) % 4 == 0 else 200)
+
+
+class Overloaded(Silent):
+    """Answers when the queue of an earlier load is done with."""
+
+    until = 0.0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(max(0.0, self.until - time.monotonic()))
+        self.reply(200, VERDICT.encode())
+
+
+@contextmanager
+def serving(handler: type[Silent]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/classify"
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    with serving(EveryFourthIsRefused) as url:
+        yield f"{url}/classify"
 
 
 def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -65,6 +94,82 @@ def test_the_open_loop_says_when_nobody_answers() -> None:
     measured = json.loads(done.stdout)
     assert set(measured["outcomes"]) == {"connection lost"}
     assert measured["good"] == 0
+
+
+def test_every_overload_begins_without_the_queue_of_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun_with_a_queue = []
+
+    def opened(*arguments: object) -> dict[str, Any]:
+        begun_with_a_queue.append(time.monotonic() < Overloaded.until)
+        Overloaded.until = time.monotonic() + 1
+        return {"offered": 1, "good": 1, "outcomes": {}}
+
+    monkeypatch.setattr(loads, "opened", opened)
+    monkeypatch.setattr(benchmark, "OVERLOADS", (1.0, 2.0))
+    options = argparse.Namespace(seconds=1, deadline=0.2)
+    record = {"closed": [{"workload": "small", "rate": 1}], "open": []}
+    Overloaded.until = time.monotonic() + 1
+    with serving(Overloaded) as url:
+        running = servers.Running(url, 0)
+        benchmark._open_loops(servers.ALL[0], running, small(), tmp_path, options, benchmark.Progress(1), record)
+    assert begun_with_a_queue == [False, False]
+    assert len(record["open"]) == 2
+
+
+def test_a_server_that_never_settles_is_waited_for_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "SETTLE_SECONDS", 1.0)
+    started = time.monotonic()
+    servers.settle(servers.ALL[0], "http://127.0.0.1:9", 0.2)
+    assert 1 <= time.monotonic() - started < 10
+
+
+def test_replicas_stop_when_told(tmp_path: Path) -> None:
+    """The replica, which a plain server stands in for, must not inherit a blocked signal; Nginx is left out."""
+    code = """
+import contextlib, sys
+from tests import live, nginx
+from tests.benchmark import replicas
+
+@contextlib.contextmanager
+def before(*arguments):
+    yield print("ready", flush=True)
+
+nginx.before = before
+live.command = lambda port: [sys.executable, "-m", "http.server", str(port)]
+live.is_ready = lambda url: live.requests.get(url, timeout=5).ok
+replicas.main()
+"""
+    command = [sys.executable, "-c", code, str(free_port()), "1"]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path), stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_every_peer_has_a_worker_for_each_core_and_no_access_log() -> None:
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from model.store import SHIPPED
+os.environ["MODEL_DIRECTORY"] = str(SHIPPED)
+from tests.benchmark import servers
+from tests.benchmark.peers import bento_app
+for arguments in (servers.UVICORN, servers.GUNICORN):
+    assert arguments[arguments.index("--workers") + 1] == "1", arguments
+(mlserver,) = (server for server in servers.ALL if server.name == "MLServer")
+assert mlserver.settings["MLSERVER_PARALLEL_WORKERS"] == 1
+for service in (bento_app.Single, bento_app.Depends, bento_app.Model):
+    assert service.config["workers"] == 1, service.config
+    assert not service.config["logging"]["access"]["enabled"], service.config
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_report_says_how_photographs_are_decoded() -> None:
+    raw = {"records": [record(EMBEDDED, "bundle", 1, 0.02)], "options": {"deadline": "1"}}
+    assert "decodes a large JPEG at a fraction of its size" in "\n".join(report.larger(Results(raw)))
 
 
 def test_the_client_reports_statuses_and_percentiles(embedded: Server) -> None:

@@ -44,25 +44,46 @@ def test_the_highest_utilisation_just_meets_its_limit() -> None:
     assert response(found) <= 20 < response(found + 0.01)
 
 
-def record(name: str, rate: float) -> dict[str, Any]:
+def record(name: str, rate: float, p99: float) -> dict[str, Any]:
+    """``p99`` is of the open loop, at half the best rate."""
     run = {"workload": "small", "replies": 100, "errors": 0, "p50": 0.002, "p95": 0.003, "p99": 0.004}
     closed = [run | {"connections": c, "rate": r, "images_per_second": r} for c, r in ((1, rate / 3), (64, rate))]
-    opened = [{"factor": 0.5, "offered": rate / 2, "good": rate / 2, "p50": 0.003, "p99": 0.01, "outcomes": {"200": 9}}]
+    closed.append(closed[-1] | {"workload": "photographs", "images_per_second": rate / 19})
+    opened = [{"factor": 0.5, "offered": rate / 2, "good": rate / 2, "p50": 0.003, "p99": p99, "outcomes": {"200": 9}}]
     return {"name": name, "kind": "bundle", "closed": closed, "open": opened, "versions": {}}
 
 
-def results() -> Results:
-    records = [record(ONE_WORKER, 1000.0), record(EMBEDDED, 1900.0)]
+def results(p99: float = 0.01) -> Results:
+    records = [record(ONE_WORKER, 1000.0, 0.01), record(EMBEDDED, 1900.0, p99)]
     return Results({"records": records, "options": {"deadline": "1"}, "ceiling": {}, "cores": 2, "processor": "a"})
 
 
 def test_replicas_and_cost_follow_from_the_rate_of_one() -> None:
-    worker = capacity.Worker.of(results())
+    worker = capacity.Worker.of(results(), 1900)
     assert worker.rate == pytest.approx(950)  # beside its neighbour, which costs a little
-    assert 0.9 < worker.utilisation < 1
     wanted = 10_000 / (worker.utilisation * 950)
     assert worker.replicas(10_000) == int(wanted) + 2  # rounded up, and one to spare
     assert capacity.cost_per_million(12, 10_000, price=0.036) == pytest.approx(12 * 0.036 / 3600 / 10_000 * 1e6)
+
+
+def test_no_worker_is_busier_than_was_measured() -> None:
+    """The model alone would allow more than 90 %."""
+    assert capacity.Worker.of(results(), 1900).utilisation == 0.5
+    assert capacity.Worker.of(results(p99=0.101), 1900).utilisation == 0
+
+
+def test_larger_images_are_held_to_the_corrected_model_at_their_own_rate() -> None:
+    large = capacity.Worker.of(results(), 100)
+    assert large.rate == 50
+    assert 0 < large.utilisation < 0.5
+    predicted = large.elsewhere + response(large.utilisation) / 50
+    corrected = predicted * 0.01 / (0.002 - 1 / 1000 + response(0.5) / 1000)  # measured, and the model's, of one worker
+    assert corrected == pytest.approx(capacity.OBJECTIVE, rel=0.01)
+
+
+def test_what_no_utilisation_allows_has_no_replicas() -> None:
+    assert capacity.Worker.of(results(), 10).replicas(100) is None  # an idle worker takes 200 ms
+    assert "| 1,000,000 | - | - |" in capacity.page(results(p99=0.101), price=0.05)
 
 
 def test_the_page_has_the_figures_and_the_check_against_what_was_measured() -> None:

@@ -113,7 +113,7 @@ class Answer(BaseHTTPRequestHandler):
         images = self.rfile.read(int(self.headers["Content-Length"])).count(b'name="images"')
         with self.server.lock:
             self.server.asked.append(time.monotonic())
-            status, headers = self.server.script.pop(0)() if self.server.script else (200, {})
+            status, headers, *said = self.server.script.pop(0)() if self.server.script else (200, {})
         time.sleep(self.server.seconds)
         if status is None:
             self.close_connection = True
@@ -121,7 +121,8 @@ class Answer(BaseHTTPRequestHandler):
         problem = {"error": {"code": "trouble", "message": f"trouble {status}"}}
         with self.server.lock:
             self.server.images += images if status == 200 else 0
-        self.reply(status, {"results": [VERDICT] * images} if status == 200 else problem, headers)
+        usual = {"results": [VERDICT] * images} if status == 200 else problem
+        self.reply(status, said[0] if said else usual, headers)
 
     def reply(self, status: int, document: Any, headers: dict[str, str]) -> None:
         content = json.dumps(document).encode()
@@ -138,6 +139,10 @@ class Answer(BaseHTTPRequestHandler):
 def answer(status: int | None, retry_after: str | None = None) -> Callable[[], tuple[int | None, dict[str, str]]]:
     """Of a script; without a status the connection is closed."""
     return lambda: (status, {"Retry-After": retry_after} if retry_after else {})
+
+
+def saying(status: int, document: Any) -> Callable[[], tuple[int, dict[str, str], Any]]:
+    return lambda: (status, {}, document)
 
 
 def in_three_seconds() -> tuple[int, dict[str, str]]:
@@ -264,6 +269,17 @@ class TestTrouble:
             assert server.images == 100
         assert [row["class_name"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["frame"] * 100
 
+    def test_a_status_of_no_standard_is_told(self, folder: Path) -> None:
+        with trouble(saying(524, "a page of Cloudflare's")) as (_, url):
+            shown = run(folder / "000.png", "--url", url, "--patience", 0, code=2)
+        assert "error: " + url + ": HTTP status 524; given up" in shown
+
+    def test_a_reply_of_another_form_is_one_line(self, folder: Path) -> None:
+        with trouble(saying(200, [])) as (_, url):
+            shown = run(folder / "000.png", "--url", url, code=2)
+        assert "error: " + url + ": the reply is not an object" in shown
+        assert "Traceback" not in shown
+
     def test_patience_ends_and_what_was_answered_stays(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
         options = (folder / "0*.png", "--batch", 10, "--in-flight", 1, "--out", out)
@@ -381,6 +397,20 @@ class TestMistakes:
 
     def test_another_service_is_told_from_the_classifier(self, embedded: Server) -> None:
         assert "404 not_found" in run("README.md", "--url", f"{embedded.url}/elsewhere", code=2)
+
+    def test_a_folder_that_cannot_be_read_is_no_empty_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By its path, which is too long; permissions would not keep root out."""
+        (tmp_path / "seen.png").write_bytes(encode(picture()))
+        monkeypatch.chdir(tmp_path)
+        for _ in range(17):
+            Path("x" * 255).mkdir()
+            os.chdir("x" * 255)
+        with trouble() as (_, url):
+            shown = run(tmp_path, "--url", url, code=2)
+        assert "error: [Errno 36] File name too long" in shown
+        assert "Traceback" not in shown
 
     def test_an_output_is_never_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "out.csv").write_text("precious")

@@ -107,6 +107,7 @@ def _open_loops(
     target = _target(server, running, small, home)
     best = max(run["rate"] for run in record["closed"] if run["workload"] == small.name)
     for factor in OVERLOADS:
+        servers.settle(server, running.url, options.deadline)
         run = loads.opened(target, max(1.0, factor * best), options.seconds, options.deadline)
         record["open"].append({"factor": factor, **run})
         what = f"{server.name}: {run['offered']:.0f}/s offered: {run['good']:.0f}/s good, {run['outcomes']}"

@@ -27,6 +27,8 @@ from tests.benchmark.workloads import Body
 
 MAX_CONNECTIONS = 4096
 """Beyond it a request is given up as unsent, as by a proxy with that limit. Connections are opened when needed."""
+IDLE_SECONDS = 4.0
+"""After which a connection is not used again, for a server may be about to close it: BentoML does after 5 s."""
 TICK = 0.001
 GIVEN_UP, LOST, UNANSWERED = "unsent", "connection lost", "unanswered"
 """What is counted in place of a status when there is none."""
@@ -47,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._load = load
         self._parser = httptools.HttpResponseParser(self)
         self._due: float | None = None
+        self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not an instance of it
@@ -68,6 +71,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._settle(str(self._parser.get_status_code()))
         if self._parser.should_keep_alive():
+            self.idle_since = self._load.now()
             self._load.idle.append(self)
         else:
             self._transport.close()
@@ -148,7 +152,7 @@ class Load:
         return self._loop.time() - self._start
 
     def _fire(self, due: float) -> None:
-        if self.idle:
+        if self.idle and self.now() - self.idle[-1].idle_since < IDLE_SECONDS:
             self.idle.pop().send(due)
         elif self.connections < MAX_CONNECTIONS:
             self.connections += 1

@@ -17,8 +17,7 @@ from tests import live, nginx
 
 def main() -> None:
     port, count = map(int, sys.argv[1:])
-    stop = {signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # not blocked: the replicas would inherit that
     home = Path(os.environ["BENTOML_HOME"])
     ports = [live.free_port() for _ in range(count)]
     with ExitStack() as running:
@@ -28,7 +27,7 @@ def main() -> None:
             ready = partial(live.is_ready, f"http://127.0.0.1:{number}")
             running.enter_context(live.running(live.command(number), environment, replica / live.LOG, ready))
         running.enter_context(nginx.before(ports, port, home))
-        signal.sigwait(stop)
+        signal.pause()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,9 @@ PEERS = "tests.benchmark.peers"
 VENVS = live.REPOSITORY / ".venv-bench"
 PEERS_PYTHON, MLSERVER_PYTHON = (VENVS / name / "bin" / "python" for name in ("peers", "mlserver"))
 BENTOML, PEER = "bentoml", "peer"
-
+WORKERS = len(os.sched_getaffinity(0))
+"""Of each peer, as of the bundle. Those that are told in their own files have it from ``peers/common.py``."""
+SETTLE_SECONDS = 30.0
 
 MULTIPART = multipart("image")
 
@@ -48,7 +52,7 @@ class Running(NamedTuple):
 
 
 def _bundle(name: str, **settings: object) -> Server:
-    """As shipped, but for the access log, which no peer writes either."""
+    """As shipped, but for the access log, which is off at every peer, too."""
     settings = {"RUNTIME": "onnx-int8", "LOG_REQUESTS": "false", **settings}
     return Server(name, BUNDLE, Path(sys.executable), live.command, ("bentoml",), settings, takes_batches=True)
 
@@ -85,7 +89,7 @@ def _mlserver() -> Server:
         "MLSERVER_MODEL_IMPLEMENTATION": f"{PEERS}.mlserver_app.Classifier",
         "MLSERVER_MODEL_MAX_BATCH_SIZE": 32,
         "MLSERVER_MODEL_MAX_BATCH_TIME": 0.001,
-        "MLSERVER_PARALLEL_WORKERS": 2,
+        "MLSERVER_PARALLEL_WORKERS": WORKERS,
         "MLSERVER_HOST": "127.0.0.1",
         "MLSERVER_GRPC_PORT": 0,
         "MLSERVER_DEBUG": "false",
@@ -102,8 +106,9 @@ def _mlserver() -> Server:
 
 PATIENT = ("--timeout-worker-healthcheck", "30")
 """By default uvicorn kills a worker that is silent for five seconds, as on a machine that is busy while it starts."""
-UVICORN = ("uvicorn", f"{PEERS}.fastapi_app:app", "--workers", "2", "--no-access-log", *PATIENT, "--port", "{port}")
-GUNICORN = ("gunicorn", f"{PEERS}.flask_app:app", "--workers", "2", "--threads", "4", "--bind", "127.0.0.1:{port}")
+EACH_CORE = ("--workers", str(WORKERS))
+UVICORN = ("uvicorn", f"{PEERS}.fastapi_app:app", *EACH_CORE, "--no-access-log", *PATIENT, "--port", "{port}")
+GUNICORN = ("gunicorn", f"{PEERS}.flask_app:app", *EACH_CORE, "--threads", "4", "--bind", "127.0.0.1:{port}")
 
 ALL = (
     _bundle(EMBEDDED, TOPOLOGY="embedded"),
@@ -136,8 +141,22 @@ def start(server: Server, home: Path) -> Iterator[Running]:
         yield Running(url, process.pid)
 
 
-def _answers(url: str, body: Body) -> bool:
-    reply = requests.post(url, data=body.content, headers={"Content-Type": body.content_type}, timeout=30)
+def settle(server: Server, url: str, deadline: float) -> None:
+    """Wait, at most ``SETTLE_SECONDS``, until ``server`` at ``url`` classifies the sample image within ``deadline``.
+
+    A server that works on for clients that have gone would begin the next load with the queue of the last one.
+    """
+    body = server.pack([SAMPLE.read_bytes()])
+    until = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < until:
+        with suppress(requests.RequestException):
+            if _answers(url + server.path, body, deadline):
+                return
+        time.sleep(0.1)  # a refusal comes at once
+
+
+def _answers(url: str, body: Body, seconds: float = 30.0) -> bool:
+    reply = requests.post(url, data=body.content, headers={"Content-Type": body.content_type}, timeout=seconds)
     return reply.ok and VERDICT in reply.text
 
 

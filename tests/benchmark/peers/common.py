@@ -1,4 +1,8 @@
-"""What every peer does with images, so that only the framework differs: OpenCV decodes, ONNX Runtime infers."""
+"""What every peer does with images: OpenCV decodes, ONNX Runtime infers, in a worker for each core.
+
+So only the framework differs, but for large JPEGs: the bundle decodes them at a fraction of their size
+(``model/preprocess.py``), the peers in full, as one does without code for it. BentoML decodes by itself, with Pillow.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ MODEL = Path(os.environ["MODEL_DIRECTORY"])
 CONFIG = json.loads((MODEL / "config.json").read_text())
 HEIGHT, WIDTH = CONFIG["input_size"]
 MAX_BATCH = 32
+WORKERS = len(os.sched_getaffinity(0))
 cv2.setNumThreads(1)
 
 

@@ -1,4 +1,4 @@
-"""LitServe: two workers, its own batching. ``python -m tests.benchmark.peers.litserve_app PORT``"""
+"""LitServe: a worker for each core, its own batching. ``python -m tests.benchmark.peers.litserve_app PORT``"""
 
 import sys
 from typing import Any
@@ -28,5 +28,5 @@ class Classifier(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Classifier(max_batch_size=common.MAX_BATCH, batch_timeout=0.001, api_path="/classify")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=2, fast_queue=True)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=common.WORKERS, fast_queue=True)
     server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

@@ -1,4 +1,4 @@
-"""Ray Serve: two replicas, its own batching. ``python -m tests.benchmark.peers.rayserve_app PORT``"""
+"""Ray Serve: a replica for each core, its own batching. ``python -m tests.benchmark.peers.rayserve_app PORT``"""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from starlette.requests import Request
 
 from tests.benchmark.peers import common
 
+QUIET = {"enable_access_log": False}
 
-@serve.deployment(num_replicas=2, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})
+
+@serve.deployment(
+    num_replicas=common.WORKERS,
+    max_ongoing_requests=256,
+    ray_actor_options={"num_cpus": 0.5},
+    logging_config=QUIET,
+)
 class Classifier:
     def __init__(self) -> None:
         common.session()
@@ -30,6 +37,6 @@ class Classifier:
 
 if __name__ == "__main__":
     ray.init(include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])}, logging_config=QUIET)
     serve.run(Classifier.bind(), route_prefix="/classify")
     signal.pause()
