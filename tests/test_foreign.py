@@ -32,6 +32,8 @@ def test_made_images_fit_any_input_and_differ(kind: str) -> None:
 
 def test_the_card_keeps_what_was_measured(toy_artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
     artifact = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+    other = toy.make_folder(tmp_path / "other", seed=1)
+    assert "not the data of the training" in toy.run("train.foreign", artifact, other, code=1)
     photos = toy.make_folder(tmp_path / "photos", per_class=10)
     (photos / "disc").rename(photos / "elsewhere")
     printed = toy.run("train.foreign", artifact, toy_folder, "--photos", photos)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from model.artifact import Artifact, seal
 from model.store import SHIPPED
+from tests import toy
 from tests.toy import run
-from train.gate import judge
+from train.command import CommandError
+from train.gate import RUNTIME, comparable, judge
 
 CARD = json.loads((SHIPPED / "card.json").read_text())["metrics"]
 
@@ -34,6 +39,34 @@ def test_a_worse_model_is_stopped(runtime: str, figure: str, change: float, fail
     worse = copy.deepcopy(CARD)
     worse[runtime][figure] += change
     assert failure in failures(worse)
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "onnx-int8"])
+def test_a_card_without_a_runtime_is_one_clear_line(runtime: str) -> None:
+    with pytest.raises(CommandError, match=f"no figures of {runtime}; run train.evaluate first"):
+        judge({name: figures for name, figures in CARD.items() if name != runtime}, CARD, 1.0)
+
+
+def test_of_few_images_a_single_one_is_noise() -> None:
+    few = copy.deepcopy(CARD)
+    for runtime in ("onnx", "onnx-int8"):
+        few[runtime]["images"] = 24
+    few["onnx"]["accuracy"] = few["onnx-int8"]["accuracy"] + 0.0417
+    assert failures(few) == []
+
+
+def test_a_base_of_other_data_is_measured_on_the_candidates(
+    toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(toy_artifact.path, tmp_path / "base")
+    training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
+    base = seal(path, {**toy_artifact.card, "training": training, "metrics": {RUNTIME: {"accuracy": 0.1}}})
+    printed = run("train.gate", toy_artifact.path, path, code=1)
+    assert "are of different data; expected --data" in printed
+    assert comparable(toy_artifact, base, str(toy_folder))[RUNTIME]["accuracy"] >= 0.9
+    assert Artifact.load(path).card["metrics"] == {RUNTIME: {"accuracy": 0.1}}
+    with pytest.raises(CommandError, match="not the data of the training"):
+        comparable(toy_artifact, base, str(toy.make_folder(tmp_path / "other", seed=1)))
 
 
 def test_a_slower_model_is_stopped() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from model.artifact import Artifact, seal
 from model.runtimes import ONNX, ONNX_INT8
 from tests import toy
-from train import readme
+from train import readme, sections
 from train.command import CommandError
 from train.report import confused
 from train.sections import flattened
@@ -58,16 +58,20 @@ def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path
     assert artifact.version in page
     assert "Drawn, CC0." in page
     assert "`train.check` found 1 broken files" in page
-    for absent in ("Prediction sets", "Foreign images", "Accuracy against speed", "CIFAR-10,", str(tmp_path)):
+    sets = metrics[ONNX_INT8]["prediction_sets"]["0.99"]
+    assert f"| 99% | {sets['coverage']:.2%} | {sets['size']:.2f} |" in page
+    for absent in ("Foreign images", "Accuracy against speed", "CIFAR-10,", str(tmp_path)):
         assert absent not in page
 
 
 def test_readme_and_model_card_are_of_the_shipped_model() -> None:
-    """`make adopt` writes both."""
+    """`make adopt` writes both; the page is of a single data set."""
     shipped = readme.shipped()
     assert readme.section(*shipped) in readme.README.read_text()
+    page = (toy.ROOT / "docs/model-card.md").read_text()
     for artifact in shipped:
-        assert f"Version `{artifact.version}`" in (toy.ROOT / "docs/model-card.md").read_text()
+        told = artifact.card["training"]["data_sha256"] == shipped[0].card["training"]["data_sha256"]
+        assert (f"Version `{artifact.version}`" in page) == told
 
 
 def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_artifact: Artifact) -> None:
@@ -77,6 +81,47 @@ def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_a
     assert "foreign" not in told
     with pytest.raises(CommandError, match="its card has no figures"):
         readme.section(toy_artifact)
+
+
+def test_models_beside_each_other_tell_what_was_not_measured(
+    artifact: Artifact, toy_artifact: Artifact, tmp_path: Path
+) -> None:
+    few = seal(shutil.copytree(artifact.path, tmp_path / "few"), {**artifact.card, "metrics": {}})
+    rows = readme.sizes([artifact, few]).splitlines()
+    assert rows[-1].endswith(" | - | - | - | - |")
+    assert " - " not in rows[-2]
+    assert "| trained for |" in rows[2]
+    story = {**artifact.card["training"], "teachers": [toy_artifact.card["training"]]}
+    taught = seal(few.path, {**few.card, "training": story})
+    assert "| trained for, without teachers |" in readme.sizes([artifact, taught])
+
+
+def test_commands_are_told_as_a_record_of_their_data(artifact: Artifact) -> None:
+    told = readme.commands(artifact)
+    assert told.startswith(f"```console\n$ {artifact.card['training']['command']}\n```\n")
+    assert "no recipe: that is `make train`" in told
+    assert told.endswith("24 test images of `folder`.")
+
+
+def test_the_device_of_a_speed_is_told() -> None:
+    gpu = {"images_per_s": 90000, "batch": 8, "gpu": "NVIDIA H200"}
+    assert sections.rate(gpu) == "90000 (NVIDIA H200)"
+    assert sections.speed({"speed": gpu}) == "; the speed is of batches of 8 on NVIDIA H200"
+    cpu = {"images_per_s": 900, "batch": 8, "threads": 1, "cpu": "EPYC"}
+    assert sections.rate(cpu) == "900"
+    assert sections.speed({"speed": cpu}) == "; the speed is of batches of 8 on one core, EPYC"
+
+
+def test_only_models_of_the_same_data_share_a_page(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(artifact.path, tmp_path / "other")
+    other = seal(path, {**artifact.card, "training": {**artifact.card["training"], "data_sha256": "0" * 64}})
+    printed = toy.run("train.report", artifact.path, path, folder, "--out", tmp_path / "card.md")
+    assert f"{path}: left out, for it was trained on other data than {artifact.path}\n" in printed
+    page = (tmp_path / "card.md").read_text()
+    assert artifact.version in page
+    assert other.version not in page
+    printed = toy.run("train.report", path, artifact.path, folder, "--out", tmp_path / "card.md", code=1)
+    assert "not the data of the training" in printed
 
 
 def test_every_picture_is_there_small_and_an_image(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
@@ -94,14 +139,11 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     first = with_metrics(
         artifact,
         tmp_path / "fast",
-        conformal={"level": 0.99, "coverage": 0.9876, "size": {"mean": 1.25}},
         foreign={"photographs": {"auroc": 0.9123, "images": 179}},
     )
     second = with_metrics(artifact, tmp_path / "accurate")
     toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md")
     page = (tmp_path / "card.md").read_text()
-    assert "### Prediction sets" in page
-    assert "| coverage | 0.9876 |\n| size, mean | 1.25 |" in page
     assert "| photographs, auroc | 0.9123 |" in page
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
     # The same twice says together what each of them says.

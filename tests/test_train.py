@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.artifact import Artifact
 from model.preprocess import MAX_PIXELS, preprocess
@@ -22,9 +25,10 @@ from tests import toy
 from train import data
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
-from train.export import ParityError, load_run, parity
-from train.fit import RUN, build_config
+from train.export import BANK_IMAGES, ParityError, load_run, parity, spread
+from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config
 from train.muon import Muon, orthogonalize
+from train.parallel import ALONE
 from train.recipe import Recipe
 
 
@@ -96,6 +100,41 @@ class TestData:
         (tmp_path / "flowers" / "disc" / "LICENSE" / "text.txt").write_text("free")
         with pytest.raises(data.DataError, match="no training image of LICENSE"):
             data.load(str(tmp_path / "flowers"))
+
+    def test_a_class_that_could_not_be_tested_is_refused(self, tmp_path: Path) -> None:
+        toy.make_folder(tmp_path / "train", per_class=12)
+        toy.make_folder(tmp_path / "test", per_class=4)
+        shutil.rmtree(tmp_path / "test" / "frame")
+        with pytest.raises(data.DataError, match="no test image of frame"):
+            data.load(str(tmp_path))
+
+    def test_a_damaged_archive_is_one_clear_line(self, tmp_path: Path) -> None:
+        archive, noise = io.BytesIO(), np.random.default_rng(0).bytes(100_000)
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            file = tarfile.TarInfo("disc/000.png")
+            file.size = len(noise)
+            tar.addfile(file, io.BytesIO(noise))
+        packer = zlib.compressobj(wbits=31)
+        cut = packer.compress(archive.getvalue()[:60_000]) + packer.flush(zlib.Z_FULL_FLUSH)
+        link = io.BytesIO()
+        with tarfile.open(fileobj=link, mode="w") as tar:
+            dangling = tarfile.TarInfo("disc/000.png")
+            dangling.type, dangling.linkname = tarfile.SYMTYPE, "nowhere.png"
+            tar.addfile(dangling)
+        for content, error in (
+            (cut, "Compressed file ended"),
+            (cut + b"\x07", "invalid block type"),
+            (link.getvalue(), "linkname 'disc/nowhere.png' not found"),
+        ):
+            (tmp_path / "archive").write_bytes(content)
+            with pytest.raises(data.DataError, match=f"/archive: .*{error}.*; expected a folder, a tar archive"):
+                data.load(str(tmp_path / "archive"))
+
+    def test_a_file_that_cannot_be_read_is_one_clear_line(self, tmp_path: Path) -> None:
+        (tmp_path / "disc").mkdir()
+        (tmp_path / "disc" / "000.png").symlink_to("/proc/self/mem")  # a file, but whoever reads it
+        with pytest.raises(data.DataError, match="Input/output error"):
+            data.load(str(tmp_path))
 
 
 class TestAugmentation:
@@ -190,6 +229,33 @@ def test_widths_that_are_no_numbers_are_one_clear_line(loaded: data.Data, widths
         build_config("toy", loaded, Recipe(widths=widths))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--name", "Flowers", "--name 'Flowers': String should match pattern"),
+        ("--depth", 1, "--depth 1: Input should be greater than or equal to 2"),
+        ("--size", 4, "--size 4; expected at least 6 pixels"),
+    ],
+)
+def test_wrong_options_are_one_clear_line_before_the_data_is_read(
+    option: str, value: object, expected: str, tmp_path: Path
+) -> None:
+    options = ("--name", "toy", "--out", tmp_path / "run", option, value)
+    printed = toy.run("train.fit", tmp_path / "no-such-source", *options, code=1)
+    assert printed.startswith(f"error: {expected}")
+
+
+def test_muon_keeps_its_momentum_where_it_is() -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 4, 3, 3))
+    optimizer = Muon([weight], lr=0.1, momentum=0.6)
+    places = set()
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        places.add(optimizer.state[weight]["momentum_buffer"].data_ptr())
+    assert len(places) == 1
+
+
 def test_the_network_follows_the_data(loaded: data.Data) -> None:
     config = build_config("toy", loaded, Recipe(widths="8,32"))
     assert config.classes == toy.CLASSES
@@ -274,6 +340,61 @@ def test_what_is_neither_run_nor_artifact_is_no_start(toy_folder: Path, tmp_path
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("option", ["--start", "--teacher"])
+def test_an_unfinished_run_is_refused_before_the_first_epoch(
+    option: str, toy_folder: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    unfinished = shutil.copytree(toy_run, tmp_path / "unfinished")
+    (unfinished / RUN).unlink()
+    common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
+    printed = toy.run("train.fit", *common, option, unfinished, code=1)
+    assert f"error: {unfinished}: not finished, for it has neither run.json nor card.json" in printed
+    assert "epoch" not in printed
+
+
+def test_a_corrected_command_finds_no_run_of_the_wrong_one(toy_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE)
+    assert "expected a finished run" in toy.run("train.fit", *common, "--teacher", tmp_path / "typo", code=1)
+    assert not (out / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("option", ["--start", "--teacher"])
+def test_a_run_is_not_resumed_without_what_it_learned_from(
+    option: str, toy_folder: Path, toy_run: Path, toy_artifact: Artifact, tmp_path: Path
+) -> None:
+    """Nor with another network in the same place: the artifact's weights are rounded."""
+    out = tmp_path / "run"
+    common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE, "--epochs", 1)
+    toy.run("train.fit", *common, option, toy_run)
+    toy.run("train.fit", *common, option, toy_run, "--resume")
+    printed = toy.run("train.fit", *common, "--resume", code=1)
+    assert f"{out / CHECKPOINT}: on record for {option} are weights " in printed
+    assert "; expected none" in printed
+    assert f"for {option} are" in toy.run("train.fit", *common, option, toy_artifact.path, "--resume", code=1)
+
+
+def test_a_checkpoint_without_record_of_teachers_resumes_only_without_them(
+    loaded: data.Data, toy_run: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
+    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    tensors, position = fit.state()
+    del position["learned_from"]
+    save_file(tensors, tmp_path / CHECKPOINT, metadata={"position": json.dumps(position)})
+    fit.resume()
+    fit.take_teacher(Trained.read(toy_run))
+    with pytest.raises(data.DataError, match=r"on record for --teacher are weights none; expected [0-9a-f]{12}$"):
+        fit.resume()
+
+
+def test_a_teacher_of_other_data_is_told(toy_run: Path, tmp_path: Path) -> None:
+    other = toy.make_folder(tmp_path / "other", seed=1)
+    common = (other, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE, "--epochs", 1)
+    printed = toy.run("train.fit", *common, "--teacher", toy_run)
+    assert f"--teacher {toy_run}: was trained on other data, folder\n" in printed
+
+
 def test_a_teacher_of_other_classes_is_refused(toy_run: Path, tmp_path: Path) -> None:
     other = toy.make_folder(tmp_path / "other", per_class=24)
     (other / "disc").rename(other / "zebra")
@@ -297,6 +418,13 @@ class TestExport:
         assert parity(right, right, loaded.val)["agreement"] == 1
         with pytest.raises(ParityError, match=r"INT8 accuracy 0\.8333"):
             parity(right, wrong, loaded.val)
+
+    def test_images_sorted_by_class_are_spread_over_all_of_them(self) -> None:
+        sorted_images = np.repeat(np.arange(10, dtype=np.uint8), 100)[:, None, None, None]
+        for count in (16, BANK_IMAGES, 1000, 2000):
+            chosen = spread(sorted_images, count)
+            assert len(chosen) == min(count, 1000)
+            assert set(np.bincount(chosen.ravel(), minlength=10)) <= {count // 10, count // 10 + 1, 100}
 
     def test_data_of_other_classes_is_refused(self, toy_run: Path, tmp_path: Path) -> None:
         other = toy.make_folder(tmp_path / "other", per_class=12)
@@ -329,6 +457,12 @@ class TestEvaluate:
         sure = np.array([[0.8, 0.2]] * 10, np.float32)
         assert expected_calibration_error(sure, np.array([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
         assert expected_calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
+
+    def test_a_service_that_is_not_there_is_one_clear_line(self, toy_artifact: Artifact) -> None:
+        folder = toy_artifact.path.parent / "folder"
+        printed = toy.run("train.evaluate", toy_artifact.path, folder, "--url", "http://127.0.0.1:9", code=1)
+        assert "error: http://127.0.0.1:9: " in printed
+        assert "Traceback" not in printed
 
     def test_every_runtime_is_measured_and_the_card_keeps_it(self, toy_artifact: Artifact) -> None:
         folder = toy_artifact.path.parent / "folder"

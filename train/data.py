@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import lzma
 import statistics
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -54,7 +56,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a source. ``test`` is for ``train.evaluate`` alone."""
+    """The splits of a source. ``test`` is for what measures a finished artifact, never for training or export."""
 
     source: str
     classes: tuple[str, ...]
@@ -100,7 +102,8 @@ def test_files(source: str) -> list[File]:
 def load(source: str, size: tuple[int, int] | None = None) -> Data:
     """Read ``source`` whole into memory, at ``size`` (height, width) or at a size chosen from the training images.
 
-    Raises ``DataError`` when the source is missing, offline, or has fewer than two classes or an empty split.
+    Raises ``DataError`` when the source is missing, offline, or has fewer than two classes, or one without training
+    or test images.
     """
     if source == CIFAR10:
         return _load_cifar10()
@@ -115,11 +118,10 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     train, val, test = (
         _decode_split(name, splits[name], content, classes, size, skipped) for name in ("train", "val", "test")
     )
-    untrained = [name for index, name in enumerate(classes) if not (train.labels == index).any()]
-    if untrained:
-        raise DataError(
-            f"{source}: no training image of {', '.join(untrained)}; expected some in every folder of images"
-        )
+    for kind, split in (("training", train), ("test", test)):
+        without = [name for index, name in enumerate(classes) if not (split.labels == index).any()]
+        if without:
+            raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
     return Data(source, classes, train, val, test, tuple(skipped))
 
 
@@ -154,18 +156,19 @@ def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_]) -> Split:
 
 
 def read_files(root: Path) -> Iterator[File]:
-    """Every file of a folder or of a tar archive."""
-    if root.is_dir():
-        for path in root.rglob("*"):
-            if path.is_file():
-                yield path.relative_to(root).as_posix(), path.read_bytes()
-        return
+    """Every file of a folder or of a tar archive; raises ``DataError`` when one of them cannot be read."""
     try:
+        if root.is_dir():
+            for path in root.rglob("*"):
+                if path.is_file():
+                    yield path.relative_to(root).as_posix(), path.read_bytes()
+            return
         with tarfile.open(root) as archive:
             for member in archive:
                 if content := archive.extractfile(member):
                     yield PurePosixPath(member.name).as_posix(), content.read()
-    except (OSError, tarfile.TarError) as error:
+    # Beside its own errors, tarfile lets those of decompression through, and a KeyError for a link to nothing.
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
 
 

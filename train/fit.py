@@ -1,7 +1,7 @@
 """Train the network on a source of labelled images.
 
     python -m train.fit SOURCE --name flowers --out runs/flowers [--resume]
-    torchrun --nproc-per-node=4 -m train.fit …      # on four GPUs, with the same result: see train/parallel.py
+    torchrun --nproc-per-node=4 -m train.fit …      # on four GPUs; train/parallel.py tells what differs
 
 Writes to ``--out``: ``config.json``, ``checkpoint.safetensors`` after every epoch (weights, momentum and position, no
 pickle) and ``run.json`` (the command, data, figures of each epoch, wall time). Ctrl-C or a kill loses the unfinished
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import re
 import shlex
@@ -25,9 +26,10 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +42,7 @@ from model.network import ConvNet
 from train import command
 from train.augment import Augmented, Batch
 from train.check import check, print_findings
-from train.data import Data, DataError, Split, load
+from train.data import MIN_SIDE, Data, DataError, Split, load
 from train.muon import Muon
 from train.parallel import Group, join
 from train.recipe import Recipe
@@ -49,28 +51,47 @@ CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
 
 
 def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
     """What follows from the data: classes, size and normalisation; and as many stages as the size allows."""
-    mean, std = data.channel_statistics()
-    stages, side = 0, min(data.input_size)
+    return _config(name, data.classes, data.input_size, data.channel_statistics(), recipe)
+
+
+def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
+    """Raise ``DataError`` for options that no data would make valid."""
+    _config(name, ("one", "other"), size or (MIN_SIDE,) * 2, ((0.0,) * 3, (1.0,) * 3), recipe)
+
+
+def _config(
+    name: str, classes: tuple[str, ...], size: tuple[int, int], statistics: Statistics, recipe: Recipe
+) -> ModelConfig:
+    stages, side = 0, min(size)
     while side // 2 >= SMALLEST_MAP:
         stages, side = stages + 1, side // 2
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", recipe.widths):
         raise DataError(f"--widths {recipe.widths!r}; expected numbers of channels such as 64,256")
+    if not stages:
+        raise DataError(f"--size {side}; expected at least {2 * SMALLEST_MAP} pixels")
     widths = [int(width) for width in recipe.widths.split(",")]
-    return ModelConfig.model_validate(
-        {
-            "name": name,
-            "classes": data.classes,
-            "input_size": data.input_size,
-            "mean": mean,
-            "std": std,
-            "widths": [*widths, *widths[-1:] * stages][:stages],
-            "depth": recipe.depth,
-        }
-    )
+    mean, std = statistics
+    try:
+        return ModelConfig.model_validate(
+            {
+                "name": name,
+                "classes": classes,
+                "input_size": size,
+                "mean": mean,
+                "std": std,
+                "widths": [*widths, *widths[-1:] * stages][:stages],
+                "depth": recipe.depth,
+            }
+        )
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise DataError(f"--{wrong['loc'][0]} {wrong['input']!r}: {wrong['msg']}") from error
 
 
 @torch.no_grad()
@@ -92,6 +113,27 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16)
 
 
+class Trained(NamedTuple):
+    """A finished run or an artifact, which another run starts from or has as a teacher."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    story: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Trained:
+        """Raises ``DataError`` unless ``path`` is a finished run or an artifact."""
+        return cls(path, read_weights(path), read_story(path))
+
+    def sha256(self) -> str:
+        """Of the weights: what is in a folder may be another network tomorrow."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
 class Fit:
     """One training run: a network, its optimiser, and where in the schedule it stands."""
 
@@ -105,6 +147,7 @@ class Fit:
             torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device)
         )
         self.teachers: list[ConvNet] = []
+        self.learned_from: dict[str, list[str]] = {"start": [], "teacher": []}
         self.batches = Augmented(data.train, recipe, device, group)
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         filters = [p for p in self.trained.values() if p.ndim == 4]
@@ -229,6 +272,7 @@ class Fit:
             "recipe": asdict(self.recipe),
             "epochs_done": self.epochs_done,
             "data_sha256": self.data_sha256,
+            "learned_from": self.learned_from,
             "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
@@ -262,24 +306,31 @@ class Fit:
             raise DataError(f"{self.data.source}: process {self.group.rank} found other data there than the first one")
         self.restore(tensors, position)
 
-    def take_weights(self, trained: Path) -> None:
-        """Begin with the weights of a finished run or of an artifact instead of random ones."""
+    def take_start(self, start: Trained) -> None:
+        """Begin with the weights of ``start`` instead of random ones."""
         try:
-            self.network.load_state_dict(read_weights(trained))
+            self.network.load_state_dict(start.weights)
         except RuntimeError as error:
-            raise DataError(f"{trained}: not the weights of this network: {error}") from error
+            raise DataError(f"{start.path}: not the weights of this network: {error}") from error
+        self._note("start", start)
 
-    def take_teacher(self, trained: Path) -> None:
-        """Learn from the network of a finished run or artifact too; raises ``DataError`` for one of other classes."""
-        config = ModelConfig.load(trained / CONFIG)
+    def take_teacher(self, trained: Trained) -> None:
+        """Learn from the network of ``trained`` too; raises ``DataError`` for one of other classes."""
+        config = ModelConfig.load(trained.path / CONFIG)
         if config.classes != self.data.classes:
-            raise DataError(f"{trained}: a teacher of {list(config.classes)}; expected {list(self.data.classes)}")
+            raise DataError(f"{trained.path}: a teacher of {list(config.classes)}; expected {list(self.data.classes)}")
         teacher = ConvNet(config)
-        teacher.load_state_dict(read_weights(trained))
+        teacher.load_state_dict(trained.weights)
         self.teachers.append(teacher.to(self.device).eval().requires_grad_(False))
+        self._note("teacher", trained)
+
+    def _note(self, option: str, trained: Trained) -> None:
+        self.learned_from[option].append(trained.sha256())
+        if trained.story["data_sha256"] != self.data_sha256:
+            print(f"--{option} {trained.path}: was trained on other data, {trained.story['source']}")
 
     def resume(self) -> None:
-        """Take up the checkpoint in ``out``; raises ``DataError`` when its recipe is another."""
+        """Take up the checkpoint in ``out``; raises ``DataError`` when recipe, data, start or teachers are others."""
         path = self.out / CHECKPOINT
         if not path.exists():
             raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
@@ -290,6 +341,12 @@ class Fit:
             raise DataError(f"{path}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}")
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{path}: was trained on other data than {self.data.source}")
+        for option, given in self.learned_from.items():
+            recorded = position.get("learned_from", {}).get(option, [])  # older checkpoints have none on record
+            if recorded != given:
+                raise DataError(
+                    f"{path}: on record for --{option} are weights {_short(recorded)}; expected {_short(given)}"
+                )
         self.restore(tensors, position)
 
 
@@ -308,9 +365,15 @@ def read_story(trained: Path) -> dict[str, Any]:
     story: dict[str, Any]
     if (trained / RUN).exists():
         story = json.loads((trained / RUN).read_text())
-    else:
+    elif (trained / CARD).exists():
         story = json.loads((trained / CARD).read_text())["training"]
+    else:
+        raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
     return story
+
+
+def _short(digests: list[str]) -> str:
+    return ", ".join(digest[:12] for digest in digests) or "none"
 
 
 def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
@@ -350,14 +413,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     return options, Recipe(**{name: getattr(options, name) for name in asdict(Recipe())})
 
 
-def begin(fit: Fit, config: ModelConfig, options: argparse.Namespace) -> None:
+def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
     """Resume the run in ``--out``, or write down a new one."""
-    if options.resume:
+    if resume:
         fit.resume()
     elif (fit.out / CHECKPOINT).exists():
         raise DataError(f"{fit.out}: holds a run already; --resume it, or choose another --out")
-    elif options.start:
-        fit.take_weights(options.start)
     fit.save()
     config.save(fit.out / CONFIG)
 
@@ -365,17 +426,23 @@ def begin(fit: Fit, config: ModelConfig, options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
     """All of a run, in each of its processes; the first one writes its files."""
     started = time.time()
+    size = (options.size,) * 2 if options.size else None
+    check_options(options.name, size, recipe)
+    start = Trained.read(options.start) if options.start else None
+    teachers = [Trained.read(run) for run in options.teacher]
     options.out.mkdir(parents=True, exist_ok=True)
-    data = load(options.source, (options.size,) * 2 if options.size else None)
+    data = load(options.source, size)
     findings = check(data)
     print_findings(findings)
     config = build_config(options.name, data, recipe)
     fit = Fit(config, data, recipe, options.out, device, group)
+    if start:
+        fit.take_start(start)
+    for teacher in teachers:
+        fit.take_teacher(teacher)
     if group.rank == 0:
-        begin(fit, config, options)
+        begin(fit, config, options.resume)
     fit.begin_alike()
-    for run in options.teacher:
-        fit.take_teacher(run)
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
     print(
         f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, "
@@ -391,21 +458,23 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
         print(f"\nstopped; {held}: go on with --resume", file=sys.stderr)
         sys.exit(1)
     if group.rank == 0:
-        write_run(fit, options, findings, started)
+        write_run(fit, findings, start, teachers, started)
 
 
-def write_run(fit: Fit, options: argparse.Namespace, findings: dict[str, Any], started: float) -> None:
+def write_run(
+    fit: Fit, findings: dict[str, Any], start: Trained | None, teachers: list[Trained], started: float
+) -> None:
     """``run.json``, which makes the run a finished one."""
     # The card is public: what it tells of paths is their last part.
     typed = shlex.join(
         ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
     )
     about: dict[str, object] = {**describe_run(fit, typed, started), "check": findings}
-    if options.teacher:
-        about["teachers"] = [read_story(run) for run in options.teacher]
-    if options.start:
-        about["start"] = read_story(options.start)
-    (options.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
+    if teachers:
+        about["teachers"] = [teacher.story for teacher in teachers]
+    if start:
+        about["start"] = start.story
+    (fit.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def keep_memory() -> None:

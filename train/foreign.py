@@ -24,7 +24,7 @@ from model.preprocess import ImageError, Pixels, preprocess
 from model.runtimes import ONNX_INT8, create
 from train import command
 from train.data import DataError, load, read_files
-from train.evaluate import run_runtime, write_figures
+from train.evaluate import require_own_data, run_runtime, write_figures
 
 MADE = 500
 """Images of each kind."""
@@ -116,13 +116,15 @@ def main() -> None:
     options = parser.parse_args()
     artifact = Artifact.load(options.artifact)
     config = artifact.config
+    data = load(options.source, config.input_size)
+    require_own_data(artifact, data)
     rng = np.random.default_rng(0)
     images = {kind: np.stack([make(rng, config.input_size) for _ in range(MADE)]) for kind, make in KINDS.items()}
     if options.photos:
         images["photographs"] = foreign_photos(options.photos, config.classes, config.input_size)
     runtime = create(ONNX_INT8, artifact, threads=2)
     classifier = Classifier(config, artifact.reference(quantised=True))
-    ordinary = run_runtime(runtime, load(options.source, config.input_size).test.images)
+    ordinary = run_runtime(runtime, data.test.images)
     found = measure(classifier, ordinary, {kind: run_runtime(runtime, pixels) for kind, pixels in images.items()})
     print(f"{found['images']} test images, of which {found['told_wrongly']:.1%} are called foreign")
     for kind, figures in found["kinds"].items():

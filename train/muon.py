@@ -42,7 +42,9 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 state = self.state[weight]
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(weight))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = state["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad.add(buffer, alpha=group["momentum"])
                 step = orthogonalize(nesterov.reshape(len(weight), -1)).view(weight.shape)

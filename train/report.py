@@ -4,12 +4,14 @@
 
 Every figure is read from the artifacts' cards, where ``train.fit``, ``train.export``, ``train.evaluate`` and
 ``train.robustness`` wrote it; what was not measured has no section. Test images of SOURCE are needed for the pictures
-of mistakes, and for what several artifacts say as an ensemble. Plots go to ``images/`` beside the page.
+of mistakes, and for what several artifacts say as an ensemble; one of other data than the first is left out. Plots go
+to ``images/`` beside the page.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,12 @@ def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
         f"A convolutional network of {artifact.card['training']['parameters']:,} parameters that tells "
         f"{len(config.classes)} classes apart on {width}x{height} pixels: {', '.join(config.classes)}."
     )
-    conformal = "Split conformal prediction: how often the set of classes holds the true one, and how large it is."
     foreign = "How well images of none of the classes are told from test images."
     told = [
         f"## {label}\n\n{about}",
         sections.accuracy(page, label, artifact),
         sections.calibration(page, label, artifact),
-        sections.listed("### Prediction sets", conformal, metrics.get("conformal")),
+        sections.prediction_sets(artifact),
         sections.listed("### Foreign images", foreign, metrics.get("foreign")),
         sections.corruptions(page, label, artifact),
         sections.photographs(artifact),
@@ -184,6 +185,16 @@ def labels(artifacts: list[Artifact]) -> dict[str, Artifact]:
     return result
 
 
+def of_the_same_data(first: Artifact, others: list[Artifact]) -> Iterator[Artifact]:
+    """Those of ``others`` that can be told beside ``first``; each that is left out is printed."""
+    expected = first.card["training"]["data_sha256"]
+    for artifact in others:
+        if artifact.card["training"]["data_sha256"] == expected:
+            yield artifact
+        else:
+            print(f"{artifact.path}: left out, for it was trained on other data than {first.path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
@@ -191,11 +202,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="", help="origin and licence of the data, as the page will tell it")
     options = parser.parse_args()
-    artifacts = labels([Artifact.load(path) for path in options.artifacts])
-    first = next(iter(artifacts.values()))
+    first, *others = [Artifact.load(path) for path in options.artifacts]
     data = load(options.source, first.config.input_size)
-    for artifact in artifacts.values():
-        require_own_data(artifact, data)
+    require_own_data(first, data)
+    artifacts = labels([first, *of_the_same_data(first, others)])
     page = Page(options.out)
     about = "Written by `python -m train.report` from the figures in `card.json`: measure again, and do not edit."
     parts = [f"# Model card\n\n{about}", sections.frontier(page, artifacts, together(artifacts, data.test))]

@@ -73,7 +73,7 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
                 figures["images"],
                 percent(figures["ece_raw"]),
                 percent(figures["ece"]),
-                figures["speed"]["images_per_s"] if "speed" in figures else "",
+                rate(figures["speed"]) if "speed" in figures else "",
                 f"{megabytes:.1f} MB",
             )
         )
@@ -97,7 +97,29 @@ def speed(figures: dict[str, Any]) -> str:
     """How the speed was measured."""
     if "speed" not in figures:
         return ""
-    return f"; the speed is of batches of {figures['speed']['batch']} on one core, {figures['speed']['cpu']}"
+    how = figures["speed"]
+    return f"; the speed is of batches of {how['batch']} on {how['gpu'] if 'gpu' in how else 'one core, ' + how['cpu']}"
+
+
+def rate(speed: dict[str, Any]) -> str:
+    """Images per second, with the device if it is no core."""
+    return f"{speed['images_per_s']} ({speed['gpu']})" if "gpu" in speed else str(speed["images_per_s"])
+
+
+def prediction_sets(artifact: Artifact) -> str:
+    sets = artifact.card["metrics"][detailed(artifact)].get("prediction_sets")
+    if sets is None:
+        return ""
+    rows = [
+        (f"{float(level):.0%}", percent(found["coverage"]), f"{found['size']:.2f}") for level, found in sets.items()
+    ]
+    return "\n\n".join(
+        [
+            "### Prediction sets",
+            "Split conformal prediction: how often the set of classes holds the true one, and how large it is.",
+            table(("level", "coverage", "classes, mean"), rows),
+        ]
+    )
 
 
 def per_class(figures: dict[str, Any]) -> str:
