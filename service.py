@@ -9,8 +9,10 @@ Embedded, every worker of ``Classifier`` owns an engine. As a runner, workers on
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -34,6 +36,7 @@ from model.artifact import Artifact, ArtifactError, Outputs
 from model.batching import Batcher
 from model.classifier import Classifier as Calibrated
 from model.classifier import VerificationError, check, verify
+from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
 from model.preprocess import Pixels
@@ -81,20 +84,21 @@ def load_models() -> tuple[Ensemble, Ensemble | None]:
     return served, shadow
 
 
+RUNTIME = settings.resolved_runtime()
 try:
     TAGS = [store.resolve(reference.strip()) for reference in settings.model.split(",")]
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None
     if not IS_WORKER:
-        load_models()  # one clear line now instead of a traceback from every worker
+        # One clear line now instead of a traceback from every worker.
+        load_models()[0].reference(runtimes.ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
     KEYS = Keys(settings.api_keys) if settings.api_keys else None
     USAGE = Usage(settings.usage_file) if KEYS else None
-except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # of the disk, too
+except (store.StoreError, ArtifactError, ConfigError, EnsembleError, OSError) as error:  # of the disk, too
     asked = f"MODEL={settings.model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
     raise configuration.SettingsError(f"error: {asked}: {error}") from None
 except AccessError as error:
     raise configuration.SettingsError(f"error: {error}") from None
 TAG = ",".join(TAGS)
-RUNTIME = settings.resolved_runtime()
 if RUNTIME == "fastest":
     rates, failed = compare(load_models()[0], (runtimes.ONNX, runtimes.ONNX_INT8), settings.threads)
     if not rates:
@@ -224,14 +228,20 @@ class ClassifierService(LeanService):
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
         bodies = Bodies(BODIES * settings.max_body_bytes)
         shortened = shorten(app, {method.route: method.func for method in self.apis.values()})
-        if not visits:  # whose callers are told 401 first, and have a line each in the audit log
+        routes = [method.route for method in self.apis.values()]
+        if not (KEYS or settings.audit_directory):  # whose callers are told 401 first, and have a line each in that log
             count = shortened.count if isinstance(shortened, Measuring) else None
-            connections.Connection.door = Door(GUARDED, _admit, settings.log_requests, count)
+            connections.Connection.door = Door(routes, _admit, settings.log_requests, count)
         return Gateway(shortened, PATHS, Page(), settings.log_requests, bodies, visits)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above
-    name="classifier", workers=settings.workers, service_class=ClassifierService, image=IMAGE, **SHARED
+    name="classifier",
+    workers=settings.workers,
+    service_class=ClassifierService,
+    image=IMAGE,
+    envs=[{"name": "MODEL", "value": TAG}],  # of a Bento, which holds no other
+    **SHARED,
 )
 class Classifier:
     """Classifies images: POST one to /classify, or several to /classify/batch."""
@@ -262,7 +272,8 @@ class Classifier:
             observe=metrics.BATCH_IMAGES.observe,
         )
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
-        explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=settings.max_queue)
+        most = max(VIEWS, settings.max_queue)
+        explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)
         classifier = Calibrated(self._served.config, self._reference, settings.foreign_rate)
         replies = Replies(TAG, classifier, self._drift)
         self._pipeline = Pipeline(settings, classifier, replies, self._queue, explanations, Sandbox())
@@ -303,20 +314,25 @@ class Classifier:
             self._verified = True
             logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
             if settings.max_batch == "auto" and isinstance(self._host, Local):
-                self._tuning = asyncio.create_task(self._tune(self._host))
+                # In a context of its own: it is no matter of the request that asked.
+                self._tuning = asyncio.create_task(self._tune(self._host), context=contextvars.Context())
             return True
 
     async def _tune(self, host: Local) -> None:
         """Measure batch sizes while no request waits, a batch at a time, and keep to the best."""
-        rates = {}
-        for size in BATCHES:
-            images = np.resize(self._reference.images, (size, *self._reference.images.shape[1:]))
-            seconds = []
-            for _ in range(ROUNDS):
+        fewest = dict.fromkeys(BATCHES, math.inf)
+        for _ in range(ROUNDS):  # over all sizes each, so that a bad moment hits none of them in all rounds
+            for size in BATCHES:
                 while self._queue.waiting:  # noqa: ASYNC110  # an event would cost every request a little
                     await asyncio.sleep(IDLE_SECONDS)
-                seconds.append(await host.seconds_of(images))
-            rates[size] = size / min(seconds)  # what else the machine does only ever adds to them
+                images = np.resize(self._reference.images, (size, *self._reference.images.shape[1:]))
+                try:
+                    seconds = await host.seconds_of(images)
+                except Exception:
+                    logger.exception("batches are not measured")
+                    return
+                fewest[size] = min(fewest[size], seconds)  # what else the machine does only ever adds to it
+        rates = {size: size / seconds for size, seconds in fewest.items()}
         self._queue.max_batch = best_batch(rates)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
         logger.info("measured batches", extra={"images_per_s": rates, "max_batch": self._queue.max_batch})

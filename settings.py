@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
 
     model: str = ModelConfig.load(SHIPPED / CONFIG).name
-    """``name`` or ``name:version`` in the model store; without a version the promoted one; by default the
+    """``name`` or ``name:version`` in the model store; without a version the promoted one; by default the first
     shipped one. Several, with commas between, answer together as an ensemble."""
     shadow: str | None = None
     """``name:version`` of a model that sees the same images; its disagreement is counted, its answer never sent."""
@@ -62,7 +62,8 @@ class Settings(BaseSettings):
     threads: int = Field(default=1, ge=1)
     """CPU threads of one engine."""
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Images in one batch of an engine; ``auto`` takes what was measured to be fastest, for on a CPU more is slower."""
+    """Images in one batch of a worker's engine; ``auto`` measures and keeps the smallest size within 3 % of the best,
+    for on a CPU more is slower. With a runner: images that a worker sends it at once, 32 by ``auto``."""
     max_queue: int = Field(default=512, ge=1)
     """Images that may wait in one API worker; beyond it requests are answered 429."""
     max_wait: float = Field(default=0.5, gt=0)
@@ -101,17 +102,20 @@ class Settings(BaseSettings):
     """Of the lines on standard error."""
     log_requests: bool = True
     """One line for each request."""
-    log_directory: Path | None = None
+    log_directory: WritableDirectory | None = None
     """Folder of rotating files of WARNING and above, one file a process; none by default."""
     smtp_host: str | None = None
     """Mail server for CRITICAL lines; none by default. ``SMTP_TO`` goes with it."""
     smtp_port: int = Field(default=25, ge=1, le=65535)
+    """Of that server."""
     smtp_from: str = "classifier@localhost"
     """Sender of those mails."""
     smtp_to: str | None = None
     """Who gets them."""
     smtp_user: str | None = None
+    """For a server that asks who sends."""
     smtp_password: SecretStr | None = None
+    """Of that user."""
 
     def resolved_runtime(self) -> str:
         """The runtime that is meant; ``fastest`` is left to be measured."""

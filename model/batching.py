@@ -7,6 +7,7 @@ held back in the hope of a fuller batch (compare the timeout of Crankshaw et al.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
 from collections import deque
@@ -124,7 +125,8 @@ class Batcher:
     def _start(self) -> None:
         """Wake a free engine for each waiting job; one that finds nothing to do ends at once."""
         for _ in range(min(len(self._jobs), self._concurrency - len(self._running))):
-            self._running.add(asyncio.get_running_loop().create_task(self._drain()))
+            # In a context of its own: it goes on with the images of others, and nothing of theirs is this caller's.
+            self._running.add(asyncio.get_running_loop().create_task(self._drain(), context=contextvars.Context()))
 
     async def _drain(self) -> None:
         started = time.monotonic()
@@ -137,9 +139,12 @@ class Batcher:
                 if await self._compute(batch):
                     # What passes between two batches of a busy engine is time that images wait, too.
                     now = time.monotonic()
-                    if is_full:
-                        self._remember(size / max(now - started, 1e-6))
+                    rate = size / max(now - started, 1e-6)
+                    if is_full or 0 < self._images_per_second < rate:  # at least that much can be done
+                        self._remember(rate)
                     started = now
+                if self._jobs:  # an engine that answers at once must not keep the event loop from all else
+                    await asyncio.sleep(0)
         finally:
             # Not in a done callback, which runs a tick later: whoever arrived in between would wait for ever.
             self._running.discard(asyncio.current_task())

@@ -161,14 +161,20 @@ def _gif(data: bytes) -> Header:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     has_alpha = False
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    is_extension = False
     for _ in range(MAX_STEPS):
-        if data[at] == 0x2C:
+        if is_extension:  # one of its sub-blocks; the empty one is its end
+            is_extension = data[at] > 0
+            at += 1 + data[at]
+        elif data[at] == 0x2C:
             x, y, frame_width, frame_height = struct.unpack_from("<4H", data, at + 1)
             return Header("GIF", max(width, x + frame_width), max(height, y + frame_height), has_alpha)
-        if data[at] == 0x21:
+        elif data[at] == 0x21:
             has_alpha |= data[at + 1] == 0xF9 and bool(data[at + 3] & 1)
+            is_extension = True
             at += 2
-        at += 1 + data[at]  # a sub-block, or the empty one that ends an extension
+        else:
+            break
     raise ImageError("the GIF image's header is broken: no frame in it")
 
 

@@ -15,7 +15,7 @@ from model.runtimes import Runtime, RuntimeUnavailableError
 BATCH = 8
 BATCHES = (4, 8, 16, 32, 64)
 ROUNDS = 5
-"""Of which the median counts."""
+"""Of each measurement."""
 GOOD_ENOUGH = 0.97
 """Of the best rate: a smaller batch answers sooner."""
 

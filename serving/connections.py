@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any, ClassVar, Protocol
 
 import uvicorn.config
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from serving import metrics
+from serving.errors import ApiError, outside
 
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
@@ -33,12 +37,15 @@ class Joining:
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
         self._held: Buffer = b""
+        self.written = 0
+        """Bytes of all replies so far."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: Buffer) -> None:
         """Hold ``data`` back until more comes, or until the event loop has done what it is at."""
+        self.written += len(data)
         if self._held:
             data, self._held = b"".join((self._held, data)), b""
             self._transport.write(data)
@@ -77,6 +84,20 @@ class Connection(HttpToolsProtocol):
 
     def _await_bytes(self) -> None:
         self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        # Line breaks before a request begin none, but end the time for which a connection may be idle.
+        if self.timeout_keep_alive_task and data[0] in b"\r\n":
+            self._receiving.cancel()
+            self._await_bytes()
+        super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP in the form of every error, and hang up."""
+        error = ApiError(HTTPStatus.BAD_REQUEST, "invalid_request", msg, {"connection": "close"})
+        metrics.REJECTED.labels(error.code).inc()
+        self._send(outside(error, ()))
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         self._receiving.cancel()
@@ -135,12 +156,16 @@ class Connection(HttpToolsProtocol):
 
     def _await_reader(self) -> None:
         if self._sending is None:
-            self._sending = self.loop.call_later(self.send_seconds, self._check_reader)
+            self._sending = self.loop.call_later(self.send_seconds, self._check_reader, self._joining.written)
 
-    def _check_reader(self) -> None:
+    def _check_reader(self, written: int) -> None:
+        """End it if bytes of the first ``written`` are still here; what came after them has its own time."""
         self._sending = None
-        if self.transport.get_write_buffer_size():
+        unread = self.transport.get_write_buffer_size()
+        if unread > self._joining.written - written:
             self.transport.abort()
+        elif unread:
+            self._await_reader()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, unless a request has come while the event loop was at something else.

@@ -16,8 +16,7 @@ from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining, metrics
-from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id
-from serving.errors import from_exception
+from serving.errors import from_exception, outside
 
 logger = logging.getLogger("classifier.access")
 
@@ -48,7 +47,7 @@ class Door:
         try:
             self._admit(1)
         except QueueFullError as full:
-            response = _refusal(full, headers)
+            response = outside(from_exception(full), headers)
         else:
             return None
         if not self._refused:
@@ -65,12 +64,3 @@ class Door:
                 about = {"method": "POST", "path": path, "status": 429, "code": "overloaded", "requests": len(seconds)}
                 logger.info("requests", extra=about)
         self._refused.clear()
-
-
-def _refusal(full: QueueFullError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
-    chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER.encode()))
-    token = request_id.set(chosen)  # which the reply tells
-    response = from_exception(full).response()
-    request_id.reset(token)
-    response.raw_headers.append((REQUEST_ID_HEADER.encode(), chosen.encode()))
-    return response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from http import HTTPStatus
 
 import orjson
@@ -10,7 +11,7 @@ from starlette.responses import Response
 
 from model.batching import GoneError, QueueFullError
 from model.preprocess import ImageError, TooManyPixelsError, UnsupportedFormatError
-from serving.context import request_id
+from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id
 
 ERROR_HEADER = "x-error-code"
 """On every error reply of ours; an error reply without it comes from another layer and is rewritten."""
@@ -58,3 +59,13 @@ def from_status(status: int) -> ApiError:
     known = HTTPStatus(status)
     code = "not_ready" if known == HTTPStatus.SERVICE_UNAVAILABLE else known.name.lower()
     return ApiError(known, code, known.description or known.phrase)
+
+
+def outside(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
+    """The whole reply to a request with these headers, of which no layer of the application has heard."""
+    chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER.encode()))
+    token = request_id.set(chosen)  # which the reply tells
+    response = error.response()
+    request_id.reset(token)
+    response.raw_headers.append((REQUEST_ID_HEADER.encode(), chosen.encode()))
+    return response

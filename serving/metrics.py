@@ -76,6 +76,7 @@ REASONS = (
     *("invalid_request", "invalid_image", "too_large", "too_many_pixels", "unsupported_media_type"),
     *("overloaded", "deadline_exceeded", "not_ready", "internal"),
     *("unauthorized", "forbidden", "rate_limited", "quota_exceeded"),
+    *("not_found", "method_not_allowed", "disconnected"),
 )
 for _reason in REASONS:  # Prometheus sees no growth from no series to 1: each is there from the start, at 0
     REJECTED.labels(_reason)

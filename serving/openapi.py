@@ -58,7 +58,12 @@ PARAMETERS = [
         ("prediction_set", "query", "Level of a set of classes to be sent along, such as 0.99.", SHARE),
         ("abstain_below", "query", "No verdict under this confidence.", SHARE),
         ("abstain_foreign", "query", "No verdict on what does not resemble the training images.", {"type": "boolean"}),
-        ("X-Request-ID", "header", "Kept if it is made of letters, digits, dots and hyphens.", {"type": "string"}),
+        (
+            "X-Request-ID",
+            "header",
+            "Kept if it is letters, digits, dots, hyphens and underscores, 64 at most.",
+            {"type": "string"},
+        ),
         (
             "X-Request-Timeout",
             "header",

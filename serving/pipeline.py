@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from model.preprocess import Header, Pixels, inspect, read_header, render
 from model.sandbox import DecoderError, Sandbox
 from serving import metrics, visits
 from serving.context import client_waits
+from serving.decoding import Decoding
 from serving.errors import ApiError, from_exception
 from serving.replies import Replies
 from serving.requests import Item, Options, read_image, read_images, read_options
@@ -50,8 +50,7 @@ class Pipeline:
         self._settings, self._classifier, self._replies = settings, classifier, replies
         self._infer, self._evidence, self._sandbox = infer, evidence, sandbox
         self._size = classifier.config.input_size
-        # One, for there is a worker for each processor, and memory for one large image.
-        self._decoding = ThreadPoolExecutor(1, "decode")
+        self._decoding = Decoding(settings.max_wait)
 
     async def classify(self, request: Request) -> Response:
         options = read_options(request)
@@ -59,6 +58,7 @@ class Pipeline:
         stages = metrics.Stages()
         with stages.timed("read"):
             data = await read_image(request, self._settings)
+        self._infer.admit(1)
         await visits.admit([data])
         with stages.timed("decode"):
             image = await self._decode(data)
@@ -70,9 +70,13 @@ class Pipeline:
 
     async def classify_batch(self, request: Request) -> Response:
         options = read_options(request)
+        self._infer.admit(1)
         stages = metrics.Stages()
         with stages.timed("read"):
             items = await read_images(request, self._settings)
+        self._infer.admit(len(items))  # before a key is charged, and anything decoded
+        if any(isinstance(item, bytes) and len(item) >= LARGE_BYTES for item in items):
+            self._decoding.admit()
         await visits.admit(items)
         with stages.timed("decode"):
             decoded = [await self._attempt(item) for item in items]
@@ -92,14 +96,17 @@ class Pipeline:
         options = read_options(request)
         stages = metrics.Stages()
         data = await read_image(request, self._settings)
+        self._infer.admit(1)
+        self._evidence.admit(explain.VIEWS)
         await visits.admit([data])
         image = await self._decode(data)
         prediction = self._classifier(await self._outputs(image[None], stages))[0]
         visits.judge([data], [prediction])
         evidence = await self._evidence(explain.views(image), client_waits())
         heat = explain.evidence_map(evidence, prediction.class_index, self._size, self._classifier.config.stride)
+        reply = self._replies(prediction, options)  # which counts the verdict, for a picture of it too
         if JSON in request.headers.get("accept", ""):
-            reply = {**self._replies(prediction, options), "evidence": heat.astype(float).round(6).tolist()}
+            reply["evidence"] = heat.astype(float).round(6).tolist()
             return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)
         original = await self._contained(self._sandbox.shrink, data, explain.MAX_SIDE)
         picture = await asyncio.to_thread(explain.overlay, original, heat)
@@ -112,16 +119,17 @@ class Pipeline:
             finally:  # who gave up has left the queue too
                 metrics.QUEUE_IMAGES.set(self._infer.waiting)
 
-    async def _decode(self, data: bytes) -> Pixels:
+    async def _decode(self, data: bytes, is_admitted: bool = False) -> Pixels:
         header = inspect(data, self._settings.max_pixels)
         if _is_harmless(data, header):
             return render(data, header, self._size)
+        if not is_admitted:
+            self._decoding.admit()
         return await self._contained(self._sandbox.render, data, self._size)
 
     async def _contained(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._decoding, decode, data, *how)
+            return await self._decoding(client_waits(), decode, data, *how)
         except DecoderError:
             metrics.DECODER_DEATHS.inc()
             logger.warning(
@@ -133,7 +141,7 @@ class Pipeline:
         """One image of a batch, or what is wrong with it: it fails alone."""
         if isinstance(item, bytes):
             try:
-                return await self._decode(item)
+                return await self._decode(item, is_admitted=True)  # with its request
             except ValueError as error:
                 item = from_exception(error)
         metrics.REJECTED.labels(item.code).inc()

@@ -99,7 +99,7 @@ async def read_image(request: Request, settings: Settings) -> bytes:
     """The one image of a ``/classify`` request; raises ``ApiError``."""
     media_type, options = _content_type(request)
     if media_type.startswith("image/"):
-        return await _read_body(request, settings.max_image_bytes)
+        return await _read_body(request, min(settings.max_image_bytes, settings.max_body_bytes))
     body = await _read_body(request, settings.max_body_bytes)
     if media_type == MULTIPART:
         images = _multipart(body, options, "image", limit=1)

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ SWEEP_TO = 0.9
 BLOCK = 4096
 """A file takes whole blocks of the disk, and there are many small ones."""
 DAY_SECONDS = 86_400
+NAME = re.compile("[0-9a-f]{64}")
+"""Of what is kept, less its suffix."""
 LEDGER = ".bytes"
 """File with the bytes that are kept; whoever changes the directory holds its lock."""
 
@@ -114,7 +117,7 @@ class Review:
         """Time, size and files of each image with its line, the oldest first."""
         pairs: dict[str, list[Path]] = {}
         for file in self._directory.iterdir():
-            if file.name != LEDGER:
+            if NAME.fullmatch(file.stem) and file.is_file():  # whatever else is there is not ours to remove
                 pairs.setdefault(file.stem, []).append(file)
         states = [([file.stat() for file in files], files) for files in pairs.values()]
         return sorted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any
 
@@ -490,5 +491,59 @@ def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
         assert refused[0].retry_after == 1
         assert batcher.waiting == 0
         await batcher(np.concatenate([images(2)] * 12))  # to an empty queue any number may come
+
+    run(scenario())
+
+
+def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
+    """So few may wait after it that no batch is ever full again, and a full one is what a rate is learned from."""
+
+    async def scenario() -> None:
+        delays = chain([0.6], repeat(0.001))
+
+        async def engine(batch: Pixels) -> Outputs:
+            await asyncio.sleep(next(delays))
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=32, max_queue=1000, max_wait=0.5)
+        await asyncio.gather(*(batcher(images(0)) for _ in range(40)), return_exceptions=True)
+        for _ in range(50):
+            await batcher(images(1))
+        answers = await asyncio.gather(*(batcher(images(2)) for _ in range(200)), return_exceptions=True)
+        assert not [one for one in answers if isinstance(one, Exception)]
+
+    run(scenario())
+
+
+def test_an_engine_that_answers_at_once_leaves_the_event_loop_its_turns() -> None:
+    async def scenario() -> None:
+        async def engine(batch: Pixels) -> Outputs:
+            batches.append(len(batch))
+            return answer(batch)
+
+        batches: list[int] = []
+        batcher = Batcher(engine, max_batch=1, max_queue=100)
+        last = asyncio.create_task(batcher(np.concatenate([images(0)] * 50)))
+        await settle()
+        assert 0 < len(batches) < 50
+        assert not last.done()
+        await last
+        assert len(batches) == 50
+
+    run(scenario())
+
+
+def test_what_an_engine_does_is_done_in_nobodys_name() -> None:
+    name: ContextVar[str] = ContextVar("name", default="nobody")
+
+    async def scenario() -> None:
+        async def engine(batch: Pixels) -> Outputs:
+            seen.append(name.get())
+            return answer(batch)
+
+        seen: list[str] = []
+        name.set("somebody")
+        await Batcher(engine, max_batch=1, max_queue=10)(images(0))
+        assert seen == ["nobody"]
 
     run(scenario())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
+import json
 import socket
 import threading
 import time
@@ -13,6 +16,7 @@ import pytest
 import requests
 import uvicorn
 from starlette.responses import Response
+from uvicorn.server import ServerState
 
 from serving.connections import Connection
 from tests.live import free_port
@@ -117,6 +121,14 @@ def a_second_request_that_never_ends(client: socket.socket) -> None:
     headers_that_never_end(client)
 
 
+def line_breaks_after_a_request(client: socket.socket) -> None:
+    client.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+    expect_reply(client)
+    client.sendall(b"\r\n")
+    assert client.recv(1) == b""
+    raise ConnectionError
+
+
 def a_body_that_goes_on_after_its_reply(client: socket.socket) -> None:
     client.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
     expect_reply(client)
@@ -142,6 +154,7 @@ def a_reply_that_nobody_reads(client: socket.socket) -> None:
         headers_that_never_end,
         nothing_at_all,
         a_second_request_that_never_ends,
+        line_breaks_after_a_request,
         a_body_that_goes_on_after_its_reply,
         a_body_that_goes_on_after_its_refusal,
         a_reply_that_nobody_reads,
@@ -163,6 +176,50 @@ def test_who_does_not_gets_everything() -> None:
             received += len(chunk)
             time.sleep(0.001)  # slower than the server, yet going on
         assert received > REPLY
+
+
+def test_the_time_for_a_reply_is_not_that_of_the_one_before() -> None:
+    class Pipe(asyncio.Transport):
+        unread, is_aborted = 0, False
+
+        def get_write_buffer_size(self) -> int:
+            return self.unread
+
+        def write(self, data: Any) -> None:
+            self.unread = len(data)
+
+        def abort(self) -> None:
+            self.is_aborted = True
+
+    async def read() -> None:
+        server = uvicorn.Config(application, http=Hasty, lifespan="off", log_config=None)
+        server.load()
+        connection, pipe = Hasty(server, ServerState(), {}), Pipe()
+        connection.connection_made(pipe)
+        connection.on_message_begin()
+        connection._receiving.cancel()  # a request was received
+        reply = connection.transport
+        reply.write(b"x" * 100)
+        connection.pause_writing()
+        await asyncio.sleep(0.8 * PATIENCE)
+        reply.write(b"y" * 50)  # the first reply was read, and this is another
+        await asyncio.sleep(0.4 * PATIENCE)
+        assert not pipe.is_aborted
+        await asyncio.sleep(PATIENCE)
+        assert pipe.is_aborted
+
+    asyncio.run(read())
+
+
+def test_what_is_no_http_is_told_so_in_the_form_of_every_error() -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\r\n\r\n")
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        error = json.loads(response.read())["error"]
+        assert (response.status, error["code"]) == (400, "invalid_request")
+        assert error["request_id"] == response.headers["x-request-id"]
+        assert client.recv(1) == b""
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

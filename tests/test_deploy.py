@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 import yaml
 
+from deploy import smoke
 from serving import access, context
 from settings import Settings
 
@@ -62,6 +63,19 @@ def test_metrics_are_kept_for_as_long_as_rules_look_back() -> None:
     )
     rules = "".join(path.read_text() for path in (DEPLOY.parent / "monitoring/prometheus/rules").glob("*.yml"))
     assert int(kept) > max(map(int, re.findall(r"\[(\d+)d\]", rules)))
+
+
+def test_nginx_writes_where_it_may_and_bodies_to_disk() -> None:
+    """A tmpfs is memory: the bodies of one address alone would fill it."""
+    written = {
+        Path(path)
+        for file in (DEPLOY / "nginx").rglob("*.conf")
+        for path in re.findall(r"^(?:\w+_temp_path|pid) (.+);", file.read_text(), re.MULTILINE)
+    }
+    (volume,) = [v.split(":") for v in SERVICES["nginx"]["volumes"] if not v.startswith("$")]
+    assert volume[0] in COMPOSE["volumes"]
+    assert {path.parent for path in written} == {Path("/tmp"), Path(volume[1])}
+    assert Path(nginx("snippets/body.conf", r"^client_body_temp_path (.+);")).parent == Path(volume[1])
 
 
 def test_draining_ends_before_the_container_is_killed() -> None:
@@ -117,3 +131,8 @@ def test_secrets_sh_makes_every_secret(tmp_path: Path) -> None:
     subprocess.run(("sh", script), check=True)
     assert (tmp_path / "secrets/slack_url").read_text() == "https://real"
     assert (tmp_path / "secrets/tls_key").read_bytes() == before
+
+
+def test_a_key_file_may_end_in_a_newline(tmp_path: Path) -> None:
+    (tmp_path / "api_key").write_text("0123abcd\n")
+    assert smoke.api_key(tmp_path) == "0123abcd"

@@ -143,6 +143,13 @@ def test_the_cluster_has_the_rules_of_prometheus() -> None:
     assert written == subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def test_the_cluster_has_no_alert_that_every_canary_would_set_off() -> None:
+    groups = load("deploy/k8s/components/monitoring/prometheus-rule.yaml")["spec"]["groups"]
+    alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
+    assert "ClassifierDown" in alerts
+    assert "ClassifierReplicasLost" not in alerts
+
+
 def test_the_kserve_example_runs_the_same_container() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
     predictor = yaml.safe_load(block)["spec"]["predictor"]

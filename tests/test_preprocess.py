@@ -215,6 +215,12 @@ def test_gif_shows_its_first_frame_over_white() -> None:
     assert_pixels(clear, opened_over_white(clear))
 
 
+def test_a_comment_in_a_gif_is_skipped_whatever_it_says() -> None:
+    for length in range(240, 320):  # one of its blocks may be as long as the mark of an image or an extension says
+        data = encode(PALETTE, "GIF", comment=b"," * length)
+        assert read_header(data)[:3] == ("GIF", *PALETTE.size), length
+
+
 def test_animated_webp_and_png_show_their_first_frame() -> None:
     frames: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGBA", CLEAR.size, "red")]}
     assert_pixels(encode(CLEAR, "PNG", **frames), over_white(COLOUR, ALPHA), tolerance=1)

@@ -138,6 +138,10 @@ def test_an_image_larger_than_the_store_takes_no_other_with_it(tmp_path: Path) -
 
 def test_images_grow_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(review, "SWEEP_SECONDS", 0.2)
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "README").touch()
+    for other in ("lost+found", "README"):
+        os.utime(tmp_path / other, (0, 0))
     kept = store(tmp_path, review_days=1)
     offer(kept, 0, 1)
     wait(lambda: len(list(tmp_path.glob("*.json"))) == 2)
@@ -147,6 +151,7 @@ def test_images_grow_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     wait(lambda: not old.exists() and not old.with_suffix(".json").exists())
     wait(lambda: int((tmp_path / LEDGER).read_text() or 0) == PAIR)
     assert len(images(tmp_path)) == 1
+    assert (tmp_path / "README").exists(), "it is not ours"
 
 
 def test_a_disk_that_takes_nothing_leaves_nothing_half_and_is_said_once(tmp_path: Path) -> None:

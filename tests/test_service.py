@@ -634,6 +634,24 @@ def test_overload_is_answered_429_and_passes(tmp_path: Path) -> None:
         assert total(values, "classifier_queue_images") == 0
 
 
+def test_photographs_that_would_wait_too_long_for_the_decoder_are_429_and_small_images_are_not(tmp_path: Path) -> None:
+    photograph = encode(picture(4, 2000, 3000), "JPEG", quality=90)
+    with serve("embedded", tmp_path, WORKERS=1, MAX_WAIT=0.1) as url, ThreadPoolExecutor(40) as pool:
+        assert post_raw(url, photograph).status_code == 200
+        replies = [pool.submit(post_raw, url, photograph) for _ in range(80)]
+        beside = [post_raw(url) for _ in range(10)]
+        statuses = Counter(reply.result().status_code for reply in replies)
+        assert set(statuses) == {200, 429}
+        assert {reply.status_code for reply in beside} == {200}
+        assert total(samples(url), "classifier_rejected_total", reason="overloaded") == statuses[429]
+        assert post_raw(url, photograph).status_code == 200
+
+
+def test_an_explanation_has_a_place_in_a_small_queue(tmp_path: Path) -> None:
+    with serve("embedded", tmp_path, MAX_QUEUE=8, MAX_REQUEST_IMAGES=8) as url:
+        assert post(url, "/explain", files={"image": JPEG}).status_code == 200
+
+
 def test_a_burst_right_after_the_start_is_answered(tmp_path: Path) -> None:
     """Only one worker has answered the probe by then: the other must not refuse what comes while it proves itself."""
     with serve("embedded", tmp_path, LOG_REQUESTS="false") as url:
@@ -698,6 +716,7 @@ def test_a_missed_deadline_is_504(tmp_path: Path) -> None:
         ({"WORKERS": "many"}, "WORKERS='many'; expected"),
         ({"MAX_QUEUE": "4", "MAX_REQUEST_IMAGES": "8"}, "MAX_QUEUE=4; expected at least MAX_REQUEST_IMAGES=8"),
         ({"SMTP_HOST": "mail.example.com"}, "SMTP_HOST and SMTP_TO"),
+        ({"LOG_DIRECTORY": "/proc/logs"}, "LOG_DIRECTORY='/proc/logs'; expected a directory that can be written"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

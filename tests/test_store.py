@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from model import promotions
 from model.artifact import CARD, CONFIG, ONNX, Artifact, save_reference, seal
@@ -163,6 +164,9 @@ class TestPromotions:
         (bento,) = (path.parent for path in (home / "bentos").rglob("bento.yaml"))
         resolved = python(home, "-c", "from model import store; print(store.resolve('toy'))", cwd=bento / "src")
         assert resolved.strip() == tag(versions["a"])
+        assert {"name": "MODEL", "value": tag(versions["a"]), "stage": "all"} in yaml.safe_load(
+            (bento / "bento.yaml").read_text()
+        )["envs"], "whoever starts an image of it need not know"
 
     def test_a_promoted_version_that_left_the_store_is_named(self, home: Path, versions: Versions) -> None:
         shutil.rmtree(home / "models" / "toy" / versions["a"].version)

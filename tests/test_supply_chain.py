@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +77,21 @@ def test_an_excuse_expires_and_needs_a_reason(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         audit.excuses(file)
     audit.excuses(audit.EXCUSES)
+
+
+def test_the_scan_of_an_image_knows_the_excuses(tmp_path: Path) -> None:
+    assert audit.options({"CVE-1": date(2026, 11, 21), "CVE-2": TODAY}, TODAY) == ["--ignore-vuln", "CVE-1"]
+    for name, script in {
+        "docker": "exit 0",
+        "debsecan": "exit 0",
+        "python": 'test "$*" = "-m deploy.audit --options" && echo --ignore-vuln CVE-1',
+        "pip-audit": f'printf "%s\\n" "$@" >{tmp_path}/asked',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(("sh", ROOT / "deploy/scan.sh", "classifier:cpu", tmp_path), env=environment, check=True)
+    assert (tmp_path / "asked").read_text().split()[-2:] == ["--ignore-vuln", "CVE-1"]
 
 
 def test_no_verdict_is_no_acquittal(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +54,67 @@ def test_actions_are_pinned_and_leave_no_credentials(name: str) -> None:
     for step in steps(name):
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
+
+
+@every_workflow
+def test_who_asks_a_registry_has_logged_in(name: str) -> None:
+    """A private package has neither signature nor image for others."""
+    for job in WORKFLOWS[name]["jobs"].values():
+        asks = [i for i, step in enumerate(job["steps"]) if re.match(r"make (verify|push|scan)\b", step.get("run", ""))]
+        logins = [i for i, step in enumerate(job["steps"]) if step.get("uses", "").startswith("docker/login-action@")]
+        if asks:
+            assert logins[0] < asks[0]
+            assert job["permissions"]["packages"] in ("read", "write")
+
+
+def make(target: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """With programs that only write down in ``folder``, word by word, how they were called."""
+    for program in ("cosign", "docker", "gh"):
+        (folder / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\n')
+        (folder / program).chmod(0o755)
+    paths = {"PATH": f"{folder}:{os.environ['PATH']}", "OUTPUT": str(folder / "output")}
+    command = ("make", "--no-print-directory", target)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+IMAGE = "registry.example.com:5000/team/classifier@sha256:" + "0123456789abcdef" * 4
+
+
+def test_an_image_is_verified_by_digest_and_by_who_signed_it(tmp_path: Path) -> None:
+    done = make("verify", tmp_path, IMAGE=IMAGE, SIGNER="https://github.com/someone/classifier")
+    assert done.returncode == 0, done.stderr
+    verify, image, option, signer, *_ = (tmp_path / "called").read_text().splitlines()
+    assert (verify, image, option) == ("verify", IMAGE, "--certificate-identity-regexp")
+    assert signer == r"^https://github.com/someone/classifier/\.github/workflows/release\.yml@refs/tags/v"
+
+
+@pytest.mark.parametrize("target", ["verify", "k8s-pin"])
+@pytest.mark.parametrize("image", ["", "classifier:latest", f"-{IMAGE}", f"{IMAGE}\n--key=mine", f"{IMAGE};id"])
+def test_what_is_no_digest_is_refused(target: str, image: str, tmp_path: Path) -> None:
+    done = make(target, tmp_path, IMAGE=image, SIGNER="https://github.com/someone/classifier")
+    assert done.returncode
+    assert "error: IMAGE=" in done.stderr
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(("target", "name"), [("push", "IMAGE"), ("sign", "IMAGE"), ("notes", "TAG")])
+def test_what_a_caller_of_a_workflow_writes_is_never_run(target: str, name: str, tmp_path: Path) -> None:
+    touch = f"touch {tmp_path}/ran"
+    text = f"x; {touch}; `{touch}` $({touch}) $(shell {touch}) '"
+    make(target, tmp_path, **{name: text})
+    assert text in (tmp_path / "called").read_text().splitlines()
+    assert not (tmp_path / "ran").exists()
+
+
+@every_workflow
+def test_a_job_without_a_python_of_its_own_uses_the_runner_s(name: str) -> None:
+    for job in WORKFLOWS[name]["jobs"].values():
+        if not any(step.get("uses", "").startswith("actions/setup-python@") for step in job["steps"]):
+            for command in (shlex.split(step["run"]) for step in job["steps"] if "run" in step):
+                dry = subprocess.run((*command, "--dry-run"), cwd=ROOT, capture_output=True, text=True, check=True)
+                assert not re.search(r"python3\.11|\.venv", dry.stdout), command
 
 
 def test_one_action_has_one_version() -> None:

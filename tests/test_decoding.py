@@ -1,0 +1,100 @@
+"""The queue before the decoder, with decoders that wait for the test."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from model.batching import GoneError, QueueFullError
+from model.preprocess import Pixels
+from serving.decoding import Decoding
+
+PIXELS = np.zeros((1, 1, 3), np.uint8)
+
+
+class Clock:
+    """Ten milliseconds later whenever it is asked."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def here() -> bool:
+    return True
+
+
+def held(release: threading.Event, done: list[bytes]) -> Callable[[bytes], Pixels]:
+    def decode(data: bytes) -> Pixels:
+        assert release.wait(10)
+        done.append(data)
+        return PIXELS
+
+    return decode
+
+
+def test_who_would_wait_too_long_is_refused_and_the_others_are_answered() -> None:
+    async def scenario() -> None:
+        release, done = threading.Event(), list[bytes]()
+        decode = held(release, done)
+        decoding = Decoding(max_wait=0.05, clock=Clock())
+        decoding.admit()
+        release.set()
+        await decoding(here, decode, b"first")
+        release.clear()
+        waiting = []
+        for number in range(6):
+            decoding.admit()
+            waiting.append(asyncio.create_task(decoding(here, decode, b"%d" % number)))
+            await asyncio.sleep(0)
+        with pytest.raises(QueueFullError, match="6 images are waiting; expected at most 5") as refusal:
+            decoding.admit()
+        assert refusal.value.retry_after == 1
+        release.set()
+        await asyncio.gather(*waiting)
+        assert len(done) == 7
+        decoding.admit()
+        assert decoding.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_decoded_for_who_has_hung_up_or_given_up() -> None:
+    async def scenario() -> None:
+        release, done = threading.Event(), list[bytes]()
+        decode = held(release, done)
+        decoding = Decoding(max_wait=1)
+        first = asyncio.create_task(decoding(here, decode, b"first"))
+        left = asyncio.create_task(decoding(lambda: False, decode, b"left"))
+        late = asyncio.create_task(decoding(here, decode, b"late"))
+        await asyncio.sleep(0.05)
+        late.cancel()
+        release.set()
+        await first
+        with pytest.raises(GoneError):
+            await left
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        assert done == [b"first"]
+        assert decoding.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_image_that_cannot_be_decoded_keeps_no_place() -> None:
+    def broken(data: bytes) -> Pixels:
+        raise ValueError
+
+    async def scenario() -> None:
+        decoding = Decoding(max_wait=1)
+        with pytest.raises(ValueError):
+            await decoding(here, broken, b"")
+        assert decoding.waiting == 0
+
+    asyncio.run(scenario())
