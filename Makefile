@@ -17,7 +17,7 @@ export BENTOML_DO_NOT_TRACK := True
 export ORT_DISABLE_TELEMETRY := 1
 # Images. More of what `docker build` needs on this machine goes into CONTAINERIZE_FLAGS, as `--opt KEY=VALUE`.
 export IMAGE_CPU ?= classifier:cpu
-IMAGE_GPU ?= classifier:cuda
+export IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
 # A tar archive of photographs to measure with, and more options: BENCH_FLAGS="--rounds 3".
 PHOTOS ?=
@@ -29,7 +29,7 @@ TRAIN_FLAGS ?=
 OVERLAYS ?=
 STACK := deploy/compose.yaml $(OVERLAYS:%=deploy/compose.%.yaml)
 STACK_IMAGE := $(if $(filter gpu,$(OVERLAYS)),image-gpu,image-cpu)
-export CLASSIFIER_IMAGE ?= $(if $(filter gpu,$(OVERLAYS)),$(IMAGE_GPU),$(IMAGE_CPU))
+export CLASSIFIER_IMAGE ?= $(if $(filter gpu,$(OVERLAYS)),$(value IMAGE_GPU),$(value IMAGE_CPU))
 # Compose v2, or docker-compose 1.29 where that is not installed.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
 	--project-name classifier $(STACK:%=--file %)
@@ -55,7 +55,7 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	@touch $@ $(VENV)/.serve
 
-serve: $(VENV)/.serve ## set up and serve the shipped model on PORT (default 3000)
+serve: $(VENV)/.serve ## set up and serve the shipped model (MODEL=NAME another) on PORT (default 3000)
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
 test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends their coverage
@@ -94,10 +94,11 @@ CANDIDATE ?= $(RUN)/artifact
 gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped one of the commit BASE
 	rm -rf runs/base && mkdir -p runs/base
 	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
-	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(if $(SUMMARY),--summary $(SUMMARY))
+	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained --data $(DATA) $(if $(SUMMARY),--summary $(SUMMARY))
 
 adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
 	rm -rf model/pretrained $(if $(NEW),model/pretrained_*) && cp -r $(RUN)/artifact model/pretrained
+	$(BIN)/python -m model.store promote "$$($(BIN)/python -m model.store import model/pretrained)" --force
 	$(BIN)/python -m tests.golden $(if $(NEW),$(DATA))
 	$(BIN)/python -m train.readme
 	$(MAKE) report ARTIFACTS="$$(echo model/pretrained*)"
@@ -135,11 +136,11 @@ build: $(VENV)/.dev ## build a Bento from this checkout
 
 image-cpu: $(VENV)/.serve ## build the image IMAGE_CPU (classifier:cpu), which serves on a CPU and has no torch
 	$(BIN)/bentoml build -f deploy/bentofile.cpu.yaml
-	$(BIN)/bentoml containerize classifier-cpu:latest -t $(IMAGE_CPU) $(CONTAINERIZE_FLAGS)
+	$(BIN)/bentoml containerize classifier-cpu:latest -t "$$IMAGE_CPU" $(CONTAINERIZE_FLAGS)
 
 image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with the CUDA that torch's wheels bring
 	$(BIN)/bentoml build
-	$(BIN)/bentoml containerize classifier:latest -t $(IMAGE_GPU) $(CONTAINERIZE_FLAGS)
+	$(BIN)/bentoml containerize classifier:latest -t "$$IMAGE_GPU" $(CONTAINERIZE_FLAGS)
 
 secrets: ## make what is missing in deploy/secrets: a self-signed certificate and placeholders
 	sh deploy/secrets.sh
@@ -225,8 +226,10 @@ fuzz-corpus: .venv-bench/fuzz/.installed ## keep what fuzz has found in tests/fu
 k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
 	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
 
+# IMAGE, TAG and the like come from inputs and names of tags in workflows, where anybody who may run them writes what they
+# like. The shell expands them, as one word: what make expands is text of the program.
 k8s-pin: ## make OVERLAY (cpu, gpu, production) of deploy/k8s run IMAGE, NAME@sha256:DIGEST
-	$(PYTHON) deploy/k8s/pin.py $(OVERLAY) $(IMAGE)
+	@python3 deploy/k8s/pin.py $(OVERLAY) "$$IMAGE"
 
 k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
 	kubectl apply --kustomize deploy/k8s/overlays/$(OVERLAY)
@@ -250,43 +253,44 @@ ci-local: $(VENV)/.dev ## run every step of the workflow ci on this machine, in 
 
 # Programs of Debian that check-* run, where one is missing; but for a Compose, which Debian and Docker name differently.
 debian:
-	command -v promtool && command -v amtool && command -v /usr/sbin/nginx || \
-		sudo apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager nginx-light
+	command -v promtool && command -v amtool && command -v /usr/sbin/nginx || { sudo apt-get update && \
+		sudo apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager nginx-light; }
 
 scanner:
-	command -v debsecan || sudo apt-get install --yes --no-install-recommends debsecan
+	command -v debsecan || { sudo apt-get update && sudo apt-get install --yes --no-install-recommends debsecan; }
 
 scan: $(VENV)/.dev ## fail on known vulnerabilities in IMAGE; needs Docker, debsecan and the network (Debian: debsecan)
-	sh deploy/scan.sh $(IMAGE) $(BIN)/pip-audit
+	sh deploy/scan.sh "$$IMAGE" $(BIN)
 
 newest: # the tag of the newest release goes into the file OUTPUT
 	gh release view --json tagName --jq '"tag=" + .tagName' >> $(OUTPUT)
 
 push: # IMAGE; its digest goes into the file OUTPUT
-	docker push $(IMAGE)
-	docker inspect --format '{{index .RepoDigests 0}}' $(IMAGE) | sed 's/.*@/digest=/' >> $(OUTPUT)
+	docker push "$$IMAGE"
+	docker inspect --format '{{index .RepoDigests 0}}' "$$IMAGE" | sed 's/.*@/digest=/' >> $(OUTPUT)
 
 sign: # IMAGE by digest, with the identity of the workflow
-	cosign sign --yes $(IMAGE)
+	cosign sign --yes "$$IMAGE"
 
 verify: # that the release workflow of the repository SIGNER has signed IMAGE
-	cosign verify $(IMAGE) --certificate-identity-regexp '^$(SIGNER)/\.github/workflows/release\.yml@refs/tags/v' \
+	@python3 deploy/k8s/pin.py check "$$IMAGE"
+	cosign verify "$$IMAGE" --certificate-identity-regexp "^$$SIGNER/\.github/workflows/release\.yml@refs/tags/v" \
 		--certificate-oidc-issuer https://token.actions.githubusercontent.com
 
 kubeconfig: # the file KUBECONFIG from the variable KUBECONFIG_CONTENT
 	@umask 077 && printf '%s' "$$KUBECONFIG_CONTENT" > "$$KUBECONFIG"
 
 notes: # of the release TAG
-	gh release create $(TAG) --verify-tag --generate-notes
+	gh release create "$$TAG" --verify-tag --generate-notes
 
 audit: $(VENV)/.dev ## fail on known vulnerabilities of what is pinned, and when their index cannot be read
 	$(BIN)/python -m deploy.audit
 
 SBOM ?= dist/sbom.json
 sbom: $(VENV)/.dev ## write the parts list of IMAGE into SBOM (dist/sbom.json), as CycloneDX; needs Docker
-	$(BIN)/python -m deploy.sbom $(or $(IMAGE),$(IMAGE_CPU)) $(SBOM)
+	$(BIN)/python -m deploy.sbom "$${IMAGE:-$$IMAGE_CPU}" $(SBOM)
 
-lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, with the hash of every file
+lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, with the hash of every file; bench and fuzz by version only
 	$(BIN)/uv pip compile -q pyproject.toml --generate-hashes -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
@@ -294,5 +298,5 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, wit
 	$(BIN)/uv pip compile -q pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
-clean: ## remove everything that make made, but neither data nor runs
+clean: ## remove the virtual environments, the model store .bentoml and caches; the rest stays
 	rm -rf $(VENV) .venv-bench .bentoml .mypy_cache .ruff_cache .pytest_cache

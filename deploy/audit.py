@@ -1,4 +1,4 @@
-"""Known vulnerabilities of every pinned package: `make audit`.
+"""Known vulnerabilities of every pinned package: `make audit`. `--options` prints what tells pip-audit of the excuses.
 
 Fails for one that deploy/audit.toml does not excuse, for an excuse that has expired, and when the index cannot say:
 no verdict is no acquittal.
@@ -56,7 +56,15 @@ def ask(requirements: Path) -> dict[str, Any]:
     return report
 
 
+def options(excused: Mapping[str, date], today: date) -> list[str]:
+    """Those of pip-audit with which it passes over what is still excused."""
+    return [part for name, expires in excused.items() if expires > today for part in ("--ignore-vuln", name)]
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--options"]:
+        print(*options(excuses(EXCUSES), date.today()))
+        return
     try:
         found = list(objections(ask(REQUIREMENTS), excuses(EXCUSES), date.today()))
     except NoVerdictError as error:

@@ -42,9 +42,13 @@ def outside() -> HTTPSConnection:
     return HTTPSConnection("localhost", HTTPS_PORT, timeout=SECONDS, context=tls())
 
 
+def api_key(secrets: Path = ROOT / "deploy/secrets") -> str:
+    """Without the newline of an editor: the error that Python raises of it in a header would tell the key."""
+    return (secrets / "api_key").read_text().strip()
+
+
 def classifies() -> str:
-    image, key = PICTURE.read_bytes(), (ROOT / "deploy/secrets/api_key").read_text()
-    status, body = ask(outside(), "POST", "/classify", image, key)
+    status, body = ask(outside(), "POST", "/classify", PICTURE.read_bytes(), api_key())
     if status != 200:
         raise SmokeError(f"{status}: {body.decode()}")
     answer = json.loads(body)

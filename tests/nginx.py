@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,15 @@ def configuration(target: Path, version: tuple[int, ...]) -> Path:
     return target
 
 
+def write_into(folder: Path, config: Path) -> None:
+    """What a container's Nginx writes into a tmpfs or a volume goes into ``folder``."""
+    for file in config.rglob("*.conf"):
+        text = file.read_text()
+        for inside in (" /tmp/", " /var/cache/nginx/"):
+            text = text.replace(inside, f" {folder}/")
+        file.write_text(text)
+
+
 def replace(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text, f"{old!r} is not in {file}"
@@ -53,22 +61,23 @@ def before(replicas: Sequence[int], port: int, scratch: Path) -> Iterator[str]:
     printed = subprocess.run(["nginx", "-v"], capture_output=True, text=True, env=environment)
     folder = configuration(scratch / "nginx", version(printed.stderr))
     _localise(folder, scratch, port, replicas)
-    command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
+    # Started by root, its workers would be of a user who may not enter the scratch folder; others are only warned.
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off; user root;"]
     url = f"http://127.0.0.1:{port}"
     log = scratch / "nginx.log"
-    with live.running(command, environment, log, lambda: live.is_ready(url), signal.SIGQUIT):
+    with live.running(command, environment, log, lambda: live.is_ready(url)):
         yield url
 
 
 def _localise(folder: Path, scratch: Path, port: int, replicas: Sequence[int]) -> None:
-    for file in folder.rglob("*.conf"):
-        file.write_text(file.read_text().replace(" /tmp/", f" {scratch}/"))
+    write_into(scratch, folder)
     main, upstream = folder / "nginx.conf", folder / "snippets/upstream.conf"
     replace(main, "listen 8443 ssl default_server", f"listen 127.0.0.1:{port} default_server")
     replace(main, "listen 8080", f"listen 127.0.0.1:{live.free_port()}")
     replace(main, "listen 8081", f"listen 127.0.0.1:{live.free_port()}")
     replace(main, "include snippets/tls.conf;", "")
     replace(folder / "snippets/limits.conf", "rate=100r/s", "rate=100000r/s")
+    replace(main, "burst=200", "burst=100000")
     replace(main, "limit_conn connections 64", "limit_conn connections 10000")
     for line in [line for line in upstream.read_text().splitlines() if "server classifier:3000" in line]:
         servers = "".join(line.replace("classifier:3000", f"127.0.0.1:{port}") + "\n" for port in replicas)

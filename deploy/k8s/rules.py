@@ -14,6 +14,9 @@ import yaml
 RULES = Path(__file__).parents[2] / "monitoring/prometheus/rules"
 FILES = ("service.yml", "slo.yml", "model.yml", "gpu.yml")
 """The others are about Nginx, the machine and Prometheus itself, for which a cluster has its own."""
+LEFT_OUT = {"ClassifierReplicasLost"}
+"""Fires when replicas become fewer, as after every canary and by every scaler. A cluster replaces dead pods, and knows
+how many there should be: its own alerts are about those that are missing."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -29,6 +32,8 @@ Dumper.add_representer(str, _text)
 
 def prometheus_rule() -> dict[str, Any]:
     groups = [group for file in FILES for group in yaml.safe_load((RULES / file).read_text())["groups"]]
+    for group in groups:
+        group["rules"] = [rule for rule in group["rules"] if rule.get("alert") not in LEFT_OUT]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

@@ -92,7 +92,7 @@ SERVICE = [
     panel(
         "Not served",
         "percentunit",
-        ("5xx and 429", 'classifier:slo_bad:rate5m{slo="availability"} / (classifier:slo_requests:rate5m > 0)'),
+        ("5xx and overloaded", 'classifier:slo_bad:rate5m{slo="availability"} / (classifier:slo_requests:rate5m > 0)'),
         ("over 100 ms", 'classifier:slo_bad:rate5m{slo="latency"} / (classifier:slo_requests:rate5m > 0)'),
         about="Shares of the requests that count for each objective.",
         min=0,
@@ -173,7 +173,7 @@ MODEL = [
     stat("Class mix drift (PSI)", "short", "classifier:class_mix_drift:psi", red_above=0.25),
     stat("Confidence drift (KS)", "short", "classifier:confidence_drift:ks", red_above=0.15),
     stat("Images in the last hour", "short", "classifier:images:increase1h"),
-    stat("Versions served", "short", "count(count by (model, version) (classifier_model_info))", red_above=2),
+    stat("Models not on every replica", "short", "classifier:models_not_everywhere:count", red_above=1),
     panel(
         "Verdicts by class",
         "short",
@@ -219,6 +219,7 @@ MODEL = [
     panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH, height=4),
 ]
 
+# No network: node-exporter has a network of its own in Compose, and would show that one.
 MACHINE = [
     panel("CPU busy", "percentunit", ("{{instance}}", "machine:cpu_busy:ratio_rate5m"), min=0, max=1),
     panel(
@@ -231,21 +232,7 @@ MACHINE = [
     panel("Memory used", "percentunit", ("{{instance}}", "machine:memory_used:ratio"), min=0, max=1),
     panel("Disk used", "percentunit", ("{{device}}", "machine:disk_used:ratio"), min=0, max=1),
     panel("Disk busy", "percentunit", ("{{device}}", "rate(node_disk_io_time_seconds_total[5m])"), min=0),
-    panel(
-        "Network",
-        "Bps",
-        ("in", 'sum by (instance) (rate(node_network_receive_bytes_total{device!="lo"}[5m]))'),
-        ("out", 'sum by (instance) (rate(node_network_transmit_bytes_total{device!="lo"}[5m]))'),
-        min=0,
-    ),
-    panel(
-        "Errors",
-        "short",
-        ("processes killed for memory", "increase(node_vmstat_oom_kill[1h])"),
-        ("network errors", "sum by (instance) (increase(node_network_receive_errs_total[1h]))"),
-        ("packets dropped", "sum by (instance) (increase(node_network_receive_drop_total[1h]))"),
-        min=0,
-    ),
+    panel("Killed for memory", "short", ("processes", "increase(node_vmstat_oom_kill[1h])"), min=0),
     panel("GPU busy", "percent", ("GPU {{gpu}}", "DCGM_FI_DEV_GPU_UTIL"), min=0, max=100),
     panel("GPU memory used", "percentunit", ("GPU {{gpu}}", "gpu:memory_used:ratio"), min=0, max=1),
     panel("GPU temperature", "celsius", ("GPU {{gpu}}", "DCGM_FI_DEV_GPU_TEMP")),

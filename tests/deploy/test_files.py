@@ -51,8 +51,9 @@ def configuration(folder: Path, snippets: tuple[str, ...] = ()) -> Path:
     overlay.mkdir()
     for name in snippets:
         (overlay / f"{name}.conf").symlink_to(config / f"snippets/{name}.conf")
+    nginx.write_into(folder, config)
     for file in config.rglob("*.conf"):
-        text = file.read_text().replace(" /tmp/", f" {folder}/").replace("/run/secrets", str(folder / "secrets"))
+        text = file.read_text().replace("/run/secrets", str(folder / "secrets"))
         file.write_text(text.replace("/run/nginx/", f"{overlay}/"))
     (folder / "secrets.sh").write_bytes((DEPLOY / "secrets.sh").read_bytes())
     run("sh", folder / "secrets.sh")

@@ -46,8 +46,7 @@ def gateway(port: int) -> Iterator[None]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("edge")
     folder = nginx.configuration(root / "nginx", OLD)
-    for file in folder.rglob("*.conf"):
-        file.write_text(file.read_text().replace(" /tmp/", f" {root}/"))
+    nginx.write_into(root, folder)
     (root / "secrets.sh").write_bytes((DEPLOY / "secrets.sh").read_bytes())
     run("sh", root / "secrets.sh")
     nginx.replace(folder / "snippets/tls.conf", "/run/secrets", str(root / "secrets"))

@@ -36,14 +36,26 @@ def replies(code: int, per_minute: int, within_objective: int = 0) -> list[dict[
     ]
 
 
+def rejected(reason: str, per_minute: int) -> list[dict[str, str]]:
+    return [series("classifier_rejected_total", f'reason="{reason}"', per_minute)]
+
+
 STABLE_ONLY = [{"series": 'bentoml_service_request_total{namespace="classifier"}', "values": f"0+60x{MINUTES}"}]
 CASES = {
     "good": (replies(200, 1000, 1000), {"availability": 0.0, "latency": 0.0}, "Successful"),
     "a few failures": (replies(200, 9990, 9990) + replies(503, 5), {"availability": 5 / 9995}, "Successful"),
     "failing": (replies(200, 900, 900) + replies(500, 100), {"availability": 0.1}, "Failed"),
-    "full": (replies(200, 900, 900) + replies(429, 100), {"availability": 0.1}, "Failed"),
+    "full": (replies(200, 900, 900) + replies(429, 100) + rejected("overloaded", 100), {"availability": 0.1}, "Failed"),
+    "a key's limit": (
+        replies(200, 900, 900) + replies(429, 100) + rejected("rate_limited", 100),
+        {"availability": 0.0},
+        "Successful",
+    ),
     "slow": (replies(200, 1000, 500), {"latency": 0.5}, "Failed"),
-    "idle": (replies(200, 0), {"availability": math.nan, "latency": math.nan}, "Inconclusive"),
+    "one failure of few": (replies(200, 190, 190) + replies(500, 1), {"availability": None}, "Inconclusive"),
+    "one slow of few": (replies(200, 30, 25), {"latency": None}, "Inconclusive"),
+    "a few slow": (replies(200, 1000, 995), {"latency": 0.005}, "Successful"),
+    "idle": (replies(200, 0), {"availability": None, "latency": None}, "Inconclusive"),
     "not scraped yet": (STABLE_ONLY, {"availability": None, "latency": None}, "Inconclusive"),
 }
 
@@ -94,7 +106,7 @@ def test_each_step_that_moves_requests_is_analysed() -> None:
 
 
 def test_a_canary_ends_before_two_versions_are_an_alert() -> None:
-    minutes = sum(metric["count"] for metric in METRICS.values()) / len(METRICS) * len(ANALYSES)
+    minutes = len(ANALYSES) * max(int(m["initialDelay"].removesuffix("m")) + m["count"] for m in METRICS.values())
     groups = yaml.safe_load((ROOT / "monitoring/prometheus/rules/service.yml").read_text())["groups"]
     alerts = {rule.get("alert"): rule for group in groups for rule in group["rules"]}
     assert {metric["interval"] for metric in METRICS.values()} == {"1m"}

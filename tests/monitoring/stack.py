@@ -209,7 +209,11 @@ class Stack:
                 f"-nginx.scrape-uri=http://{at['status']}/stub_status",
                 "-nginx.retries=30",  # until Nginx listens
             ],
-            "node-exporter": ["prometheus-node-exporter", f"--web.listen-address={at['node']}"],
+            "node-exporter": [
+                "prometheus-node-exporter",
+                f"--web.listen-address={at['node']}",
+                *("--no-collector.netclass", "--no-collector.netdev"),
+            ],
             "blackbox-exporter": [
                 "prometheus-blackbox-exporter",
                 f"--web.listen-address={at['edge']}",
