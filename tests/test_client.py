@@ -20,11 +20,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import requests
+from PIL import Image
 
+from client.images import SUFFIXES
 from client.journal import beside
 from client.remote import API_KEY
 from model import store
 from model.artifact import Artifact
+from model.headers import FORMATS
 from serving import access
 from tests import toy
 from tests.live import Server, encode, environment, free_port, picture, samples, serve, total
@@ -90,6 +93,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def paths(folder: Path) -> list[str]:
     """As a folder is walked: its own files, then those of its folders."""
     return [str(folder / f"{i:03}.png") for i in range(PICTURES)] + [str(folder / name) for name in BROKEN]
+
+
+def test_a_folder_gives_every_file_of_a_known_format() -> None:
+    assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS} == SUFFIXES
 
 
 class Trouble(ThreadingHTTPServer):
