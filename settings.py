@@ -67,8 +67,8 @@ class Settings(BaseSettings):
     max_queue: int = Field(default=512, ge=1)
     """Images that may wait in one API worker; beyond it requests are answered 429."""
     max_wait: float = Field(default=0.5, gt=0)
-    """How long images may wait for an engine, by the rate at which their queue drained lately; beyond it they are
-    refused at once, as by ``MAX_QUEUE``. A request to an empty queue is always taken."""
+    """How long images may wait for an engine, and large ones to be decoded, by the rate at which their queue drained
+    lately; beyond it they are refused at once, as by ``MAX_QUEUE``. A request to an empty queue is always taken."""
     max_request_images: int = Field(default=256, ge=1)
     """Images in one ``/classify/batch`` request."""
     request_timeout: float = Field(default=10.0, gt=0)
