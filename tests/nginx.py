@@ -40,7 +40,7 @@ def write_into(folder: Path, config: Path) -> None:
     """What a container's Nginx writes into a tmpfs or a volume goes into ``folder``."""
     for file in config.rglob("*.conf"):
         text = file.read_text()
-        for inside in (" /tmp/", " /var/cache/nginx/"):
+        for inside in (" /tmp/", " /var/tmp/"):
             text = text.replace(inside, f" {folder}/")
         file.write_text(text)
 
