@@ -32,7 +32,7 @@ def test_the_shipped_model_is_as_good_as_itself() -> None:
     [
         ("onnx-int8", "accuracy", -0.01, "loss of accuracy"),
         ("onnx-int8", "ece", 0.02, "loss of calibration (ECE)"),
-        ("onnx", "accuracy", 0.01, "accuracy lost by INT8"),
+        ("onnx", "accuracy", 0.05, "accuracy lost by INT8"),  # however few the test images are
     ],
 )
 def test_a_worse_model_is_stopped(runtime: str, figure: str, change: float, failure: str) -> None:
