@@ -96,6 +96,7 @@ def join() -> Iterator[tuple[Group, torch.device]]:
         yield group, device
         # After an error the others may be gone, and waiting for them would be in vain.
         if group.size > 1:
+            distributed.barrier()  # nobody ends while another still talks to it
             distributed.destroy_process_group()
 
 
