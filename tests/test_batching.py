@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batching import Batcher, GoneError, Outputs, QueueFullError
+from model.batching import Batcher, Engine, GoneError, Outputs, QueueFullError
 from model.preprocess import Pixels
 
 PATIENCE = 10.0
@@ -59,6 +59,17 @@ class HeldEngine:
 
     def fail(self, number: int, error: Exception) -> None:
         self._outcomes[number].set_exception(error)
+
+
+def slow_at_first(seconds: float) -> Engine:
+    """An engine that takes so long for its first batch, and next to nothing for all others."""
+    delays = chain([seconds], repeat(0.001))
+
+    async def engine(batch: Pixels) -> Outputs:
+        await asyncio.sleep(next(delays))
+        return answer(batch)
+
+    return engine
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -462,13 +473,7 @@ def test_a_slow_start_refuses_nobody() -> None:
     """The first batch takes its time and is alone, so that it does not tell how fast a queue would drain."""
 
     async def scenario() -> None:
-        delays = chain([0.3], repeat(0.001))
-
-        async def engine(batch: Pixels) -> Outputs:
-            await asyncio.sleep(next(delays))
-            return answer(batch)
-
-        batcher = Batcher(engine, max_batch=8, max_queue=100, max_wait=0.5)
+        batcher = Batcher(slow_at_first(0.3), max_batch=8, max_queue=100, max_wait=0.5)
         await batcher(images(0))
         await asyncio.gather(*(batcher(images(1)) for _ in range(50)))
 
@@ -499,13 +504,7 @@ def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
     """So few may wait after it that no batch is ever full again, and a full one is what a rate is learned from."""
 
     async def scenario() -> None:
-        delays = chain([0.6], repeat(0.001))
-
-        async def engine(batch: Pixels) -> Outputs:
-            await asyncio.sleep(next(delays))
-            return answer(batch)
-
-        batcher = Batcher(engine, max_batch=32, max_queue=1000, max_wait=0.5)
+        batcher = Batcher(slow_at_first(0.6), max_batch=32, max_queue=1000, max_wait=0.5)
         await asyncio.gather(*(batcher(images(0)) for _ in range(40)), return_exceptions=True)
         for _ in range(50):
             await batcher(images(1))
