@@ -227,11 +227,11 @@ class ClassifierService(LeanService):
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
         bodies = Bodies(BODIES * settings.max_body_bytes)
-        shortened = shorten(app, {method.route: method.func for method in self.apis.values()})
-        routes = [method.route for method in self.apis.values()]
+        endpoints = {method.route: method.func for method in self.apis.values()}
+        shortened = shorten(app, endpoints)
         if not (KEYS or settings.audit_directory):  # whose callers are told 401 first, and have a line each in that log
             count = shortened.count if isinstance(shortened, Measuring) else None
-            connections.Connection.door = Door(routes, _admit, settings.log_requests, count)
+            connections.Connection.door = Door(endpoints, _admit, settings.log_requests, count)
         return Gateway(shortened, PATHS, Page(), settings.log_requests, bodies, visits)
 
 
@@ -320,12 +320,13 @@ class Classifier:
 
     async def _tune(self, host: Local) -> None:
         """Measure batch sizes while no request waits, a batch at a time, and keep to the best."""
+        shape = self._reference.images.shape[1:]
+        batches = {size: np.resize(self._reference.images, (size, *shape)) for size in BATCHES}
         fewest = dict.fromkeys(BATCHES, math.inf)
         for _ in range(ROUNDS):  # over all sizes each, so that a bad moment hits none of them in all rounds
-            for size in BATCHES:
+            for size, images in batches.items():
                 while self._queue.waiting:  # noqa: ASYNC110  # an event would cost every request a little
                     await asyncio.sleep(IDLE_SECONDS)
-                images = np.resize(self._reference.images, (size, *self._reference.images.shape[1:]))
                 try:
                     seconds = await host.seconds_of(images)
                 except Exception:

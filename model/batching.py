@@ -23,8 +23,8 @@ Outputs = NDArray[np.float32]
 Engine = Callable[[Pixels], Awaitable[Outputs]]
 """(N, H, W, 3) uint8 to (N, ...) float32, a row for each image, without blocking the event loop."""
 
-RATE_MEMORY = 0.9
-"""Weight of the past in the moving average of an engine's rate."""
+MEMORY = 0.9
+"""Weight of the past in a moving average."""
 
 
 class QueueFullError(RuntimeError):
@@ -141,7 +141,7 @@ class Batcher:
                     now = time.monotonic()
                     rate = size / max(now - started, 1e-6)
                     if is_full or 0 < self._images_per_second < rate:  # at least that much can be done
-                        self._remember(rate)
+                        self._images_per_second = moving_average(self._images_per_second, rate)
                     started = now
                 if self._jobs:  # an engine that answers at once must not keep the event loop from all else
                     await asyncio.sleep(0)
@@ -179,9 +179,10 @@ class Batcher:
                 room -= len(job.images)
         return batch
 
-    def _remember(self, rate: float) -> None:
-        past = self._images_per_second or rate
-        self._images_per_second = RATE_MEMORY * past + (1 - RATE_MEMORY) * rate
+
+def moving_average(past: float, new: float) -> float:
+    """``past``, 0 before the first measurement, with ``new`` in it."""
+    return MEMORY * (past or new) + (1 - MEMORY) * new
 
 
 def _settle(job: _Job, outcome: Outputs | Exception) -> None:

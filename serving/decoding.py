@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from model.batching import RATE_MEMORY, GoneError, QueueFullError
+from model.batching import GoneError, QueueFullError, moving_average
 from model.preprocess import Pixels
 
 
@@ -51,5 +51,4 @@ class Decoding:
         try:
             return decode(*what)
         finally:
-            seconds = self._clock() - started
-            self._seconds = RATE_MEMORY * (self._seconds or seconds) + (1 - RATE_MEMORY) * seconds
+            self._seconds = moving_average(self._seconds, self._clock() - started)
