@@ -21,7 +21,7 @@ from typing import Any
 import bentoml
 import numpy as np
 import orjson
-from _bentoml_sdk.service import Service
+from _bentoml_sdk.service import Service, get_current_service
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from bentoml.models import BentoModel
 from starlette.applications import Starlette
@@ -43,7 +43,7 @@ from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.sandbox import Sandbox
 from model.tuning import BATCHES, ROUNDS, best_batch, compare
-from serving import connections, draining, logs, metrics, supervision
+from serving import arrays, connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.bodies import Bodies
 from serving.direct import Measuring, shorten, take
@@ -114,8 +114,8 @@ GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
 
 DEFAULT_BATCH = 32
 """Until the best one has been measured; and of a hop to the runner."""
-RUNNER_MAX_BATCH = runtimes.GRAPHED_IMAGES
-"""Images of one batch of the runner, gathered over all workers: what there is a CUDA graph for."""
+RUNNER_BATCH = runtimes.GRAPHED_IMAGES if GPUS else DEFAULT_BATCH
+"""Images of one batch of the runner, gathered over all workers: on a GPU what there is a CUDA graph for."""
 PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
 BODIES = 5
 """Of the largest size that one worker holds at once."""
@@ -146,9 +146,18 @@ class LeanService(Service[Any]):
         return app
 
 
+class RunnerService(LeanService):
+    """Answers its workers past BentoML's layers, which are for callers of all kinds."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        app = super().to_asgi(is_main)
+        assert isinstance(app, Starlette)
+        return shorten(app, {"/infer": self.inner.infer, "/evidence": self.inner.evidence})
+
+
 @bentoml.service(  # type: ignore[operator]  # a module of that name hides the function from mypy
     name="runner",
-    service_class=LeanService,
+    service_class=RunnerService,
     workers=max(1, GPUS),
     resources={"gpu": GPUS} if GPUS else {},
     # By default the client closes its session every 100 requests, and calls in flight with it.
@@ -161,17 +170,29 @@ class Runner:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
-        self._engine, self._answer = start_engine(worker, *load_models())
+        self._host = Local(*start_engine(worker, *load_models()))
+        self._queue = Batcher(
+            self._host.infer,
+            max_batch=RUNNER_BATCH if settings.max_batch == "auto" else settings.max_batch,
+            observe=metrics.BATCH_IMAGES.observe,
+        )
 
-    @bentoml.api(batchable=True, max_batch_size=RUNNER_MAX_BATCH)
-    def infer(self, images: np.ndarray) -> np.ndarray:
+    async def infer(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, K + 1) float32 outputs."""
-        return self._answer(images)
+        return _array_response(await self._queue(await _pixels(request)))
 
-    @bentoml.api
-    def evidence(self, images: np.ndarray) -> np.ndarray:
+    async def evidence(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, h, w, K) float32 evidence."""
-        return self._engine.evidence(images)
+        return _array_response(await self._host.evidence(await _pixels(request)))
+
+
+async def _pixels(request: Request) -> Pixels:
+    return arrays.unpack(await request.body(), request.headers[arrays.SHAPE], np.uint8)
+
+
+def _array_response(array: Outputs) -> Response:
+    body, headers = arrays.pack(array)
+    return Response(body, headers=headers)
 
 
 def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
@@ -205,7 +226,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def _admit(count: int) -> None:
-    bentoml.get_current_service().admit(count)
+    get_current_service().admit(count)
 
 
 class ClassifierService(LeanService):
@@ -219,7 +240,7 @@ class ClassifierService(LeanService):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
         assert isinstance(app, Starlette)
-        app.add_route("/model", lambda request: bentoml.get_current_service().card(), ["GET"])
+        app.add_route("/model", lambda request: get_current_service().card(), ["GET"])
         if is_main:
             version = str(self.openapi_spec.info.version)
             document = orjson.dumps(describe(version, asks_for_keys=KEYS is not None))
@@ -269,7 +290,8 @@ class Classifier:
             max_queue=settings.max_queue,
             max_wait=settings.max_wait,
             concurrency=self._host.concurrency,
-            observe=metrics.BATCH_IMAGES.observe,
+            # What the runner gathers from all workers is counted there.
+            observe=metrics.BATCH_IMAGES.observe if isinstance(self._host, Local) else lambda size: None,
         )
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
         most = max(VIEWS, settings.max_queue)
@@ -288,7 +310,7 @@ class Classifier:
 
     async def _infer(self, images: Pixels) -> Outputs:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
-        with metrics.timed("infer"):
+        with metrics.Timer("infer"):
             outputs = await self._host.infer(images)
         if self._verified:  # the reference images are no traffic
             self._drift.see(images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -59,7 +60,7 @@ class Batcher:
         engine: Engine,
         *,
         max_batch: int,
-        max_queue: int,
+        max_queue: int = sys.maxsize,
         max_wait: float = math.inf,
         concurrency: int = 1,
         observe: Callable[[int], None] = lambda size: None,

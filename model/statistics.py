@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,19 +21,31 @@ def measure(images: Pixels) -> NDArray[np.float32]:
     Brightness and contrast are mean and standard deviation of the green channel, which is most of luminance; sharpness
     is the mean step between neighbours; colour the mean distance of red and blue.
     """
-    red, green, blue = (images[..., channel].astype(np.int16) for channel in range(3))
-    places = (1, 2)
+    count, height, width = images.shape[:3]
+    # Counted in single bytes, which takes a quarter of the time of wider numbers: it is done for every image served.
+    red, green, blue = (np.ascontiguousarray(images[..., channel]) for channel in range(3))
+    level = green.reshape(count, -1).astype(np.float32)
+    mean = level.mean(axis=1)
+    level -= mean[:, None]
     return np.stack(
         [
-            green.mean(axis=places),
-            green.std(axis=places),
-            np.abs(np.diff(green, axis=2)).mean(axis=places),
-            np.abs(red - blue).mean(axis=places),
+            mean,
+            np.sqrt(np.einsum("ij,ij->i", level, level) / (height * width)),
+            _distance(green[:, :, 1:], green[:, :, :-1]),
+            _distance(red, blue),
         ],
         axis=1,
         dtype=np.float32,
         casting="same_kind",
     )
+
+
+def _distance(some: Pixels, others: Pixels) -> NDArray[np.float64]:
+    """Mean distance of two planes, for each image."""
+    count = len(some)
+    apart = cv2.absdiff(some.reshape(count, -1), others.reshape(count, -1))
+    mean: NDArray[np.float64] = apart.sum(axis=1, dtype=np.uint32) / apart.shape[1]
+    return mean
 
 
 def edges(images: Pixels) -> Edges:

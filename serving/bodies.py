@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 
 from starlette.types import Message, Receive
@@ -15,29 +13,36 @@ class Bodies:
     """Counts the bytes of bodies that are held; who sends more than ``limit`` leaves room for is answered 429."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
+        self.limit, self.held = limit, 0
 
-    @contextmanager
-    def meter(self, receive: Receive) -> Iterator[Receive]:
+    def meter(self, receive: Receive) -> Meter:
         """``receive``, with what comes through it counted as held until the end of the block."""
-        held = 0
+        return Meter(self, receive)
 
-        async def metered() -> Message:
-            nonlocal held
-            message = await receive()
-            size = len(message.get("body", b""))
-            if self._held + size > self._limit:
-                raise ApiError(
-                    HTTPStatus.TOO_MANY_REQUESTS,
-                    "overloaded",
-                    f"{self._held} bytes of requests are held; expected at most {self._limit}: try again in 1 s",
-                    {"retry-after": "1"},
-                )
-            self._held += size
-            held += size
-            return message
 
-        try:
-            yield metered
-        finally:
-            self._held -= held
+class Meter:
+    """``Bodies.meter`` for one request."""
+
+    def __init__(self, bodies: Bodies, receive: Receive) -> None:
+        self._bodies, self._receive, self._held = bodies, receive, 0
+
+    def __enter__(self) -> Receive:
+        return self
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        bodies = self._bodies
+        if bodies.held + size > bodies.limit:
+            raise ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "overloaded",
+                f"{bodies.held} bytes of requests are held; expected at most {bodies.limit}: try again in 1 s",
+                {"retry-after": "1"},
+            )
+        bodies.held += size
+        self._held += size
+        return message
+
+    def __exit__(self, *_: object) -> None:
+        self._bodies.held -= self._held

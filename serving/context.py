@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Callable
 from contextvars import ContextVar
 
 from starlette.types import Receive, Scope
 
-REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID_HEADER = b"x-request-id"
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -22,7 +22,7 @@ def choose_request_id(sent: str | None) -> str:
     """The caller's ``X-Request-ID`` where it is short and harmless in a log, else a fresh one."""
     if sent and _ACCEPTABLE.fullmatch(sent):
         return sent
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def header(scope: Scope, name: bytes) -> str | None:

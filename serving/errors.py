@@ -63,9 +63,9 @@ def from_status(status: int) -> ApiError:
 
 def outside(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
     """The whole reply to a request with these headers, of which no layer of the application has heard."""
-    chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER.encode()))
+    chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER))
     token = request_id.set(chosen)  # which the reply tells
     response = error.response()
     request_id.reset(token)
-    response.raw_headers.append((REQUEST_ID_HEADER.encode(), chosen.encode()))
+    response.raw_headers.append((REQUEST_ID_HEADER, chosen.encode()))
     return response

@@ -12,7 +12,7 @@ from collections.abc import Collection, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import draining, metrics
@@ -54,7 +54,7 @@ class Gateway:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        chosen = choose_request_id(header(scope, REQUEST_ID_HEADER.encode()))
+        chosen = choose_request_id(header(scope, REQUEST_ID_HEADER))
         token = request_id.set(chosen)
         watch(receive)
         reply = _Reply(scope, receive, send, chosen)
@@ -109,17 +109,20 @@ class _Reply:
             await self.fail(self._foreign)
 
     async def _begin(self, message: Message) -> None:
-        headers = MutableHeaders(scope=message)
-        if message["status"] >= HTTPStatus.BAD_REQUEST and ERROR_HEADER not in headers:
-            self._foreign = from_status(message["status"])
-            if "allow" in headers:
-                self._foreign.headers["allow"] = headers["allow"]
-            return
-        headers[REQUEST_ID_HEADER] = self._id
+        status = message["status"]
+        if status >= HTTPStatus.BAD_REQUEST:
+            headers = Headers(scope=message)
+            if ERROR_HEADER not in headers:
+                self._foreign = from_status(status)
+                if "allow" in headers:
+                    self._foreign.headers["allow"] = headers["allow"]
+                return
+            self.code = headers[ERROR_HEADER]
+        self.status = status
+        added = [(REQUEST_ID_HEADER, self._id.encode())]
         if draining.begun.is_set():
-            headers["connection"] = "close"
-        self.status, self.code = message["status"], headers.get(ERROR_HEADER, "")
-        await self._send(message)
+            added.append((b"connection", b"close"))
+        await self._send({**message, "headers": [*message["headers"], *added]})
 
     async def fail(self, error: ApiError) -> None:
         """Answer with ``error``, unless a reply has already begun and can only be cut short."""

@@ -6,18 +6,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 
+import aiohttp
 import numpy as np
 
 from model.artifact import Outputs
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.tuning import seconds_of
+from serving import arrays
 from serving.errors import ApiError
 
 logger = logging.getLogger("classifier.hosts")
@@ -83,23 +85,32 @@ class Local:
 
 
 class Remote:
-    """The runner behind a BentoML dependency."""
+    """The runner behind a BentoML dependency, asked over BentoML's own session with it."""
 
     concurrency = 4
     """Batches that one worker keeps on their way, so that the runner never waits for one."""
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner.to_async
+        self._session = runner.to_async._session_manager.get_session
 
     async def infer(self, images: Pixels) -> Outputs:
-        return await self._ask(self._runner.infer, images)
+        return await self._ask("/infer", images)
 
     async def evidence(self, images: Pixels) -> Outputs:
-        return await self._ask(self._runner.evidence, images)
+        return await self._ask("/evidence", images)
 
-    async def _ask(self, method: Callable[[Pixels], Awaitable[Any]], images: Pixels) -> Outputs:
+    async def _ask(self, path: str, images: Pixels) -> Outputs:
+        message = arrays.pack(images)
         try:
-            return np.asarray(await method(images), np.float32)
+            try:
+                return await self._post(path, *message)
+            except aiohttp.ClientConnectionError:  # closed for idleness in that moment, or a runner that is replaced
+                return await self._post(path, *message)
         except Exception as error:
             logger.error("the runner failed", extra={"reason": repr(error)})
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
+
+    async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Outputs:
+        session = await self._session()
+        async with session.post(path, data=body, headers=headers, raise_for_status=True) as reply:
+            return arrays.unpack(await reply.read(), reply.headers[arrays.SHAPE], np.float32)

@@ -25,7 +25,7 @@ PATIENCE, KEEP_ALIVE = 0.5, 0.3
 REPLY = 64 * 2**20
 """Bytes; more than an operating system buffers for one connection."""
 PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", memoryview(b"g"))
-"""As BentoML's runner sends them."""
+"""As any ASGI application may send them."""
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 

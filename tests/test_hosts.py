@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import aiohttp
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from model.artifact import Outputs
 from model.preprocess import Pixels
-from serving.hosts import AT_ONCE_SECONDS, Local
+from serving.errors import ApiError
+from serving.hosts import AT_ONCE_SECONDS, Local, Remote
 
 IMAGE = np.zeros((1, 4, 4, 3), np.uint8)
 
@@ -73,3 +78,37 @@ def test_an_engine_at_work_is_waited_for() -> None:
 
     asyncio.run(ask())
     assert engine.threads == ["engine_0"] * 5
+
+
+async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
+    """Of one that hangs up on its first callers, and answers each later one with a row of zeros."""
+    left = hang_ups
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal left
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(IMAGE.nbytes)
+        left -= 1
+        if left < 0:
+            writer.write(b"HTTP/1.1 200 OK\r\nx-shape: 1,3\r\ncontent-length: 12\r\n\r\n" + bytes(12))
+        writer.close()
+
+    async def get_session() -> aiohttp.ClientSession:
+        return session
+
+    connector = aiohttp.UnixConnector(str(socket))
+    async with (
+        await asyncio.start_unix_server(serve, socket),
+        aiohttp.ClientSession("http://runner", connector=connector) as session,
+    ):
+        client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
+        return await Remote(SimpleNamespace(to_async=client)).infer(IMAGE)
+
+
+def test_a_runner_that_hangs_up_is_asked_once_more(tmp_path: Path) -> None:
+    assert asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=1)).tolist() == [[0, 0, 0]]
+
+
+def test_a_runner_that_is_gone_is_503(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match="cannot be reached"):
+        asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=2))

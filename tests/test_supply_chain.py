@@ -167,7 +167,7 @@ def test_a_pickle_from_outside_is_refused_unopened(server: Server, path: str, tm
 
 
 def test_the_runner_listens_where_no_other_user_can_reach_it(runner: Server) -> None:
-    """Between a worker and the runner BentoML pickles: both are one user's, and so is the folder of their socket."""
+    """It trusts what its workers send: both are one user's, and so is the folder of their socket."""
     inodes = {
         link.readlink().name.removeprefix("socket:[").rstrip("]")
         for pid in processes(runner.home)

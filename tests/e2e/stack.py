@@ -80,9 +80,14 @@ class Stack:
         lines = [line for identity in self.containers(service) for line in docker("logs", identity).splitlines()]
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    @property
+    def reloads_nginx(self) -> bool:
+        """Whether its Nginx is too old to find replicas by itself."""
+        return self.nginx_version < nginx.RESOLVES
+
     def find_replicas(self) -> None:
         """Tell an Nginx that does not find out by itself that replicas have come."""
-        if self.nginx_version < nginx.RESOLVES:
+        if self.reloads_nginx:
             docker("exec", self.container("nginx"), "nginx", "-s", "reload")
 
 

@@ -74,6 +74,8 @@ class Traffic:
     def _call(self) -> None:
         client = session()
         while not self._end.is_set():
+            if self._stack.reloads_nginx:  # which closes idle connections, a request under way on one or not
+                client = session()
             try:
                 reply = client.post(f"{self._stack.url}/classify/batch", files=self._files, timeout=20)
                 self.outcomes.append(
