@@ -35,7 +35,7 @@ from model import runtimes, store
 from model.artifact import Artifact, ArtifactError, Outputs
 from model.batching import Batcher
 from model.classifier import Classifier as Calibrated
-from model.classifier import VerificationError, check, verify
+from model.classifier import Scores, VerificationError, check, verify
 from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
@@ -278,6 +278,7 @@ class Classifier:
             draining.install(settings.drain_seconds)
         self._served, shadow = load_models()
         self._reference = self._served.reference(RUNTIME)
+        self._classifier = Calibrated(self._served.config, self._reference, settings.foreign_rate)
         self._drift = Drift(self._served.config, self._reference)
         self._verified = False
         self._verifying = asyncio.Lock()
@@ -296,9 +297,8 @@ class Classifier:
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
         most = max(VIEWS, settings.max_queue)
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)
-        classifier = Calibrated(self._served.config, self._reference, settings.foreign_rate)
-        replies = Replies(TAG, classifier, self._drift)
-        self._pipeline = Pipeline(settings, classifier, replies, self._queue, explanations, Sandbox())
+        replies = Replies(TAG, self._classifier, self._drift)
+        self._pipeline = Pipeline(settings, self._classifier, replies, self._queue, explanations, Sandbox())
         for artifact in self._served.artifacts:
             metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
@@ -308,13 +308,14 @@ class Classifier:
         gc.collect()
         gc.freeze()
 
-    async def _infer(self, images: Pixels) -> Outputs:
+    async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
         with metrics.Timer("infer"):
             outputs = await self._host.infer(images)
+        metrics.QUEUE_IMAGES.set(self._queue.waiting)
         if self._verified:  # the reference images are no traffic
             self._drift.see(images)
-        return outputs
+        return self._classifier.score(outputs)
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""
@@ -364,7 +365,8 @@ class Classifier:
         """Outputs for the reference images, in batches that the smallest queue admits."""
         images = self._reference.images
         size = min(self._queue.max_batch, settings.max_queue)
-        return np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
+        scores = np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
+        return scores[:, : self._reference.outputs.shape[1]]
 
     def admit(self, count: int) -> None:
         """Raise ``QueueFullError`` where ``count`` images more have no place."""

@@ -80,6 +80,8 @@ class Connection(HttpToolsProtocol):
         self._sending: asyncio.TimerHandle | None = None
         self._is_refused = False
         """Whether the request that is being read has got its reply at the door."""
+        self._is_incomplete = False
+        """Whether more of headers, or of the body of a refused request, is due; it may well have come already."""
         self._await_bytes()
 
     def _await_bytes(self) -> None:
@@ -88,9 +90,18 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         # Line breaks before a request begin none, but end the time for which a connection may be idle.
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
-            self._receiving.cancel()
-            self._await_bytes()
+            self._expect_more()
         super().data_received(data)
+        if self._is_incomplete and self._receiving.cancelled():
+            self._await_bytes()
+
+    def _expect_more(self) -> None:
+        self._receiving.cancel()
+        self._is_incomplete = True
+
+    def _expect_nothing(self) -> None:
+        self._receiving.cancel()
+        self._is_incomplete = False
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP in the form of every error, and hang up."""
@@ -100,16 +111,15 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def on_message_begin(self) -> None:
-        self._receiving.cancel()
-        self._await_bytes()
+        self._expect_more()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._receiving.cancel()
+        self._expect_nothing()
         if refusal := self._refusal():
             self._is_refused = True
             self._send(refusal)
-            self._await_bytes()
+            self._expect_more()
         else:
             super().on_headers_complete()
 
@@ -135,7 +145,7 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._receiving.cancel()
+        self._expect_nothing()
         if self._is_refused:
             self._is_refused = False
             super().on_response_complete()  # of uvicorn's: the connection is free again

@@ -14,9 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model import explain
-from model.artifact import Outputs
 from model.batching import Batcher
-from model.classifier import Classifier
+from model.classifier import Classifier, Scores
 from model.preprocess import Header, Pixels, inspect, read_header, render
 from model.sandbox import DecoderError, Sandbox
 from serving import metrics, visits
@@ -62,7 +61,7 @@ class Pipeline:
         await visits.admit([data])
         with stages.timed("decode"):
             image = await self._decode(data)
-        prediction = self._classifier(await self._outputs(image[None], stages))[0]
+        prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
         visits.judge([data], [prediction])
         with stages.timed("reply"):
             document = orjson.dumps(self._replies(prediction, options))
@@ -81,7 +80,7 @@ class Pipeline:
         with stages.timed("decode"):
             decoded = [await self._attempt(item) for item in items]
         images = [image for image in decoded if not isinstance(image, ApiError)]
-        predictions = iter(self._classifier(await self._outputs(np.stack(images), stages)) if images else ())
+        predictions = iter(self._classifier.predict(await self._scores(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
         visits.judge(items, verdicts)
         with stages.timed("reply"):
@@ -100,7 +99,7 @@ class Pipeline:
         self._evidence.admit(explain.VIEWS)
         await visits.admit([data])
         image = await self._decode(data)
-        prediction = self._classifier(await self._outputs(image[None], stages))[0]
+        prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
         visits.judge([data], [prediction])
         evidence = await self._evidence(explain.views(image), client_waits())
         heat = explain.evidence_map(evidence, prediction.class_index, self._size, self._classifier.config.stride)
@@ -112,12 +111,13 @@ class Pipeline:
         picture = await asyncio.to_thread(explain.overlay, original, heat)
         return Response(picture, headers=stages.headers(), media_type=PNG)
 
-    async def _outputs(self, images: Pixels, stages: metrics.Stages) -> Outputs:
+    async def _scores(self, images: Pixels, stages: metrics.Stages) -> Scores:
         with stages.timed("classify"):
             try:
                 return await self._infer(images, client_waits())
-            finally:  # who gave up has left the queue too
+            except BaseException:  # who gave up has left the queue, too
                 metrics.QUEUE_IMAGES.set(self._infer.waiting)
+                raise
 
     async def _decode(self, data: bytes, is_admitted: bool = False) -> Pixels:
         header = inspect(data, self._settings.max_pixels)

@@ -22,9 +22,9 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from model import runtimes
-from model.artifact import Artifact, Outputs
+from model.artifact import Artifact
 from model.batching import Batcher
-from model.classifier import Classifier
+from model.classifier import Classifier, Scores
 from model.decoder import MEMORY
 from model.headers import FORMATS, ImageError, UnsupportedFormatError
 from model.preprocess import Pixels, preprocess, read_header, shrink
@@ -123,8 +123,8 @@ def pipeline(faulty: Sandbox) -> Pipeline:
     classifier = Classifier(artifact.config, reference)
     engine = runtimes.create(runtimes.ONNX_INT8, artifact)
 
-    async def infer(images: Pixels) -> Outputs:
-        return engine(images)
+    async def infer(images: Pixels) -> Scores:
+        return classifier.score(engine(images))
 
     queue = Batcher(infer, max_batch=64, max_queue=64)
     return Pipeline(
