@@ -356,9 +356,9 @@ class Classifier:
                     logger.exception("batches are not measured")
                     return
                 fewest[size] = min(fewest[size], seconds)  # what else the machine does only ever adds to it
-        rates = {size: size / seconds for size, seconds in fewest.items()}
-        self._queue.max_batch = best_batch(rates)
+        self._queue.max_batch = best_batch(fewest)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
+        rates = {size: round(size / seconds, 1) for size, seconds in fewest.items()}
         logger.info("measured batches", extra={"images_per_s": rates, "max_batch": self._queue.max_batch})
 
     async def _reference_outputs(self) -> Outputs:

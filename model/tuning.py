@@ -16,6 +16,8 @@ BATCH = 8
 BATCHES = (4, 8, 16, 32, 64)
 ROUNDS = 5
 """Of each measurement."""
+HANDOVER_SECONDS = 0.0005
+"""What a batch costs a busy worker besides: its threads wait for a core, for the interpreter and for each other."""
 GOOD_ENOUGH = 0.97
 """Of the best rate: a smaller batch answers sooner."""
 
@@ -49,6 +51,7 @@ def compare(ensemble: Ensemble, names: Iterable[str], threads: int = 1) -> tuple
     return rates, failed
 
 
-def best_batch(rates: dict[int, float]) -> int:
-    """The smallest batch whose images per second are as good as the best."""
+def best_batch(seconds: dict[int, float]) -> int:
+    """The smallest batch whose images per second are as good as the best; ``seconds`` are those of one batch."""
+    rates = {size: size / (taken + HANDOVER_SECONDS) for size, taken in seconds.items()}
     return min(size for size, rate in rates.items() if rate >= GOOD_ENOUGH * max(rates.values()))

@@ -24,6 +24,8 @@ GRACE_SECONDS = 0.01
 """Of an idle connection; any time that a timer takes notice of."""
 SHORTEST_SLEEP = 1e-9
 """Some 60 us in practice. Without it whoever wakes first takes all connections that come at once, and keeps them."""
+FEW = 64
+"""Connections of one worker. Of more, each worker has its share; and a flood of them must not wait for sleeps."""
 
 
 class Door(Protocol):
@@ -73,7 +75,7 @@ class Connection(HttpToolsProtocol):
     """Whether other processes listen on the same socket: each then lets the others come to the next connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        if self.stand_back:
+        if self.stand_back and len(self.connections) < FEW:
             time.sleep(SHORTEST_SLEEP)
         super().connection_made(transport)
         self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # as good as one

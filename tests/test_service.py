@@ -553,6 +553,9 @@ def test_connections_that_come_at_once_are_shared_among_the_workers(server: Serv
     """Each keeps those that it took, so that without this a worker, and its core, may be left without any."""
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     rounds, together, fewest = 5, 32, 0
+    before = dict[int, int]()
+    while before != (before := {pid: open_files(pid) for pid in processes(server.home)}):
+        time.sleep(1)  # until the last worker has started
     for _ in range(rounds):
         before = {pid: open_files(pid) for pid in processes(server.home)}
         clients = [socket.create_connection(address, TIMEOUT) for _ in range(together)]
