@@ -121,7 +121,16 @@ class TestData:
             dangling = tarfile.TarInfo("disc/000.png")
             dangling.type, dangling.linkname = tarfile.SYMTYPE, "nowhere.png"
             tar.addfile(dangling)
+        toy.make_folder(tmp_path / "flowers", per_class=12)
+        whole = io.BytesIO()
+        with tarfile.open(fileobj=whole, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            tar.add(tmp_path / "flowers", "")
+        headers = [i for i in range(0, len(whole.getvalue()), 512) if whole.getvalue()[i + 257 : i + 262] == b"ustar"]
+        torn = bytearray(whole.getvalue())
+        torn[headers[-3]] ^= 1
         for content, error in (
+            (bytes(torn), f"damaged or cut off at byte {headers[-3]}"),
+            (whole.getvalue()[: headers[-3]], f"damaged or cut off at byte {headers[-3]}"),
             (cut, "Compressed file ended"),
             (cut + b"\x07", "invalid block type"),
             (link.getvalue(), "linkname 'disc/nowhere.png' not found"),

@@ -167,6 +167,10 @@ def read_files(root: Path) -> Iterator[File]:
             for member in archive:
                 if content := archive.extractfile(member):
                     yield PurePosixPath(member.name).as_posix(), content.read()
+            # An archive ends with a block of zeros; tarfile takes whatever else is there for its end, too.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
     # Beside its own errors, tarfile lets those of decompression through, and a KeyError for a link to nothing.
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
