@@ -122,11 +122,15 @@ def corruptions(robustness: dict[str, Any]) -> Figure:
 def frontier(points: list[dict[str, Any]]) -> Figure:
     """Accuracy against speed, each point with its name."""
     figure, axes = _axes(6, 4, "Accuracy against speed, INT8", xlabel="images/s on one core", ylabel="accuracy")
-    for point in points:
-        axes.plot(point["images_per_s"], point["accuracy"], "o", color=BLUE)
-        axes.annotate(
-            point["name"], (point["images_per_s"], point["accuracy"]), xytext=(5, 5), textcoords="offset points"
-        )
+    middle = max(point["images_per_s"] for point in points) / 2
+    for i, point in enumerate(sorted(points, key=lambda point: point["images_per_s"])):
+        place = (point["images_per_s"], point["accuracy"])
+        axes.plot(*place, "o", color=BLUE)
+        # Away from the edge, and by turns above and below, for neighbours may be close.
+        side, height = ("left" if place[0] < middle else "right"), ("top" if i % 2 else "bottom")
+        offset = {"left": 5, "right": -5}[side], {"top": -5, "bottom": 5}[height]
+        axes.annotate(point["name"], place, offset, textcoords="offset points", ha=side, va=height)
+    axes.set_xlim(left=0)
     axes.margins(0.15)
     return figure
 

@@ -226,7 +226,7 @@ def provenance(artifact: Artifact) -> str:
 
 
 def frontier(page: Page, artifacts: dict[str, Artifact], together: dict[str, Any] | None) -> str:
-    """Speed against accuracy of every artifact, and of what they say ``together``; nothing for a single one."""
+    """Speed against accuracy of every artifact, and of what the best say ``together``; nothing for a single one."""
     points = []
     for label, artifact in artifacts.items():
         figures = artifact.card["metrics"].get(ONNX_INT8, {})
