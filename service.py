@@ -317,6 +317,12 @@ class Classifier:
             self._drift.see(images)
         return self._classifier.score(outputs)
 
+    @bentoml.on_startup
+    async def verify_unasked(self) -> None:
+        """Every worker at its start: probes reach one of them, and the others would be cold for the first requests."""
+        if isinstance(self._host, Local):  # a runner may still be starting
+            self._verification = asyncio.create_task(self.__is_ready__())
+
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""
         if draining.begun.is_set():

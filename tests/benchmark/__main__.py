@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests import live
 from tests.benchmark import ceiling, loads, machine, servers, workloads
+from tests.benchmark.results import RUNNER
 from tests.benchmark.servers import Server
 from tests.benchmark.workloads import Workload
 
 CONNECTIONS = (1, 8, 64, 256)
-PHOTOGRAPH_CONNECTIONS, BATCH_CONNECTIONS = 64, 4
+PHOTOGRAPH_CONNECTIONS, BATCH_CONNECTIONS, ENDURANCE_CONNECTIONS = 64, 4, 64
+ENDURANCE_SECONDS = 40
+"""Of the runner, which is to answer tens of thousands of requests without an error."""
 OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
 """Offered load of the open loop, in units of the server's own best rate in the closed loop."""
 START_SECONDS = 15.0
@@ -42,16 +45,28 @@ class Progress:
         print(f"[{min(1, self._done / self._planned):4.0%}, {left / 60:4.1f} min left] {what}", flush=True)
 
 
-def closed_plan(server: Server, sent: list[Workload]) -> list[tuple[Workload, int]]:
+class Loop(NamedTuple):
+    """A closed loop."""
+
+    workload: Workload
+    connections: int
+    seconds: int
+
+
+def closed_plan(server: Server, sent: list[Workload], options: argparse.Namespace) -> list[Loop]:
     small, batch, *photographs = sent
-    plan = [(small, connections) for connections in CONNECTIONS]
-    plan += [(workload, PHOTOGRAPH_CONNECTIONS) for workload in photographs]
-    return plan + ([(batch, BATCH_CONNECTIONS)] if server.takes_batches else [])
+    plan = [Loop(small, connections, options.seconds) for connections in CONNECTIONS]
+    plan += [Loop(workload, PHOTOGRAPH_CONNECTIONS, options.seconds) for workload in photographs]
+    if server.takes_batches:
+        plan.append(Loop(batch, BATCH_CONNECTIONS, options.seconds))
+    if server.name == RUNNER and not options.quick:
+        plan.append(Loop(Workload("endurance", small.requests), ENDURANCE_CONNECTIONS, ENDURANCE_SECONDS))
+    return plan
 
 
 def planned_seconds(server: Server, sent: list[Workload], options: argparse.Namespace) -> float:
-    loads_planned = len(closed_plan(server, sent)) + len(OVERLOADS)
-    return START_SECONDS + loads_planned * options.seconds + len(OVERLOADS) * options.deadline
+    closed = sum(loop.seconds for loop in closed_plan(server, sent, options))
+    return START_SECONDS + closed + len(OVERLOADS) * (options.seconds + options.deadline)
 
 
 def measure(
@@ -83,16 +98,16 @@ def _closed_loops(
     progress: Progress,
     record: dict[str, Any],
 ) -> None:
-    for workload, connections in closed_plan(server, sent):
+    for workload, connections, seconds in closed_plan(server, sent, options):
         target = _target(server, running, workload, home)
         loads.closed(target, connections, options.warm_up)
         before = _batch_sizes(server, running.url)
-        run = loads.closed(target, connections, options.seconds)
+        run = loads.closed(target, connections, seconds)
         run |= {"workload": workload.name, "images_per_second": run["rate"] * workload.images_per_request}
         run["batch_images"] = {size: n - before[size] for size, n in _batch_sizes(server, running.url).items()}
         record["closed"].append(run)
         what = f"{server.name}: {workload.name}, {connections} connections: {run['rate']:.0f}/s, {run['errors']} errors"
-        progress.finished(what, options.seconds)
+        progress.finished(what, seconds)
 
 
 def _open_loops(
