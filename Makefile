@@ -88,7 +88,7 @@ robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs i
 	$(BIN)/python -m train.robustness $(RUN)/artifact $(DATA) $(if $(PHOTOS),--photos $(PHOTOS))
 
 report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
-	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(DATA) --out docs/model-card.md
+	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(DATA) --out docs/model-card.md --also $(wildcard docs/frontier/*.json)
 
 CANDIDATE ?= $(RUN)/artifact
 gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped one of the commit BASE
@@ -109,7 +109,7 @@ new: ## make this checkout that of your own classifier: train NAME on DATA, eval
 	$(MAKE) train
 	$(MAKE) export
 	$(MAKE) evaluate
-	rm -f docs/images/frontier.png $(foreach name,$(SHIPPED) $(ALSO_SHIPPED),$(wildcard docs/images/$(name)-*.png))
+	rm -rf docs/frontier docs/images/frontier.png $(foreach name,$(SHIPPED) $(ALSO_SHIPPED),$(wildcard docs/images/$(name)-*.png))
 	$(MAKE) adopt NEW=1
 	sed -i 's|^DATA ?= .*|DATA ?= $(DATA)|' Makefile
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model.artifact import Artifact, seal
+from model.artifact import CARD, Artifact, seal
 from model.runtimes import ONNX, ONNX_INT8
 from tests import toy
 from train import readme, sections
@@ -142,12 +142,15 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
         foreign={"photographs": {"auroc": 0.9123, "images": 179}},
     )
     second = with_metrics(artifact, tmp_path / "accurate")
-    toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md")
+    other = shutil.copy(second.path / CARD, tmp_path / "tiny.json")
+    toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md", "--also", other)
     page = (tmp_path / "card.md").read_text()
     assert "| photographs, auroc | 0.9123 |" in page
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
     # The same twice says together what each of them says.
     assert f"| fast and accurate | {artifact.card['metrics'][ONNX_INT8]['accuracy']:.2%} |" in page
+    assert "| tiny (not shipped) |" in page
+    assert "## tiny" not in page
     assert (tmp_path / "images" / "frontier.png").exists()
     assert (tmp_path / "images" / "accurate-reliability.png").exists()
 

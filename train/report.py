@@ -1,6 +1,7 @@
 """Write the model card from what was measured.
 
-    python -m train.report ARTIFACT [ARTIFACT ...] SOURCE --out docs/model-card.md [--data "origin and licence"]
+    python -m train.report ARTIFACT [ARTIFACT ...] SOURCE --out docs/model-card.md
+        [--data "origin and licence"] [--also CARD ...]
 
 Every figure is read from the artifacts' cards, where ``train.fit``, ``train.export``, ``train.evaluate`` and
 ``train.robustness`` wrote it; what was not measured has no section. Test images of SOURCE are needed for the pictures
@@ -11,6 +12,7 @@ to ``images/`` beside the page.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,9 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="", help="origin and licence of the data, as the page will tell it")
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], metavar="CARD", help="of models to compare accuracy and speed with"
+    )
     options = parser.parse_args()
     first, *others = [Artifact.load(path) for path in options.artifacts]
     data = load(options.source, first.config.input_size)
@@ -213,7 +218,9 @@ def main() -> None:
     artifacts = labels([first, *of_the_same_data(first, others)])
     page = Page(options.out)
     about = "Written by `python -m train.report` from the figures in `card.json`: measure again, and do not edit."
-    parts = [f"# Model card\n\n{about}", sections.frontier(page, artifacts, together(artifacts, data.test))]
+    cards = {label: artifact.card for label, artifact in artifacts.items()}
+    cards |= {f"{path.stem} (not shipped)": json.loads(path.read_text()) for path in options.also}
+    parts = [f"# Model card\n\n{about}", sections.frontier(page, cards, together(artifacts, data.test))]
     parts += [model(page, label, artifact, data) for label, artifact in artifacts.items()]
     parts.append(about_data(first, options.data))
     options.out.parent.mkdir(parents=True, exist_ok=True)

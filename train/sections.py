@@ -225,11 +225,11 @@ def provenance(artifact: Artifact) -> str:
     return "\n\n".join(["### Provenance", about, table(("file", "bytes", "SHA-256"), rows)])
 
 
-def frontier(page: Page, artifacts: dict[str, Artifact], together: dict[str, Any] | None) -> str:
-    """Speed against accuracy of every artifact, and of what the best say ``together``; nothing for a single one."""
+def frontier(page: Page, cards: dict[str, Any], together: dict[str, Any] | None) -> str:
+    """Speed against accuracy of every model, by its card, and of what the best say ``together``; nothing for one."""
     points = []
-    for label, artifact in artifacts.items():
-        figures = artifact.card["metrics"].get(ONNX_INT8, {})
+    for label, card in cards.items():
+        figures = card["metrics"].get(ONNX_INT8, {})
         if "speed" in figures:
             points.append({"name": label, "accuracy": figures["accuracy"], **figures["speed"]})
     if together:
