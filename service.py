@@ -119,6 +119,9 @@ RUNNER_BATCH = runtimes.GRAPHED_IMAGES if GPUS else DEFAULT_BATCH
 PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
 BODIES = 5
 """Of the largest size that one worker holds at once."""
+CONCURRENCY = 1 if settings.workers == "cpu_count" or settings.workers >= len(os.sched_getaffinity(0)) else 2
+"""Batches on their way to an engine. Where workers are fewer than cores, it need not wait for the event loop; elsewhere
+batches half as large cost more than that gains."""
 VERIFY_SECONDS = 10.0
 """For the reference images; longer means that the engine hangs."""
 IDLE_SECONDS = 0.05
@@ -283,7 +286,9 @@ class Classifier:
         self._verified = False
         self._verifying = asyncio.Lock()
         self._host: Host = (
-            Remote(self.runner) if TOPOLOGY == "runner" else Local(*start_engine(worker, self._served, shadow))
+            Remote(self.runner)
+            if TOPOLOGY == "runner"
+            else Local(*start_engine(worker, self._served, shadow), concurrency=CONCURRENCY)
         )
         self._queue = Batcher(
             self._infer,

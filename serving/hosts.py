@@ -46,10 +46,9 @@ class Local:
     and back would cost a lone request a tenth of its time.
     """
 
-    concurrency = 1
-
-    def __init__(self, engine: Runtime, answer: Callable[[Pixels], Outputs]) -> None:
-        self._engine, self._answer = engine, answer
+    def __init__(self, engine: Runtime, answer: Callable[[Pixels], Outputs], concurrency: int = 1) -> None:
+        """With a ``concurrency`` of 2 the next batch waits at the engine, which then never waits for the event loop."""
+        self._engine, self._answer, self.concurrency = engine, answer, concurrency
         self._thread = ThreadPoolExecutor(1, "engine")
         self._in_use = Lock()  # an engine is called from one thread at a time
         self._seconds_per_image = math.inf

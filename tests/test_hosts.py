@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from model.artifact import Outputs
+from model.batching import Batcher
 from model.preprocess import Pixels
 from serving.errors import ApiError
 from serving.hosts import AT_ONCE_SECONDS, Local, Remote
@@ -78,6 +79,21 @@ def test_an_engine_at_work_is_waited_for() -> None:
 
     asyncio.run(ask())
     assert engine.threads == ["engine_0"] * 5
+
+
+def test_the_next_batch_waits_at_the_engine_where_two_may_be_under_way() -> None:
+    async def left_waiting(concurrency: int) -> int:
+        engine = Engine(seconds=0.1)
+        local = Local(engine, engine, concurrency)
+        queue = Batcher(local.infer, max_batch=1, max_queue=8, concurrency=local.concurrency)
+        jobs = [asyncio.create_task(queue(IMAGE)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        waiting = queue.waiting
+        await asyncio.gather(*jobs)
+        assert engine.threads == ["engine_0"] * 3
+        return waiting
+
+    assert [asyncio.run(left_waiting(concurrency)) for concurrency in (1, 2)] == [2, 1]
 
 
 async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
