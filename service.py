@@ -22,6 +22,7 @@ import bentoml
 import numpy as np
 import orjson
 from _bentoml_sdk.service import Service, get_current_service
+from bentoml._internal.resource import CpuResource
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from bentoml.models import BentoModel
 from starlette.applications import Starlette
@@ -35,7 +36,7 @@ from model import runtimes, store
 from model.artifact import Artifact, ArtifactError, Outputs
 from model.batching import Batcher
 from model.classifier import Classifier as Calibrated
-from model.classifier import Scores, VerificationError, check, verify
+from model.classifier import Scores, VerificationError, check
 from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
@@ -119,7 +120,8 @@ RUNNER_BATCH = runtimes.GRAPHED_IMAGES if GPUS else DEFAULT_BATCH
 PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
 BODIES = 5
 """Of the largest size that one worker holds at once."""
-CONCURRENCY = 1 if settings.workers == "cpu_count" or settings.workers >= len(os.sched_getaffinity(0)) else 2
+CORES = min(len(os.sched_getaffinity(0)), math.ceil(CpuResource.from_system()))
+CONCURRENCY = 1 if settings.workers == "cpu_count" or settings.workers >= CORES else 2
 """Batches on their way to an engine. Where workers are fewer than cores, it need not wait for the event loop; elsewhere
 batches half as large cost more than that gains."""
 VERIFY_SECONDS = 10.0
@@ -133,6 +135,7 @@ SHARED: dict[str, Any] = {
     "traffic": {"timeout": HOUR},
     "logging": {"access": {"enabled": False}},
     "tracing": {"excluded_urls": ".*"},
+    "runner_probe": {"enabled": False},  # its errors would be replies of 500; ``__is_ready__`` asks instead
 }
 # A distribution that BentoML has no recipe for: for "debian" it would install compilers and git, 0.6 GB of them.
 # A volume at /audit, for AUDIT_DIRECTORY, takes over whose it is.
@@ -199,10 +202,13 @@ def _array_response(array: Outputs) -> Response:
 
 
 def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
-    """The verified engine of a worker, and how it answers: with a shadow behind it where there is one."""
+    """The engine of a worker, warm, and how it answers: with a shadow behind it where there is one.
+
+    Whether it is right is for ``__is_ready__`` to say: a worker that ended here would be started again for ever.
+    """
     device = (worker - 1) % max(1, GPUS)
     engine = served.engine(RUNTIME, settings.threads, device)
-    verify(engine, served.reference(RUNTIME))
+    engine(served.reference(RUNTIME).images)
     return engine, Shadowed(engine, shadow.engine(RUNTIME, settings.threads, device)) if shadow else engine
 
 
@@ -315,8 +321,7 @@ class Classifier:
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
-        with metrics.Timer("infer"):
-            outputs = await self._host.infer(images)
+        outputs = await self._host.infer(images)
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
         if self._verified:  # the reference images are no traffic
             self._drift.see(images)
@@ -330,7 +335,7 @@ class Classifier:
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""
-        if draining.begun.is_set():
+        if draining.begun.is_set() or not await self._host.is_ready():
             return False
         # One at a time: the first requests wait for the verdict instead of each asking for their own.
         async with self._verifying:
@@ -406,8 +411,10 @@ class Classifier:
         return await self._answer(self._pipeline.explain, request)
 
     async def _answer(self, work: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+        limit = seconds = settings.request_timeout
         try:
-            async with asyncio.timeout(read_timeout(request, settings.request_timeout)):
+            seconds = read_timeout(request, limit)
+            async with asyncio.timeout(seconds):
                 if not self._verified and not await self.__is_ready__():
                     raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
                 return await work(request)
@@ -415,6 +422,8 @@ class Classifier:
             answer = from_exception(error)
             if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("request failed")
+            elif answer.status == HTTPStatus.GATEWAY_TIMEOUT and seconds < limit:
+                request.state.reason = "caller_deadline"  # no failure of this service: it is counted apart
             return answer.response()
 
 

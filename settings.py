@@ -135,6 +135,8 @@ def load(**overrides: Any) -> Settings:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise SettingsError("error: " + "; ".join(_explain(error))) from None
+    if settings.runtime == runtimes.TORCH and not find_spec("torch"):
+        raise SettingsError("error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime")
     if (settings.smtp_host is None) != (settings.smtp_to is None):
         raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")
     if settings.max_queue < settings.max_request_images:

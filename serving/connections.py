@@ -1,7 +1,7 @@
 """A client's connection, with an end to what uvicorn lets take for ever, and a door that may be shut.
 
-Headers that never end, the rest of a body whose request is answered already, and a reply that nobody reads: each holds
-a file descriptor and memory. A request whose body comes late is answered by its own deadline.
+Headers that never end or never stop coming, the rest of a body whose request is answered already, and a reply that
+nobody reads: each holds a file descriptor and memory. A request whose body comes late is answered by its own deadline.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from serving import metrics
 from serving.errors import ApiError, outside
 
+MAX_HEAD_BYTES = 2**16
+"""Received one after another without being part of a body: headers, or what follows the last chunk. They are parsed to
+objects of 25 times their size."""
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
 """Of an idle connection; any time that a timer takes notice of."""
@@ -84,6 +87,9 @@ class Connection(HttpToolsProtocol):
         """Whether the request that is being read has got its reply at the door."""
         self._is_incomplete = False
         """Whether more of headers, or of the body of a refused request, is due; it may well have come already."""
+        self._is_in_head = False
+        self._head_bytes = 0
+        """Received since the last that belonged to a body, or that ended headers or a request."""
         self._await_bytes()
 
     def _await_bytes(self) -> None:
@@ -93,9 +99,20 @@ class Connection(HttpToolsProtocol):
         # Line breaks before a request begin none, but end the time for which a connection may be idle.
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
             self._expect_more()
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._is_incomplete and self._receiving.cancelled():
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+        elif self._is_incomplete and self._receiving.cancelled():
             self._await_bytes()
+
+    def _refuse_head(self) -> None:
+        if self._is_in_head and (self.cycle is None or self.cycle.response_complete):
+            self._hang_up(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"expected at most {MAX_HEAD_BYTES} bytes of them"
+            )
+        else:  # no reply has its place here
+            self.transport.abort()
 
     def _expect_more(self) -> None:
         self._receiving.cancel()
@@ -106,18 +123,35 @@ class Connection(HttpToolsProtocol):
         self._is_incomplete = False
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP in the form of every error, and hang up."""
-        error = ApiError(HTTPStatus.BAD_REQUEST, "invalid_request", msg, {"connection": "close"})
+        """Answer what is no HTTP."""
+        self._hang_up(HTTPStatus.BAD_REQUEST, msg)
+
+    def _hang_up(self, status: HTTPStatus, message: str) -> None:
+        """With a reply in the form of every error."""
+        error = ApiError(status, "invalid_request", message, {"connection": "close"})
         metrics.REJECTED.labels(error.code).inc()
         self._send(outside(error, ()))
         self.transport.close()
 
+    def _should_upgrade(self) -> bool:
+        """To a WebSocket: never. Such a request is heard without the upgrade (RFC 9110, 7.8)."""
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """It is the client's affair."""
+
     def on_message_begin(self) -> None:
         self._expect_more()
+        self._is_in_head = True
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # those that come behind a chunked body nobody asks for
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._expect_nothing()
+        self._is_in_head, self._head_bytes = False, 0
         if refusal := self._refusal():
             self._is_refused = True
             self._send(refusal)
@@ -141,18 +175,27 @@ class Connection(HttpToolsProtocol):
             head.extend((name, b": ", value, b"\r\n"))
         self.transport.write(b"".join((*head, b"\r\n", response.body)))
         self._joining.flush()
+        if self.transport.get_write_buffer_size():
+            self._await_reader()
 
     def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
         if not self._is_refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._expect_nothing()
+        self._head_bytes = 0
         if self._is_refused:
             self._is_refused = False
             super().on_response_complete()  # of uvicorn's: the connection is free again
         else:
             super().on_message_complete()
+            if self.cycle.response_complete and not self.transport.is_closing():
+                # Answered before its body was here, which ended the time for which the connection may be idle.
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
     def on_response_complete(self) -> None:
         self._joining.flush()

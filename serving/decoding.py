@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from model.batching import GoneError, QueueFullError, moving_average
@@ -37,18 +38,32 @@ class Decoding:
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], data: bytes, *how: Any
     ) -> Pixels:
         """``decode(data, *how)`` in its turn; raises what it raises, and ``GoneError`` if by then it is not wanted."""
-        self.waiting += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, self._timed, is_wanted, decode, data, *how)
-        finally:  # who gave up has left the queue too
-            self.waiting -= 1
+        loop = asyncio.get_running_loop()
 
-    def _timed(self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], *what: Any) -> Pixels:
+        def leave(_: object) -> None:
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._leave)
+
+        held = [data]
+        self.waiting += 1
+        future = self._thread.submit(self._timed, is_wanted, decode, held, *how)
+        future.add_done_callback(leave)  # once it is done, or will not be begun: not when the caller gives up
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            held.clear()  # the thread's queue keeps what was cancelled until its turn
+
+    def _leave(self) -> None:
+        self.waiting -= 1
+
+    def _timed(
+        self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], held: list[bytes], *how: Any
+    ) -> Pixels:
         if not is_wanted():
             raise GoneError("the client hung up")
+        data = held.pop()
         started = self._clock()
         try:
-            return decode(*what)
+            return decode(data, *how)
         finally:
             self._seconds = moving_average(self._seconds, self._clock() - started)

@@ -57,8 +57,8 @@ def from_exception(error: Exception) -> ApiError:
 def from_status(status: int) -> ApiError:
     """The error for a reply of another layer, of which only the status is trusted."""
     known = HTTPStatus(status)
-    code = "not_ready" if known == HTTPStatus.SERVICE_UNAVAILABLE else known.name.lower()
-    return ApiError(known, code, known.description or known.phrase)
+    named = {HTTPStatus.SERVICE_UNAVAILABLE: "not_ready", HTTPStatus.INTERNAL_SERVER_ERROR: "internal"}
+    return ApiError(known, named.get(known, known.name.lower()), known.description or known.phrase)
 
 
 def outside(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:

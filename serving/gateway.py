@@ -45,12 +45,10 @@ class Gateway:
         self._log_requests, self._bodies, self._visits = log_requests, bodies, visits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._handle(scope, receive, send)
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+        else:  # of the application's start and end
+            await self._app(scope, receive, send)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -72,7 +70,7 @@ class Gateway:
             await reply.fail(from_exception(error))
         finally:
             if reply.code:
-                metrics.REJECTED.labels(reply.code).inc()
+                metrics.REJECTED.labels(scope.get("state", {}).get("reason", reply.code)).inc()
             if self._log_requests and scope["path"] not in UNLOGGED:
                 self._log(scope, reply, time.perf_counter() - started)
             if visit:

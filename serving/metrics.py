@@ -75,7 +75,7 @@ EXPECTED_SHARE = Gauge(
 REJECTED = Counter("classifier_rejected_total", "Requests and images answered with an error, by its code.", ["reason"])
 REASONS = (
     *("invalid_request", "invalid_image", "too_large", "too_many_pixels", "unsupported_media_type"),
-    *("overloaded", "deadline_exceeded", "not_ready", "internal"),
+    *("overloaded", "deadline_exceeded", "caller_deadline", "not_ready", "internal"),
     *("unauthorized", "forbidden", "rate_limited", "quota_exceeded"),
     *("not_found", "method_not_allowed", "disconnected"),
 )

@@ -23,6 +23,8 @@ from settings import Settings
 JSON, MULTIPART = "application/json", "multipart/form-data"
 Item = bytes | ApiError
 """One image of a batch, or what is wrong with it."""
+OTHER_VALUES = 100_000
+"""Of a JSON body, beside its images: what else it tells is not read, but takes some 64 bytes each until then."""
 
 
 def bad_request(message: str) -> ApiError:
@@ -106,7 +108,7 @@ async def read_image(request: Request, settings: Settings) -> bytes:
         if not images:
             raise bad_request("the form has no file field 'image'")
         return _bounded(images[0], settings.max_image_bytes)
-    return _bounded(_base64(_json_field(body, "image")), settings.max_image_bytes)
+    return _bounded(_base64(_json_field(body, "image", limit=1)), settings.max_image_bytes)
 
 
 async def read_images(request: Request, settings: Settings) -> list[Item]:
@@ -119,7 +121,7 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
     if media_type == MULTIPART:
         images: list[Item] = [*_multipart(body, options, "images", limit)]
     else:
-        values = _json_field(body, "images")
+        values = _json_field(body, "images", limit)
         if not isinstance(values, list):
             raise bad_request(f"'images' is {_kind(values)}; expected a list of base64 strings or data URLs")
         _check_count(len(values), limit)
@@ -202,7 +204,11 @@ def _check_count(count: int, limit: int) -> None:
         raise too_large(f"the request has more than {limit} images; expected at most {limit}")
 
 
-def _json_field(body: bytes, field: str) -> object:
+def _json_field(body: bytes, field: str, limit: int) -> object:
+    """``field`` of a body for ``limit`` images. Millions of small values would take 30 times its size as objects."""
+    most = OTHER_VALUES + 2 * limit
+    if sum(map(body.count, (b"[", b"{", b","))) > most:
+        raise too_large(f"the JSON body has more than {most} values; expected {limit} images at most")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -18,7 +18,7 @@ import uvicorn
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
-from serving.connections import Connection
+from serving.connections import MAX_HEAD_BYTES, Connection
 from tests.live import free_port
 
 PATIENCE, KEEP_ALIVE = 0.5, 0.3
@@ -137,6 +137,14 @@ def a_body_that_goes_on_after_its_reply(client: socket.socket) -> None:
         time.sleep(0.05)
 
 
+def a_body_that_ends_after_its_reply(client: socket.socket) -> None:
+    client.sendall(HEAD + b"Content-Length: 1\r\n\r\n")
+    expect_reply(client)
+    client.sendall(b"x")
+    assert client.recv(1) == b""
+    raise ConnectionError
+
+
 def a_reply_that_nobody_reads(client: socket.socket) -> None:
     client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     time.sleep(4 * PATIENCE)
@@ -156,6 +164,7 @@ def a_reply_that_nobody_reads(client: socket.socket) -> None:
         a_second_request_that_never_ends,
         line_breaks_after_a_request,
         a_body_that_goes_on_after_its_reply,
+        a_body_that_ends_after_its_reply,
         a_body_that_goes_on_after_its_refusal,
         a_reply_that_nobody_reads,
     ],
@@ -220,6 +229,77 @@ def test_what_is_no_http_is_told_so_in_the_form_of_every_error() -> None:
         assert (response.status, error["code"]) == (400, "invalid_request")
         assert error["request_id"] == response.headers["x-request-id"]
         assert client.recv(1) == b""
+
+
+def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]:
+    """What is answered to ``start`` and ``more`` without end, and how many bytes went there until then."""
+    client.sendall(start)
+    sent = len(start)
+    received = b""
+    try:
+        while sent < 2**26:
+            client.sendall(more)
+            sent += len(more)
+    except OSError:
+        pass
+    try:
+        while chunk := client.recv(2**16):
+            received += chunk
+    except OSError:  # reset, for not all that was sent has been read
+        pass
+    return received, sent
+
+
+@pytest.mark.parametrize("more", [b"a:b\r\n" * 1000, b"X: " + b"y" * 5000], ids=["many", "long"])
+def test_headers_are_not_read_without_end(more: bytes) -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        _, sent = flood(client, HEAD, more)
+    assert sent < 2**23, "what the two systems hold on the way, and no more"
+
+
+def test_too_many_headers_are_told_so() -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(HEAD + b"X: " + b"y" * MAX_HEAD_BYTES)
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        assert (response.status, json.loads(response.read())["error"]["code"]) == (431, "invalid_request")
+        assert client.recv(1) == b""
+
+
+def test_many_headers_that_are_few_enough_are_heard() -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        for _ in range(4):
+            client.sendall(HEAD + b"X: y\r\n" * 5000 + b"Content-Length: 0\r\n\r\n")
+            expect_reply(client)
+
+
+def test_what_follows_a_chunked_body_is_no_header_and_ends() -> None:
+    start = HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    with serving("uvloop") as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(start + b"X: y\r\n\r\n" + HEAD + b"Content-Length: 0\r\n\r\n")
+            for _ in range(2):
+                expect_reply(client)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            _, sent = flood(client, start, b"a:b\r\n" * 1000)
+    assert sent < 2**23
+
+
+def test_many_small_chunks_are_a_body() -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
+        expect_reply(client)
+        client.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+        expect_reply(client)
+
+
+def test_no_connection_becomes_a_websocket() -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: x\r\n"
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n")
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        assert (response.status, response.read()) == (200, b"abcdefg")
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

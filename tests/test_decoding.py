@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import threading
 from collections.abc import Callable
 
@@ -85,6 +87,35 @@ def test_nothing_is_decoded_for_who_has_hung_up_or_given_up() -> None:
         assert decoding.waiting == 0
 
     asyncio.run(scenario())
+
+
+def test_who_gave_up_leaves_nothing_behind_and_a_busy_decoder_is_no_free_one() -> None:
+    async def scenario() -> None:
+        release, done = threading.Event(), list[bytes]()
+        decode = held(release, done)
+        decoding = Decoding(max_wait=1)
+        body = bytes(1000)
+        holders = sys.getrefcount(body)
+
+        async def give_up() -> None:
+            tasks = [asyncio.create_task(decoding(here, decode, data)) for data in (b"running", body)]
+            await asyncio.sleep(0.05)
+            assert decoding.waiting == 2
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+        await give_up()
+        gc.collect()
+        assert sys.getrefcount(body) == holders
+        await asyncio.sleep(0)
+        assert decoding.waiting == 1, "the thread is still at it"
+        release.set()
+        while decoding.waiting:  # noqa: ASYNC110  # what would tell is the thing under test
+            await asyncio.sleep(0.01)
+        assert done == [b"running"]
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
 def test_an_image_that_cannot_be_decoded_keeps_no_place() -> None:

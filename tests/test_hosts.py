@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from prometheus_client import REGISTRY
 
 from model.artifact import Outputs
 from model.batching import Batcher
@@ -65,6 +66,21 @@ def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
 
     asyncio.run(ask())
     assert set(engine.threads) == {"engine_0"}
+
+
+def test_the_time_of_inference_is_the_engine_s_and_not_that_of_waiting_for_it() -> None:
+    engine = Engine(AT_ONCE_SECONDS)
+
+    def inferred() -> float:
+        return REGISTRY.get_sample_value("classifier_stage_seconds_sum", {"stage": "infer"}) or 0.0
+
+    async def ask() -> None:
+        local = Local(engine, engine, concurrency=2)
+        await asyncio.gather(*(local.infer(np.repeat(IMAGE, 4, axis=0)) for _ in range(6)))
+
+    before, started = inferred(), time.perf_counter()
+    asyncio.run(ask())
+    assert 24 * AT_ONCE_SECONDS <= inferred() - before <= time.perf_counter() - started
 
 
 def test_an_engine_at_work_is_waited_for() -> None:

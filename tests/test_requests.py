@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import random
+import tracemalloc
 from collections.abc import Sequence
 from http import HTTPStatus
 
@@ -210,6 +211,17 @@ class Endless:
     async def receive(self) -> Message:
         self.read += 1000
         return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '{"":1}', "1", '""'])
+@pytest.mark.parametrize("batch", [False, True])
+def test_json_of_many_values_is_refused_before_they_are_objects(value: str, batch: bool) -> None:
+    body = f'{{"image": "", "images": [{",".join([value] * 110_000)}]}}'.encode()
+    tracemalloc.start()
+    assert refused(JSON, body, batch) == TOO_LARGE
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 50_000
 
 
 @pytest.mark.parametrize(("content_type", "limit"), [("image/png", 4_096), (FORM, 20_000), (JSON, 20_000)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 import requests
 
 from model import runtimes
-from model.artifact import Artifact
+from model.artifact import QUANTISED, REFERENCE, Artifact, seal
 from model.classifier import Classifier, Prediction
 from model.preprocess import preprocess
 from model.store import SHIPPED
@@ -30,6 +31,7 @@ from serving.metrics import REASONS
 from tests.live import (
     LIMITS,
     LOG,
+    REPOSITORY,
     Server,
     command,
     encode,
@@ -38,6 +40,7 @@ from tests.live import (
     picture,
     png_header,
     processes,
+    running,
     samples,
     serve,
     total,
@@ -679,12 +682,17 @@ def test_a_burst_right_after_the_start_is_answered(tmp_path: Path) -> None:
 
 def test_a_caller_may_ask_for_a_shorter_deadline(embedded: Server) -> None:
     images = files([encode(picture(i, 600, 600), "JPEG") for i in range(32)])
+    before = samples(embedded.url)
     assert_error(
         post(embedded.url, "/classify/batch", files=images, headers={"X-Request-Timeout": "0.001"}),
         504,
         "deadline_exceeded",
     )
     assert post(embedded.url, "/classify/batch", files=images, headers={"X-Request-Timeout": "50"}).status_code == 200
+    after = samples(embedded.url)
+    for reason, count in (("caller_deadline", 1), ("deadline_exceeded", 0)):
+        name = "classifier_rejected_total"
+        assert total(after, name, reason=reason) - total(before, name, reason=reason) == count
     for nonsense in ("soon", "0", "-1", "nan"):
         refused = post(embedded.url, files={"image": JPEG}, headers={"X-Request-Timeout": nonsense})
         assert_error(refused, 400, "invalid_request")
@@ -775,3 +783,34 @@ def test_a_finished_request_leaves_nothing_behind(server: Server) -> None:
 
     # At first the engines still measure their batches; what leaks, leaks every time.
     assert any(growth() < 3000 * 1024 for _ in range(4))
+
+
+@pytest.mark.parametrize("topology", ["embedded", "runner"])
+def test_an_engine_that_answers_wrongly_is_never_ready_and_says_so_once_a_probe(topology: str, tmp_path: Path) -> None:
+    """As on a processor whose arithmetic is another: here it is the reference outputs that are another's."""
+    path = shutil.copytree(ARTIFACT.path, tmp_path / "artifact")
+    for suffix in ("", QUANTISED):
+        with np.load(path / REFERENCE, allow_pickle=False) as kept:
+            arrays = dict(kept)
+        arrays["outputs" + suffix] += 5
+        np.savez_compressed(path / REFERENCE, allow_pickle=False, **arrays)
+    seal(path, ARTIFACT.card)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    env = environment(tmp_path / "home", TOPOLOGY=topology, WORKERS=1, RUNTIME="onnx-int8")
+    store = [sys.executable, "-m", "model.store", "import", str(path)]
+    env["MODEL"] = subprocess.check_output(store, cwd=REPOSITORY, env=env, text=True).strip()
+    log = tmp_path / LOG
+
+    def has_said_so() -> bool:
+        return (
+            requests.get(f"{url}/readyz", timeout=5).status_code == 503
+            and "differs from the reference" in log.read_text()
+        )
+
+    with running(command(port), env, log, has_said_so):
+        assert_error(post_raw(url), 503, "not_ready")
+        assert requests.get(f"{url}/livez", timeout=5).status_code == 200
+    lines = log.read_text()
+    assert "Traceback" not in lines
+    assert '"level": "CRITICAL"' in lines or '"level":"CRITICAL"' in lines

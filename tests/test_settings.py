@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from model.runtimes import cuda_devices
@@ -18,6 +21,13 @@ def test_an_environment_variable_sets_a_field(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("MAX_BATCH", "7")
     monkeypatch.setenv("RUNTIME", "onnx")
     assert (load().max_batch, load().resolved_runtime()) == (7, "onnx")
+
+
+def test_a_runtime_that_is_not_installed_is_one_line() -> None:
+    code = "import sys; sys.modules['torch'] = None; import settings; settings.load(runtime='torch')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime\n"
 
 
 @pytest.mark.parametrize(
