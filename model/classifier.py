@@ -60,7 +60,7 @@ class Classifier:
     def __init__(self, config: ModelConfig, reference: Reference, foreign_rate: float = 0.05) -> None:
         self.config = config
         self._nonconformity = nonconformity(reference.validation, reference.labels, config.temperature)
-        self._least_familiarity = float(np.quantile(reference.validation[:, -1], foreign_rate))
+        self._least_familiarity = least_familiarity(reference.validation, foreign_rate)
 
     def __call__(self, outputs: Outputs) -> list[Prediction]:
         """One ``Prediction`` for each row of ``outputs``."""
@@ -90,6 +90,16 @@ class Classifier:
             return list(range(len(probabilities)))
         limit = max(self._nonconformity[rank - 1], 1 - probabilities.max())
         return np.flatnonzero(1 - probabilities <= limit).tolist()
+
+
+def least_familiarity(outputs: Outputs, foreign_rate: float) -> float:
+    """The familiarity below which an image is called foreign.
+
+    A conformal p-value (Vovk et al., 2005, "Algorithmic Learning in a Random World"): of images like those of the
+    ``outputs`` at most a share ``foreign_rate`` falls below, however few those are. Minus infinity for too few.
+    """
+    rank = math.floor((len(outputs) + 1) * foreign_rate)
+    return float(np.sort(outputs[:, -1])[rank - 1]) if rank else -math.inf
 
 
 def nonconformity(outputs: Outputs, labels: Labels, temperature: float) -> Probabilities:

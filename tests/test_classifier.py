@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.artifact import Artifact, Reference, seal
-from model.classifier import Classifier, calibrated
+from model.classifier import Classifier, calibrated, least_familiarity
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
 from model.runtimes import ONNX, ONNX_INT8
@@ -55,6 +55,16 @@ def test_predictions_name_the_class_and_foreign_images(made: Classifier) -> None
 def test_the_promised_share_of_ordinary_images_is_called_foreign(made: Classifier) -> None:
     outputs, _ = sample(4000, seed=1)
     assert np.mean([not p.in_distribution for p in made(outputs)]) == pytest.approx(0.1, abs=0.02)
+
+
+def test_no_more_ordinary_images_than_promised_are_called_foreign_however_few_were_seen() -> None:
+    rng = np.random.default_rng(0)
+    for count in (3, 15, 19, 100):
+        shares = [
+            (rng.uniform(size=500) < least_familiarity(rng.uniform(size=(count, 1)), 0.05)).mean() for _ in range(500)
+        ]
+        assert np.mean(shares) <= 0.055, count
+    assert least_familiarity(rng.uniform(size=(18, 1)), 0.05) == -np.inf
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])

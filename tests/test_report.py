@@ -142,8 +142,11 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
         foreign={"photographs": {"auroc": 0.9123, "images": 179}},
     )
     second = with_metrics(artifact, tmp_path / "accurate")
-    other = shutil.copy(second.path / CARD, tmp_path / "tiny.json")
-    toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md", "--also", other)
+    card = (second.path / CARD).read_text()
+    (tmp_path / "tiny.json").write_text(card)
+    (tmp_path / "stranger.json").write_text(card.replace(artifact.card["training"]["data_sha256"], "of other data"))
+    also = (tmp_path / "tiny.json", tmp_path / "stranger.json")
+    toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md", "--also", *also)
     page = (tmp_path / "card.md").read_text()
     assert "| photographs, auroc | 0.9123 |" in page
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
@@ -151,6 +154,7 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     assert f"| fast and accurate | {artifact.card['metrics'][ONNX_INT8]['accuracy']:.2%} |" in page
     assert "| tiny (not shipped) |" in page
     assert "## tiny" not in page
+    assert "stranger" not in page
     assert (tmp_path / "images" / "frontier.png").exists()
     assert (tmp_path / "images" / "accurate-reliability.png").exists()
 

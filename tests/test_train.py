@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from tests import toy
 from train import data
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
-from train.export import BANK_IMAGES, ParityError, load_run, parity, spread
-from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config
+from train.export import BANK_IMAGES, ParityError, fit_temperature, load_run, parity, spread
+from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
@@ -70,6 +71,51 @@ class TestData:
         loaded.train.images[0, 0, 0, 0] ^= 1
         assert loaded.sha256() != data.load(loaded.source).sha256()
         loaded.train.images[0, 0, 0, 0] ^= 1
+
+    def test_a_folder_of_validation_images_is_the_validation_split(self, toy_folder: Path, tmp_path: Path) -> None:
+        for split in ("train", "val", "test"):
+            for name in toy.CLASSES:
+                (tmp_path / split / name).mkdir(parents=True)
+        for path in toy_folder.rglob("*.png"):
+            split = {"7": "test", "3": "val"}.get(path.stem[-1], "train")
+            shutil.copy(path, tmp_path / split / path.parent.name)
+        found = data.load(str(tmp_path))
+        assert (len(found.train), len(found.val), len(found.test)) == (192, 24, 24)
+        assert {name.split("/")[0] for name in found.val.names} == {"val"}
+
+    def test_linked_folders_are_classes_too_and_a_circle_ends(
+        self, loaded: data.Data, toy_folder: Path, tmp_path: Path
+    ) -> None:
+        for name in toy.CLASSES:
+            (tmp_path / name).symlink_to(toy_folder / name)
+        (tmp_path / "disc-and-more").mkdir()
+        (tmp_path / "disc-and-more" / "back").symlink_to(tmp_path)
+        assert data.load(str(tmp_path)).sha256() == loaded.sha256()
+
+    def test_a_folder_is_not_held_in_memory(self, tmp_path: Path) -> None:
+        """What is written after the folder was looked through is what is read."""
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "1").write_bytes(b"first")
+        files = data.read_files(tmp_path)
+        (tmp_path / "a" / "1").write_bytes(b"second")
+        assert dict(files) == {"a/1": b"second"}
+        (tmp_path / "a" / "1").unlink()
+        with pytest.raises(data.DataError, match=r"a/1: No such file or directory; expected a file"):
+            files["a/1"]
+
+    def test_a_class_whose_name_is_no_text_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
+        source = shutil.copytree(toy_folder, tmp_path / "source")
+        (source / "disc").rename(source / os.fsdecode(b"caf\xe9"))
+        with pytest.raises(data.DataError, match=r"the folder 'caf\\udce9'; expected a name in UTF-8"):
+            data.load(str(source))
+
+    def test_a_channel_without_contrast_divides_by_no_zero(self) -> None:
+        images = np.zeros((4, 8, 8, 3), np.uint8)
+        images[..., 0] = np.arange(8) * 30
+        split = data.Split(images, np.zeros(4, np.int64))
+        _, std = data.Data("", ("a", "b"), split, split, split).channel_statistics()
+        assert std[0] > 60
+        assert std[1:] == (1, 1)
 
     @pytest.mark.parametrize(
         ("source", "expected"),
@@ -139,11 +185,11 @@ class TestData:
             with pytest.raises(data.DataError, match=f"/archive: .*{error}.*; expected a folder, a tar archive"):
                 data.load(str(tmp_path / "archive"))
 
-    def test_a_file_that_cannot_be_read_is_one_clear_line(self, tmp_path: Path) -> None:
-        (tmp_path / "disc").mkdir()
-        (tmp_path / "disc" / "000.png").symlink_to("/proc/self/mem")  # a file, but whoever reads it
-        with pytest.raises(data.DataError, match="Input/output error"):
-            data.load(str(tmp_path))
+    def test_a_file_that_cannot_be_read_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
+        source = shutil.copytree(toy_folder, tmp_path / "source")
+        (source / "disc" / "more.png").symlink_to("/proc/self/mem")  # a file, but whoever reads it
+        with pytest.raises(data.DataError, match=r"disc/more.png: Input/output error; expected a file that can be"):
+            data.load(str(source))
 
 
 class TestAugmentation:
@@ -210,6 +256,19 @@ class TestAugmentation:
         ratio = roughness(corrupted.views) / roughness(plain.images)
         assert ratio[1::4].mean() > 1.2  # noise
         assert ratio[2::4].mean() < 0.8  # blur, or larger pixels
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "size"),
+    [(47_500, 32, 512), (47_500, 64, 512), (5_000, 64, 250), (50_000, 224, 41), (204, 32, 16), (30, 224, 16)],
+)
+def test_batches_are_small_where_images_are_few_or_large(images: int, side: int, size: int) -> None:
+    assert choose_batch_size(images, (side, side)) == size
+
+
+def test_no_batch_is_larger_than_asked_for(loaded: data.Data) -> None:
+    batches = Augmented(loaded.train, Recipe(batch_size=120), torch.device("cpu"))
+    assert [batch.size for batch in batches.epoch(0)] == [102, 102]
 
 
 def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
@@ -427,6 +486,22 @@ class TestExport:
         assert parity(right, right, loaded.val)["agreement"] == 1
         with pytest.raises(ParityError, match=r"INT8 accuracy 0\.8333"):
             parity(right, wrong, loaded.val)
+
+    def test_a_network_that_is_right_on_few_images_is_not_made_sure_of_everything(self) -> None:
+        labels = np.arange(2000) % 3
+        outputs = np.append(4.0 * np.eye(3)[labels], np.zeros((2000, 1)), axis=1).astype(np.float32)
+        few, many = (fit_temperature(outputs[:count], labels[:count]) for count in (20, 2000))
+        # The least loss is where the right class has a probability of 21 / 22: 4 / T = log(2 * 21).
+        assert few == pytest.approx(4 / np.log(42), rel=0.01)
+        assert many == pytest.approx(4 / np.log(4002), rel=0.01)
+
+    def test_the_temperature_undoes_what_logits_were_multiplied_with(self) -> None:
+        rng = np.random.default_rng(0)
+        outputs = rng.normal(0, 2, (20_000, 4)).astype(np.float32)
+        # A label drawn with the probabilities that the outputs tell.
+        labels = (outputs[:, :-1] + rng.gumbel(size=(20_000, 3))).argmax(axis=1)
+        assert fit_temperature(outputs, labels) == pytest.approx(1, rel=0.05)
+        assert fit_temperature(outputs * 3, labels) == pytest.approx(3, rel=0.05)
 
     def test_images_sorted_by_class_are_spread_over_all_of_them(self) -> None:
         sorted_images = np.repeat(np.arange(10, dtype=np.uint8), 100)[:, None, None, None]

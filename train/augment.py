@@ -67,7 +67,7 @@ class Augmented:
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.recipe, self.device, self.group = recipe, device, group
-        if min(len(split), recipe.batch_size) < 2 * group.size:
+        if len(split) // len(self) < 2 * group.size:
             raise DataError(
                 f"--batch-size {recipe.batch_size} of {len(split)} training images for {group.size} processes; "
                 f"expected at least {2 * group.size} of both, two for each process"
@@ -75,7 +75,8 @@ class Augmented:
         self.flip_parity = torch.randint(0, 2, (len(split),), generator=self._generator(-1))
 
     def __len__(self) -> int:
-        return max(1, len(self.labels) // self.recipe.batch_size)
+        """How many batches an epoch has, of nearly the same size."""
+        return math.ceil(len(self.labels) / self.recipe.batch_size)
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch + 1)

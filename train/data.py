@@ -1,8 +1,8 @@
 """Labelled images in memory, from CIFAR-10 or from any folder or archive of images.
 
 The SOURCE of every command is ``cifar10`` (downloaded and verified by torchvision), a folder, or a tar archive. A
-folder or archive holds ``train/<class>/*`` and ``test/<class>/*``, or just ``<class>/*``, of which a tenth then becomes
-the test split.
+folder or archive holds ``train/<class>/*`` and ``test/<class>/*``, and ``val/<class>/*`` where there is one, or just
+``<class>/*``, of which a tenth then becomes the test split.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import lzma
+import os
 import statistics
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.preprocess import ImageError, Pixels, inspect, read_header, render
+from model.preprocess import ImageError, Pixels, inspect, read_header, render, resize
 from train.command import CommandError
 
 CIFAR10 = "cifar10"
@@ -32,7 +33,11 @@ TEST_SHARE = 0.1
 """Share of a flat folder that becomes its test split."""
 SPLIT_SEED = 0
 """Fixed apart from the training seed, so that runs with different seeds are judged on the same images."""
+VALIDATION = ("val", "valid", "validation")
+"""Folders beside ``train`` that are taken for the validation split."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
+FLAT = 1.0
+"""Standard deviation, in units of 0..255, of a channel that hardly has one: what divides by it stays finite."""
 
 
 class DataError(CommandError):
@@ -77,7 +82,7 @@ class Data:
         histograms = [np.bincount(self.train.images[..., c].reshape(-1), minlength=256) / count for c in range(3)]
         means = [float(h @ values) for h in histograms]
         stds = [float((h @ (values - m) ** 2) ** 0.5) for h, m in zip(histograms, means, strict=True)]
-        return tuple(round(m, 3) for m in means), tuple(round(s, 3) for s in stds)
+        return tuple(round(m, 3) for m in means), tuple(round(max(s, FLAT), 3) for s in stds)
 
     def sha256(self) -> str:
         """Hash of every pixel and label of every split: the same data gives the same hash from any container."""
@@ -88,35 +93,72 @@ class Data:
         return digest.hexdigest()
 
 
-File = tuple[str, bytes]
-"""A path relative to the source's root, and the file's content."""
+Files = Mapping[str, bytes]
+"""The content of each file, by its path relative to the root of the source."""
 
 
-def test_files(source: str) -> list[File]:
+class Folder(Files):
+    """The files of a folder, read one at a time when they are asked for: photographs may be more than memory holds.
+
+    Links to folders are followed, but for those that lead back to where they are. Raises ``OSError`` for a folder that
+    cannot be read: its images would be missing in silence.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._paths = {path.relative_to(root).as_posix(): path for path in _walk(root)}
+
+    def __getitem__(self, name: str) -> bytes:
+        """Raises ``DataError`` for a file that cannot be read."""
+        try:
+            return self._paths[name].read_bytes()
+        except OSError as error:
+            raise DataError(f"{self._paths[name]}: {error.strerror}; expected a file that can be read") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for directory, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        here = Path(directory).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        yield from (path for name in files if (path := Path(directory, name)).is_file())
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
+
+
+def test_files(source: str) -> list[tuple[str, bytes]]:
     """Class name and content of every test file of a folder or archive, as a client would send it."""
-    content = dict(read_files(Path(source)))
-    names = _arrange(source, sorted(content))["test"]
-    return [(PurePosixPath(name).parts[-2], content[name]) for name in names]
+    files = read_files(Path(source))
+    names = _arrange(source, sorted(files))["test"]
+    return [(PurePosixPath(name).parts[-2], files[name]) for name in names]
 
 
 def load(source: str, size: tuple[int, int] | None = None) -> Data:
-    """Read ``source`` whole into memory, at ``size`` (height, width) or at a size chosen from the training images.
+    """Decode all of ``source`` into memory, at ``size`` (height, width) or at a size chosen from the training images.
 
     Raises ``DataError`` when the source is missing, offline, or has fewer than two classes, or one without training
     or test images.
     """
     if source == CIFAR10:
-        return _load_cifar10()
-    files = sorted(read_files(Path(source)))
-    splits = _arrange(source, [name for name, _ in files])
+        return _load_cifar10(size)
+    files = read_files(Path(source))
+    splits = _arrange(source, sorted(files))
     classes = tuple(sorted({PurePosixPath(name).parts[-2] for names in splits.values() for name in names}))
     if len(classes) < 2:
         raise DataError(f"{source}: found classes {list(classes)}; expected at least two folders of images")
-    content = dict(files)
-    size = size or _choose_size(content[name] for name in splits["train"])
+    for name in classes:
+        if name != name.encode(errors="replace").decode():
+            raise DataError(f"{source}: the folder {name!r}; expected a name in UTF-8")
+    size = size or _choose_size(files[name] for name in splits["train"])
     skipped: list[str] = []
     train, val, test = (
-        _decode_split(name, splits[name], content, classes, size, skipped) for name in ("train", "val", "test")
+        _decode_split(name, splits[name], files, classes, size, skipped) for name in ("train", "val", "test")
     )
     for kind, split in (("training", train), ("test", test)):
         without = [name for index, name in enumerate(classes) if not (split.labels == index).any()]
@@ -125,7 +167,7 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     return Data(source, classes, train, val, test, tuple(skipped))
 
 
-def _load_cifar10() -> Data:
+def _load_cifar10(size: tuple[int, int] | None) -> Data:
     from torchvision import datasets
 
     try:
@@ -143,30 +185,30 @@ def _load_cifar10() -> Data:
     return Data(
         CIFAR10,
         tuple(train.classes),
-        _cifar10_split(train, "train", ~held_out),
-        _cifar10_split(train, "train", held_out),
-        _cifar10_split(test, "test", np.ones(len(test.targets), bool)),
+        _cifar10_split(train, "train", ~held_out, size),
+        _cifar10_split(train, "train", held_out, size),
+        _cifar10_split(test, "test", np.ones(len(test.targets), bool), size),
     )
 
 
-def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_]) -> Split:
+def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_], size: tuple[int, int] | None) -> Split:
     images = part.data[chosen]
+    if size:
+        images = np.stack([resize(image, size) for image in images])
     names = tuple(f"{name}[{index}]" for index in np.flatnonzero(chosen))
     return Split(images, np.asarray(part.targets, np.int64)[chosen], names, ((32, 32),) * len(images))
 
 
-def read_files(root: Path) -> Iterator[File]:
-    """Every file of a folder or of a tar archive; raises ``DataError`` when one of them cannot be read."""
+def read_files(root: Path) -> Files:
+    """Every file of a folder or, held in memory, of a tar archive; raises ``DataError`` when it cannot be read."""
+    content: dict[str, bytes] = {}
     try:
         if root.is_dir():
-            for path in root.rglob("*"):
-                if path.is_file():
-                    yield path.relative_to(root).as_posix(), path.read_bytes()
-            return
+            return Folder(root)
         with tarfile.open(root) as archive:
             for member in archive:
-                if content := archive.extractfile(member):
-                    yield PurePosixPath(member.name).as_posix(), content.read()
+                if file := archive.extractfile(member):
+                    content[PurePosixPath(member.name).as_posix()] = file.read()
             # An archive ends with a block of zeros; tarfile takes whatever else is there for its end, too.
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -174,6 +216,7 @@ def read_files(root: Path) -> Iterator[File]:
     # Beside its own errors, tarfile lets those of decompression through, and a KeyError for a link to nothing.
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
+    return content
 
 
 def _arrange(source: str, names: list[str]) -> dict[str, list[str]]:
@@ -187,6 +230,8 @@ def _arrange(source: str, names: list[str]) -> dict[str, list[str]]:
         if "test" not in by_folder:
             raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
         train, test = by_folder["train"], by_folder["test"]
+        if val := [name for folder in VALIDATION for name in by_folder.get(folder, [])]:
+            return {"train": train, "val": val, "test": test}
     else:
         flat = [name for group in by_folder.values() for name in group]
         train, test = _hold_out(sorted(flat), TEST_SHARE)
@@ -229,7 +274,7 @@ def _choose_size(contents: Iterable[bytes]) -> tuple[int, int]:
 def _decode_split(
     split: str,
     names: list[str],
-    content: dict[str, bytes],
+    files: Files,
     classes: tuple[str, ...],
     size: tuple[int, int],
     skipped: list[str],
@@ -239,8 +284,9 @@ def _decode_split(
     read: list[str] = []
     for name in tqdm(names, desc=f"decode {split}", unit="img", leave=False, disable=None):
         try:
-            header = inspect(content[name])
-            images.append(render(content[name], header, size))
+            content = files[name]
+            header = inspect(content)
+            images.append(render(content, header, size))
         except ImageError as error:
             skipped.append(f"{name}: {error}")
             continue

@@ -24,7 +24,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,12 @@ CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
+BATCH_PIXELS = Recipe.batch_size * 64 * 64
+"""Of a batch whose size is not asked for: the default network takes about 3 GB for them."""
+EPOCH_STEPS = 20
+"""Fewest, where the size of a batch is not asked for and allows it: an epoch of one step teaches little."""
+SMALLEST_BATCH = 16
+"""BatchNorm needs some images."""
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel."""
 
@@ -58,6 +64,11 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
     """What follows from the data: classes, size and normalisation; and as many stages as the size allows."""
     return _config(name, data.classes, data.input_size, data.channel_statistics(), recipe)
+
+
+def choose_batch_size(images: int, size: tuple[int, int]) -> int:
+    """For so many training images of ``size`` (height, width)."""
+    return max(SMALLEST_BATCH, min(Recipe.batch_size, BATCH_PIXELS // (size[0] * size[1]), images // EPOCH_STEPS))
 
 
 def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
@@ -409,8 +420,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    parser.set_defaults(batch_size=None)
     options = parser.parse_args(arguments)
-    return options, Recipe(**{name: getattr(options, name) for name in asdict(Recipe())})
+    given = {name: getattr(options, name) for name in asdict(Recipe())}
+    return options, Recipe(**{name: value for name, value in given.items() if value is not None})
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
@@ -434,6 +447,8 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     data = load(options.source, size)
     findings = check(data)
     print_findings(findings)
+    if options.batch_size is None:
+        recipe = replace(recipe, batch_size=choose_batch_size(len(data.train), data.input_size))
     config = build_config(options.name, data, recipe)
     fit = Fit(config, data, recipe, options.out, device, group)
     if start:
@@ -446,7 +461,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
     print(
         f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, "
-        f"on {group.size} x {device.type}"
+        f"on {group.size} x {device.type}, {len(fit.batches)} steps an epoch"
     )
     try:
         # Without a terminal (a log file) a bar once a minute is plenty.
@@ -457,6 +472,8 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
         held = f"{options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs"
         print(f"\nstopped; {held}: go on with --resume", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        raise DataError(f"{error}; expected a --batch-size smaller than {recipe.batch_size}") from error
     if group.rank == 0:
         write_run(fit, findings, start, teachers, started)
 

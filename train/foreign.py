@@ -75,10 +75,11 @@ KINDS: dict[str, Maker] = {"noise": noise, "blobs": blobs, "letters": letters, "
 def foreign_photos(source: str, classes: tuple[str, ...], size: tuple[int, int]) -> Pixels:
     """Every readable image of ``source`` in a folder that is no class; raises ``DataError`` when there is none."""
     images = []
-    for name, content in sorted(read_files(Path(source))):
+    files = read_files(Path(source))
+    for name in sorted(files):
         if PurePosixPath(name).parent.name not in classes:
             try:
-                images.append(preprocess(content, size))
+                images.append(preprocess(files[name], size))
             except ImageError:
                 continue
     if not images:

@@ -31,9 +31,15 @@ def shipped() -> list[Artifact]:
 
 
 def section(artifact: Artifact, *others: Artifact) -> str:
-    """Everything below the heading: of the default model, and how the ``others`` compare."""
-    parts = [sizes([artifact, *others]), about(artifact), commands(artifact), accuracy(artifact), *rest(artifact)]
+    """Everything below the heading: of the default model, and how those of the ``others`` of the same data compare."""
+    alike = [other for other in others if _data_of(other) == _data_of(artifact)]
+    parts = [sizes([artifact, *alike]), about(artifact), commands(artifact), accuracy(artifact), *rest(artifact)]
     return "\n\n".join(filter(None, parts))
+
+
+def _data_of(artifact: Artifact) -> str:
+    sha256: str = artifact.card["training"]["data_sha256"]
+    return sha256
 
 
 def sizes(artifacts: list[Artifact]) -> str:
@@ -115,8 +121,8 @@ def rest(artifact: Artifact) -> Iterator[str]:
 def further(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What only some models were measured for."""
     if foreign := metrics.get("foreign"):
-        kinds = ", ".join(f"{name} {kind['auroc']:.3f}" for name, kind in foreign["kinds"].items())
-        yield "foreign images told from test images (AUROC)", kinds
+        kinds = ", ".join(f"{name} {kind['auroc']:.3f}, {kind['told']:.0%}" for name, kind in foreign["kinds"].items())
+        yield "foreign images: told from test images (AUROC), called foreign by default", kinds
         yield "test images wrongly called foreign", f"{foreign['told_wrongly']:.1%}"
     if corrupted := metrics.get("robustness"):
         families = ", ".join(f"{name} {family['accuracy']:.1%}" for name, family in corrupted["families"].items())

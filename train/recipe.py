@@ -11,7 +11,7 @@ class Recipe:
 
     epochs: int = 25
     batch_size: int = 512
-    """Of all processes together."""
+    """Largest, of all processes together. Without the flag fewer for large images, for memory, and for few of them."""
     lr: float = 0.25
     """Of BatchNorm and the head."""
     momentum: float = 0.9

@@ -219,7 +219,11 @@ def main() -> None:
     page = Page(options.out)
     about = "Written by `python -m train.report` from the figures in `card.json`: measure again, and do not edit."
     cards = {label: artifact.card for label, artifact in artifacts.items()}
-    cards |= {f"{path.stem} (not shipped)": json.loads(path.read_text()) for path in options.also}
+    cards |= {
+        f"{path.stem} (not shipped)": card
+        for path in options.also
+        if (card := json.loads(path.read_text()))["training"]["data_sha256"] == first.card["training"]["data_sha256"]
+    }
     parts = [f"# Model card\n\n{about}", sections.frontier(page, cards, together(artifacts, data.test))]
     parts += [model(page, label, artifact, data) for label, artifact in artifacts.items()]
     parts.append(about_data(first, options.data))

@@ -100,13 +100,14 @@ def photographs(runtime: Runtime, artifact: Artifact, source: Path) -> dict[str,
     """The figures of ``runtime`` on the files in ``source`` that lie in a folder named after a class."""
     config = artifact.config
     images, labels, unreadable, others = [], [], 0, 0
-    for name, content in sorted(read_files(source)):
+    files = read_files(source)
+    for name in sorted(files):
         folder = PurePosixPath(name).parent.name
         if folder not in config.classes:
             others += 1
             continue
         try:
-            images.append(preprocess(content, config.input_size))
+            images.append(preprocess(files[name], config.input_size))
         except ImageError:
             unreadable += 1
             continue
