@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -113,6 +114,39 @@ def test_hardening(name: str) -> None:
     assert re.search(r":v?\d+\.\d+|\$\{CLASSIFIER_IMAGE", service["image"]), "pinned"
     if "exporter" not in name:
         assert "start_period" in service["healthcheck"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "built"),
+    [
+        ((), "image-cpu"),
+        (("OVERLAYS=gpu",), "image-gpu"),
+        (("CLASSIFIER_IMAGE=classifier:cuda",), "image-gpu"),
+        (("IMAGE_CPU=classifier:today",), "image-cpu"),
+        (("CLASSIFIER_IMAGE=classifier:2026-11-13",), None),
+        (("CLASSIFIER_IMAGE=x;touch ran", "OVERLAYS=gpu"), None),
+    ],
+)
+def test_up_builds_only_what_it_would_then_run(variables: tuple[str, ...], built: str | None, tmp_path: Path) -> None:
+    """With a Docker that has no image. Of a dry run make still runs the line with $(MAKE), and writes the others."""
+    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    kept = {
+        name: value for name, value in os.environ.items() if name not in {"CLASSIFIER_IMAGE", "IMAGE_CPU", "IMAGE_GPU"}
+    }
+    done = subprocess.run(
+        ("make", "--no-print-directory", "--dry-run", "up", *variables),
+        cwd=DEPLOY.parent,
+        env={**kept, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    images = {"image-cpu": "containerize classifier-cpu:latest", "image-gpu": "containerize classifier:latest"}
+    assert {name for name, command in images.items() if command in done.stdout} == ({built} if built else set())
+    assert (done.returncode == 0) == ("up --detach" in done.stdout) == bool(built)
+    if not built:
+        name = variables[0].removeprefix("CLASSIFIER_IMAGE=")
+        assert done.stderr.splitlines()[0].startswith(f"error: no image {name} here; ")
 
 
 def test_secrets_sh_makes_every_secret(tmp_path: Path) -> None:

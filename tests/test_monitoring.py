@@ -84,6 +84,65 @@ def test_no_runbook_is_left_of_an_alert_that_is_gone_and_no_link_leads_nowhere()
     assert {link for page in pages.values() for link in re.findall(r"\]\((\w+)\.md\)", page)} <= pages.keys()
 
 
+def commands() -> Iterator[tuple[str, str]]:
+    """What the runbooks say between backticks, each with the name of its page."""
+    for path in (MONITORING / "runbooks").glob("*.md"):
+        yield from ((path.stem, command) for command in re.findall(r"`([^`]+)`", path.read_text()))
+
+
+def test_a_runbook_s_kubectl_names_the_namespace_and_what_it_asks_for() -> None:
+    asked = [command for _, command in commands() if command.startswith("kubectl")]
+    assert asked
+    for command in asked:
+        assert re.search(r" -n (classifier|gpu-operator)$", command), command
+        assert "rollout" not in command or re.search(r"rollout (status|restart) \w+/|rollout classifier", command), (
+            command
+        )
+
+
+def test_a_name_that_exists_only_inside_compose_is_asked_for_there() -> None:
+    files = (REPOSITORY / "deploy").glob("compose*.yaml")
+    names = "|".join({name for file in files for name in yaml.safe_load(file.read_text())["services"]})
+    inside = [command for _, command in commands() if re.search(rf"//({names})[:/]", command)]
+    assert inside
+    assert all(command.startswith("docker compose exec ") for command in inside)
+
+
+def test_no_runbook_deletes_the_release_that_a_rollback_goes_to() -> None:
+    """`docker image prune -a` deletes whatever does not run."""
+    for name, command in commands():
+        assert not re.search(r"prune\b.* (-a|--all)\b|system prune", command), name
+
+
+def inhibited(source: dict[str, str], target: dict[str, str]) -> bool:
+    """Whether Alertmanager holds back the alert with the labels ``target`` while that with ``source`` fires."""
+
+    def matches(labels: dict[str, str], matchers: list[str]) -> bool:
+        for matcher in matchers:
+            name, operator, value = re.fullmatch(r'(\w+)(=~|!=|=)"(.*)"', matcher).groups()
+            if bool(re.fullmatch(value, labels.get(name, ""))) == (operator == "!="):
+                return False
+        return True
+
+    rules = yaml.safe_load((MONITORING / "alertmanager/alertmanager.yml").read_text())["inhibit_rules"]
+    return any(
+        matches(source, rule["source_matchers"])
+        and matches(target, rule["target_matchers"])
+        and all(source.get(label) == target.get(label) for label in rule.get("equal", []))
+        for rule in rules
+    )
+
+
+def test_an_ill_replica_is_one_page_but_an_error_of_a_gpu_hides_no_other_for_days() -> None:
+    def labels(name: str) -> dict[str, str]:
+        return {"alertname": name, "instance": "one", **ALERTS[name]["labels"]}
+
+    assert inhibited(labels("ClassifierNotReady"), labels("ClassifierRejecting"))
+    assert not inhibited(labels("ClassifierNotReady"), labels("ClassifierRejecting") | {"instance": "another"})
+    of_gpus = [name for name in ALERTS if name.startswith("Gpu")]
+    assert not any(inhibited(labels(a), labels(b)) for a in of_gpus for b in of_gpus)
+
+
 @pytest.mark.parametrize("name", ALERTS)
 def test_an_alert_has_a_unit_test_in_which_it_fires_and_one_in_which_it_is_silent(name: str) -> None:
     samples = [s["labels"] for c in CASES for e in c.get("promql_expr_test", []) for s in e["exp_samples"]]

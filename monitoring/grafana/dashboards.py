@@ -92,9 +92,9 @@ SERVICE = [
     panel(
         "Not served",
         "percentunit",
-        ("5xx and overloaded", 'classifier:slo_bad:rate5m{slo="availability"} / (classifier:slo_requests:rate5m > 0)'),
+        ("failed, overloaded", 'classifier:slo_bad:rate5m{slo="availability"} / (classifier:slo_requests:rate5m > 0)'),
         ("over 100 ms", 'classifier:slo_bad:rate5m{slo="latency"} / (classifier:slo_requests:rate5m > 0)'),
-        about="Shares of the requests that count for each objective.",
+        about="Shares of the requests that count for each objective. A deadline of the caller's own is no failure.",
         min=0,
     ),
     panel("Latency of /classify", "s", *quantiles(f"{DURATION}_bucket{{{ANSWERED}}}"), min=0),
@@ -111,6 +111,7 @@ SERVICE = [
         "Turned away, by reason",
         "reqps",
         ("{{reason}}", "sum by (reason) (rate(classifier_rejected_total[5m]))"),
+        about="Of 504, deadline_exceeded is the service's own deadline, caller_deadline a shorter one of the caller's.",
         **stacked(),
     ),
     panel(

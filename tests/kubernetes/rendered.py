@@ -1,8 +1,11 @@
-"""The manifests of each overlay as kustomize renders them."""
+"""The manifests of each overlay as kustomize renders them, and of production on GPUs."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,24 @@ def run(*command: str | Path, **options: Any) -> str:
     return done.stdout
 
 
-def render(overlay: str) -> list[Manifest]:
-    return list(yaml.safe_load_all(run("kubectl", "kustomize", MANIFESTS / "overlays" / overlay)))
+def render(overlay: str, manifests: Path = MANIFESTS) -> list[Manifest]:
+    return list(yaml.safe_load_all(run("kubectl", "kustomize", manifests / "overlays" / overlay)))
+
+
+def on_gpus(overlay: str) -> list[Manifest]:
+    """The overlay with the three lines that its first comment names taken out of their comments."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(MANIFESTS, Path(folder) / "k8s")
+        file = copy / "overlays" / overlay / "kustomization.yaml"
+        text, lines = re.subn(r"^( +)# - ", r"\1- ", file.read_text(), flags=re.MULTILINE)
+        assert lines == 3
+        file.write_text(text)
+        return render(overlay, copy)
 
 
 RENDERED = {overlay: render(overlay) for overlay in OVERLAYS}
+RENDERED["production-gpu"] = on_gpus("production")
+DEPLOYED = tuple(RENDERED)
 RENDERED["argocd"] = list(yaml.safe_load_all((MANIFESTS / "argocd/application.yaml").read_text()))
 
 

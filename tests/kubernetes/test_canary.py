@@ -51,6 +51,16 @@ CASES = {
         {"availability": 0.0},
         "Successful",
     ),
+    "past our deadline": (
+        replies(200, 931, 931) + replies(504, 69) + rejected("deadline_exceeded", 60) + rejected("caller_deadline", 9),
+        {"availability": 0.06},
+        "Failed",
+    ),
+    "past the caller's own deadline": (
+        replies(200, 900, 900) + replies(504, 99) + rejected("deadline_exceeded", 0) + rejected("caller_deadline", 99),
+        {"availability": 0.0},
+        "Successful",
+    ),
     "slow": (replies(200, 1000, 500), {"latency": 0.5}, "Failed"),
     "one failure of few": (replies(200, 190, 190) + replies(500, 1), {"availability": None}, "Inconclusive"),
     "one slow of few": (replies(200, 30, 25), {"latency": None}, "Inconclusive"),

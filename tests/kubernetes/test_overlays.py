@@ -16,7 +16,19 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.kubernetes.rendered import MANIFESTS, OVERLAYS, RENDERED, ROOT, Manifest, container, of_kind, only, pods, run
+from tests.kubernetes.rendered import (
+    DEPLOYED,
+    MANIFESTS,
+    OVERLAYS,
+    RENDERED,
+    ROOT,
+    Manifest,
+    container,
+    of_kind,
+    only,
+    pods,
+    run,
+)
 
 KUBERNETES = "1.34"
 CHECKOV = "checkov==3.3.30"
@@ -31,7 +43,9 @@ CUSTOM = {  # package of the types of each group of custom resources
     "monitoring.coreos.com/ServiceMonitor": "prometheus-operator",
 }
 
-every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+ON_GPUS = ("gpu", "production-gpu")
+
+every_overlay = pytest.mark.parametrize("overlay", DEPLOYED)
 
 
 def custom(manifest: Manifest) -> str | None:
@@ -76,7 +90,7 @@ def typed(index: int, manifest: Manifest) -> Iterator[str]:
 
 def test_policies(tmp_path: Path) -> None:
     """Checkov's rules for Kubernetes, but for those that deploy/k8s/checkov.yaml excuses."""
-    for overlay in OVERLAYS:
+    for overlay in DEPLOYED:
         (tmp_path / f"{overlay}.yaml").write_text(yaml.safe_dump_all(map(as_deployment, RENDERED[overlay])))
     command = ("uvx", "--quiet", "--from", CHECKOV, "checkov", "--config-file", MANIFESTS / "checkov.yaml")
     found = json.loads(run(*command, "--directory", tmp_path, "--output", "json"))
@@ -143,7 +157,7 @@ def test_probes_differ_and_liveness_is_the_most_patient(overlay: str) -> None:
 
     assert container(overlay)["readinessProbe"]["httpGet"]["path"] == "/readyz"
     # The workers of the runner topology outlive a runner that died; only /readyz asks it.
-    assert container(overlay)["livenessProbe"]["httpGet"]["path"] == ("/readyz" if overlay == "gpu" else "/livez")
+    assert container(overlay)["livenessProbe"]["httpGet"]["path"] == ("/readyz" if overlay in ON_GPUS else "/livez")
     # They are also there before it: a startup probe that asks less than the liveness probe ends while CUDA still loads,
     # and the liveness probe then kills the pod.
     for key in ("path", "port"):
@@ -152,6 +166,27 @@ def test_probes_differ_and_liveness_is_the_most_patient(overlay: str) -> None:
         if container(overlay)[probe]["httpGet"]["path"] == "/readyz":  # which gives the reference images 10 s
             assert container(overlay)[probe]["timeoutSeconds"] > 10
     assert patience("readinessProbe") < patience("livenessProbe") < patience("startupProbe")
+
+
+@every_overlay
+def test_who_has_a_gpu_is_scaled_for_one(overlay: str) -> None:
+    resources = container(overlay)["resources"]["limits"]
+    assert ("nvidia.com/gpu" in resources) == (overlay in ON_GPUS)
+    for scaler in of_kind(overlay, "ScaledObject"):
+        thresholds = {trigger["metadata"]["threshold"] for trigger in scaler["spec"]["triggers"]}
+        assert (thresholds == {"256"}) == (overlay in ON_GPUS)
+        assert scaler["spec"]["maxReplicaCount"] == (8 if overlay in ON_GPUS else 20)
+
+
+def test_a_canary_on_gpus_needs_no_second_set_of_them() -> None:
+    """All else of it is as without."""
+    on_gpus, on_cpus = (
+        only(name, "Rollout")["spec"]["strategy"]["canary"] for name in ("production-gpu", "production")
+    )
+    assert on_gpus.keys() - on_cpus.keys() == {"dynamicStableScale"}
+    assert on_cpus.keys() - on_gpus.keys() == {"abortScaleDownDelaySeconds"}
+    assert all(on_gpus[name] == on_cpus[name] for name in on_gpus.keys() & on_cpus.keys())
+    assert on_gpus["dynamicStableScale"] is True
 
 
 def test_pods_are_scraped_once_ready_or_not() -> None:
@@ -166,7 +201,7 @@ def test_argo_cd_points_at_the_production_overlay() -> None:
     assert (ROOT / application["spec"]["source"]["path"]).samefile(MANIFESTS / "overlays/production")
 
 
-@every_overlay
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_runs_the_digest_it_is_pinned_to(overlay: str, tmp_path: Path) -> None:
     copy = shutil.copytree(MANIFESTS, tmp_path / "k8s")
     image = "registry.example.com:5000/team/classifier@sha256:" + "0123456789abcdef" * 4
