@@ -16,7 +16,8 @@ from tests.toy import run
 from train.command import CommandError
 from train.gate import RUNTIME, comparable, judge
 
-CARD = json.loads((SHIPPED / "card.json").read_text())["metrics"]
+CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87}
+CARD = {**json.loads((SHIPPED / "card.json").read_text())["metrics"], "robustness": CORRUPTED}
 
 
 def failures(new: dict[str, object], slowdown: float = 1.0) -> list[str]:
@@ -28,17 +29,35 @@ def test_the_shipped_model_is_as_good_as_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "figure", "change", "failure"),
+    ("metrics", "figure", "change", "failure"),
     [
         ("onnx-int8", "accuracy", -0.01, "loss of accuracy"),
         ("onnx-int8", "ece", 0.02, "loss of calibration (ECE)"),
+        ("robustness", "accuracy", -0.011, "loss of accuracy on corrupted images"),
         ("onnx", "accuracy", 0.05, "accuracy lost by INT8"),  # however few the test images are
     ],
 )
-def test_a_worse_model_is_stopped(runtime: str, figure: str, change: float, failure: str) -> None:
+def test_a_worse_model_is_stopped(metrics: str, figure: str, change: float, failure: str) -> None:
     worse = copy.deepcopy(CARD)
-    worse[runtime][figure] += change
+    worse[metrics][figure] += change
     assert failure in failures(worse)
+
+
+def test_a_little_worse_on_corrupted_images_is_let_through() -> None:
+    assert failures({**CARD, "robustness": {**CORRUPTED, "accuracy": 0.861}}) == []
+
+
+def test_a_candidate_not_measured_on_corrupted_images_is_one_clear_line() -> None:
+    unmeasured = {name: figures for name, figures in CARD.items() if name != "robustness"}
+    with pytest.raises(CommandError, match=r"no figures of corrupted images.*; run train\.robustness$"):
+        judge(unmeasured, CARD, 1.0)
+    assert not any("corrupted" in what for new in (CARD, unmeasured) for what, _, _ in judge(new, unmeasured, 1.0))
+
+
+@pytest.mark.parametrize(("name", "other"), [("runtime", "torch"), ("images", 500), ("seed", 1)])
+def test_corrupted_images_that_are_others_are_not_compared(name: str, other: object) -> None:
+    with pytest.raises(CommandError, match=f"{name} {other} in the new card; expected {CORRUPTED[name]}"):
+        judge({**CARD, "robustness": {**CORRUPTED, name: other}}, CARD, 1.0)
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "onnx-int8"])
@@ -64,9 +83,21 @@ def test_a_base_of_other_data_is_measured_on_the_candidates(
     printed = run("train.gate", toy_artifact.path, path, code=1)
     assert "are of different data; expected --data" in printed
     assert comparable(toy_artifact, base, str(toy_folder))[RUNTIME]["accuracy"] >= 0.9
+    assert "robustness" not in comparable(toy_artifact, base, str(toy_folder))
     assert Artifact.load(path).card["metrics"] == {RUNTIME: {"accuracy": 0.1}}
     with pytest.raises(CommandError, match="not the data of the training"):
         comparable(toy_artifact, base, str(toy.make_folder(tmp_path / "other", seed=1)))
+
+
+def test_a_base_of_other_data_is_measured_on_corrupted_images_as_the_candidate_is(
+    toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
+) -> None:
+    new, path = (shutil.copytree(toy_artifact.path, tmp_path / name) for name in ("new", "base"))
+    run("train.robustness", new, toy_folder)
+    measured = Artifact.load(new).card["metrics"]["robustness"]
+    training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
+    base = seal(path, {**toy_artifact.card, "training": training, "metrics": {"robustness": {"accuracy": 0.1}}})
+    assert comparable(Artifact.load(new), base, str(toy_folder))["robustness"] == measured
 
 
 def test_a_slower_model_is_stopped() -> None:

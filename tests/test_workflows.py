@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from model.store import SHIPPED
 from tests.toy import ROOT
+from train.fit import parse_arguments
 
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
 TARGETS = set(re.findall(r"^([a-z0-9-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -56,6 +59,16 @@ def test_actions_are_pinned_and_leave_no_credentials(name: str) -> None:
             assert step["with"]["persist-credentials"] is False
 
 
+def test_a_retrained_model_sees_corrupted_images_and_is_measured_on_them() -> None:
+    """The recipe that is the default has none: the gate would stop such a model, every month."""
+    commands = {words[1]: words for step in steps("retrain") if (words := shlex.split(step.get("run", "")))}
+    assert list(commands).index("robustness") < list(commands).index("gate")
+    variables = dict(word.split("=", 1) for word in commands["train"][2:])
+    _, recipe = parse_arguments(["cifar10", "--name", "it", "--out", "it", *shlex.split(variables["TRAIN_FLAGS"])])
+    shipped = json.loads((SHIPPED / "card.json").read_text())["training"]["recipe"]
+    assert recipe.corrupt >= shipped["corrupt"]
+
+
 @every_workflow
 def test_who_asks_a_registry_has_logged_in(name: str) -> None:
     """A private package has neither signature nor image for others."""
@@ -68,9 +81,9 @@ def test_who_asks_a_registry_has_logged_in(name: str) -> None:
 
 
 def make(target: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With programs that only write down in ``folder``, word by word, how they were called."""
+    """With programs that only write down in ``folder``, word by word, how they were called, and print ANSWER."""
     for program in ("cosign", "docker", "gh"):
-        (folder / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\n')
+        (folder / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\nprintf %s "$ANSWER"\n')
         (folder / program).chmod(0o755)
     paths = {"PATH": f"{folder}:{os.environ['PATH']}", "OUTPUT": str(folder / "output")}
     command = ("make", "--no-print-directory", target)
@@ -106,6 +119,31 @@ def test_what_a_caller_of_a_workflow_writes_is_never_run(target: str, name: str,
     make(target, tmp_path, **{name: text})
     assert text in (tmp_path / "called").read_text().splitlines()
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("open_issues", "opened"),
+    [("", True), ("Another\nThe workflow rescan has failed, again", True), ("The workflow rescan has failed", False)],
+)
+def test_an_alarm_opens_one_issue(open_issues: str, opened: bool, tmp_path: Path) -> None:
+    run = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "a/b", "GITHUB_RUN_ID": "7"}
+    done = make("alarm", tmp_path, ANSWER=open_issues, **run)
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("issue\nlist\n--app\ngithub-actions\n")  # anybody may open one of that title
+    assert ("issue\ncreate\n" in called) == opened
+    assert ("unsafe: https://github.com/a/b/actions/runs/7. " in called) == opened
+
+
+def test_a_scan_that_fails_is_an_issue() -> None:
+    """GitHub itself only mails who last changed the schedule."""
+    *scans, alarm = WORKFLOWS["rescan"]["jobs"]
+    job = WORKFLOWS["rescan"]["jobs"][alarm]
+    assert job["needs"] == scans
+    assert job["if"] == "${{ !success() }}"
+    assert job["permissions"] == {"contents": "read", "issues": "write"}
+    assert job["steps"][-1]["run"] == "make alarm"
+    assert job["steps"][-1]["env"] == {"GH_TOKEN": "${{ github.token }}"}
 
 
 @every_workflow

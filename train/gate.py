@@ -2,9 +2,11 @@
 
     python -m train.gate runs/NAME/artifact model/pretrained [--data SOURCE]
 
-Accuracy and calibration come from the cards (`train.evaluate` writes them), speed is measured here on both. Figures on
-other test images cannot be compared: a base that was trained on other data is measured anew on those of SOURCE, the
-candidate's data. It may have learned some of them, which makes the gate no easier to pass.
+Accuracy and calibration come from the cards (`train.evaluate` writes them), speed is measured here on both. A base with
+figures of corrupted images (`train.robustness`) wants them of the candidate: what a recipe without corruptions loses
+shows nowhere else. Figures on other test images cannot be compared: a base that was trained on other data is measured
+anew on those of SOURCE, the candidate's data, corrupted ones included if its card has figures of them. It may have
+learned some of them, which makes the gate no easier to pass.
 """
 
 from __future__ import annotations
@@ -21,27 +23,50 @@ from model.artifact import Artifact
 from train.command import CommandError, run
 from train.data import load
 from train.evaluate import figures, int8_tolerance, require_own_data, run_runtime
+from train.robustness import IMAGES, robustness, sample
 
 RUNTIME = runtimes.ONNX_INT8
 """What is served on a CPU; accuracy and calibration are judged on it."""
 ACCURACY_LOSS = 0.005
 CALIBRATION_LOSS = 0.01
+ROBUSTNESS_LOSS = 0.01
+"""Of accuracy on corrupted images. More than on clean ones: fewer are corrupted, so that chance moves it more."""
 SLOWDOWN = 1.1
 BATCH, ROUNDS = 32, 40
 
+Row = tuple[str, float, float]
+"""What is compared, by how much the new one is worse, and how much worse it may be."""
 
-def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[tuple[str, float, float]]:
-    """What is compared, by how much the new one is worse, and how much worse it may be."""
+
+def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row]:
+    """The rows for the metrics of two cards."""
     for card, names in ((new, (RUNTIME, runtimes.ONNX)), (old, (RUNTIME,))):
         if missing := [name for name in names if name not in card]:
             raise CommandError(f"a card has no figures of {' and '.join(missing)}; run train.evaluate first")
     int8_loss = new[runtimes.ONNX]["accuracy"] - new[RUNTIME]["accuracy"]
     return [
         ("loss of accuracy", old[RUNTIME]["accuracy"] - new[RUNTIME]["accuracy"], ACCURACY_LOSS),
+        *corrupted(new, old),
         ("loss of calibration (ECE)", new[RUNTIME]["ece"] - old[RUNTIME]["ece"], CALIBRATION_LOSS),
         ("accuracy lost by INT8", int8_loss, int8_tolerance(new[RUNTIME]["images"])),
         ("time of a batch, new / old", slowdown, SLOWDOWN),
     ]
+
+
+def corrupted(new: dict[str, Any], old: dict[str, Any]) -> list[Row]:
+    """The row for corrupted images, none for a base without figures of them. Other images are not compared."""
+    if "robustness" not in old:
+        return []
+    if "robustness" not in new:
+        raise CommandError("the new card has no figures of corrupted images, as the old one has; run train.robustness")
+    found, base = new["robustness"], old["robustness"]
+    for name in ("runtime", "images", "seed"):
+        if found[name] != base[name]:
+            raise CommandError(
+                f"corrupted images: {name} {found[name]} in the new card; expected {base[name]}, as in the old one; "
+                "run train.robustness"
+            )
+    return [("loss of accuracy on corrupted images", base["accuracy"] - found["accuracy"], ROBUSTNESS_LOSS)]
 
 
 def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, Any]:
@@ -58,8 +83,11 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
     if old.config.input_size != new.config.input_size:
         data = load(source, old.config.input_size)
     print(f"{old.path} was trained on other data: it is measured on the test images of {source}")
-    outputs = run_runtime(runtimes.create(RUNTIME, old, threads=2), data.test.images)
-    return {RUNTIME: figures(outputs, data.test, old, quantised=True)}
+    runtime = runtimes.create(RUNTIME, old, threads=2)
+    metrics = {RUNTIME: figures(run_runtime(runtime, data.test.images), data.test, old, quantised=True)}
+    if "robustness" in old.card.get("metrics", {}):
+        metrics["robustness"] = robustness(runtime, sample(data.test, IMAGES))
+    return metrics
 
 
 def slowdown(new: Artifact, old: Artifact) -> float:
@@ -75,7 +103,7 @@ def slowdown(new: Artifact, old: Artifact) -> float:
     return min(times[0]) / min(times[1])
 
 
-def table(rows: list[tuple[str, float, float]]) -> str:
+def table(rows: list[Row]) -> str:
     lines = [
         f"| {what} | {found:.4f} | {limit:.4g} | {'yes' if found <= limit else 'NO'} |" for what, found, limit in rows
     ]
