@@ -107,7 +107,7 @@ def test_what_a_key_may_not_do_is_forbidden(guarded: Guarded) -> None:
 
 
 def test_a_quota_holds_over_both_workers(guarded: Guarded) -> None:
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(40) as pool:
         replies = list(pool.map(lambda _: call(guarded.url, key=guarded.keys["frugal"]), range(40)))
     assert Counter(reply.status_code for reply in replies) == {200: 20, 429: 20}
     for reply in replies:
