@@ -87,7 +87,6 @@ class Connection(HttpToolsProtocol):
         """Whether the request that is being read has got its reply at the door."""
         self._is_incomplete = False
         """Whether more of headers, or of the body of a refused request, is due; it may well have come already."""
-        self._is_in_head = False
         self._head_bytes = 0
         """Received since the last that belonged to a body, or that ended headers or a request."""
         self._await_bytes()
@@ -107,7 +106,8 @@ class Connection(HttpToolsProtocol):
             self._await_bytes()
 
     def _refuse_head(self) -> None:
-        if self._is_in_head and (self.cycle is None or self.cycle.response_complete):
+        is_head = self._is_incomplete and not self._is_refused
+        if is_head and (self.cycle is None or self.cycle.response_complete):
             self._hang_up(
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"expected at most {MAX_HEAD_BYTES} bytes of them"
             )
@@ -120,7 +120,7 @@ class Connection(HttpToolsProtocol):
 
     def _expect_nothing(self) -> None:
         self._receiving.cancel()
-        self._is_incomplete = False
+        self._is_incomplete, self._head_bytes = False, 0
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
@@ -142,22 +142,17 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._expect_more()
-        self._is_in_head = True
         super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_head:  # those that come behind a chunked body nobody asks for
-            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._expect_nothing()
-        self._is_in_head, self._head_bytes = False, 0
         if refusal := self._refusal():
             self._is_refused = True
             self._send(refusal)
             self._expect_more()
         else:
             super().on_headers_complete()
+        self.headers = []  # those that come behind a chunked body are none of the request's
 
     def _refusal(self) -> Response | None:
         """What the door says; it is asked where a reply can go out at once, and another request come after it."""
@@ -185,7 +180,6 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._expect_nothing()
-        self._head_bytes = 0
         if self._is_refused:
             self._is_refused = False
             super().on_response_complete()  # of uvicorn's: the connection is free again

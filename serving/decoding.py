@@ -6,8 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from model.batching import GoneError, QueueFullError, moving_average
@@ -25,8 +24,12 @@ class Decoding:
         self._thread = ThreadPoolExecutor(1, "decode")
         self._seconds = 0.0
         """That one image takes, as a moving average."""
-        self.waiting = 0
-        """Images that are waiting or being decoded."""
+        self._pending: set[Future[Pixels]] = set()
+
+    @property
+    def waiting(self) -> int:
+        """Images that are waiting or being decoded, also those whose caller has given up meanwhile."""
+        return len(self._pending)
 
     def admit(self) -> None:
         """Raise ``QueueFullError`` when one more would wait too long. Where none waits any is welcome."""
@@ -38,23 +41,14 @@ class Decoding:
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], data: bytes, *how: Any
     ) -> Pixels:
         """``decode(data, *how)`` in its turn; raises what it raises, and ``GoneError`` if by then it is not wanted."""
-        loop = asyncio.get_running_loop()
-
-        def leave(_: object) -> None:
-            with suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(self._leave)
-
         held = [data]
-        self.waiting += 1
         future = self._thread.submit(self._timed, is_wanted, decode, held, *how)
-        future.add_done_callback(leave)  # once it is done, or will not be begun: not when the caller gives up
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
         try:
             return await asyncio.wrap_future(future)
         finally:
             held.clear()  # the thread's queue keeps what was cancelled until its turn
-
-    def _leave(self) -> None:
-        self.waiting -= 1
 
     def _timed(
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], held: list[bytes], *how: Any

@@ -16,6 +16,7 @@ from model.artifact import ALSO_SHIPPED, SHIPPED, Artifact
 from model.runtimes import ONNX_INT8
 from train import command
 from train.data import CIFAR10
+from train.report import of_the_same_data
 from train.sections import between, measured, percent, runs, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -32,14 +33,9 @@ def shipped() -> list[Artifact]:
 
 def section(artifact: Artifact, *others: Artifact) -> str:
     """Everything below the heading: of the default model, and how those of the ``others`` of the same data compare."""
-    alike = [other for other in others if _data_of(other) == _data_of(artifact)]
+    alike = of_the_same_data(artifact, list(others))
     parts = [sizes([artifact, *alike]), about(artifact), commands(artifact), accuracy(artifact), *rest(artifact)]
     return "\n\n".join(filter(None, parts))
-
-
-def _data_of(artifact: Artifact) -> str:
-    sha256: str = artifact.card["training"]["data_sha256"]
-    return sha256
 
 
 def sizes(artifacts: list[Artifact]) -> str:
