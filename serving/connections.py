@@ -100,7 +100,7 @@ class Connection(HttpToolsProtocol):
             self._expect_more()
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse_head()
         elif self._is_incomplete and self._receiving.cancelled():
             self._await_bytes()

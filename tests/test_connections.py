@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import requests
 import uvicorn
+from prometheus_client import REGISTRY
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
@@ -262,6 +263,17 @@ def test_too_many_headers_are_told_so() -> None:
         response.begin()
         assert (response.status, json.loads(response.read())["error"]["code"]) == (431, "invalid_request")
         assert client.recv(1) == b""
+
+
+def test_what_is_no_http_is_refused_once_however_much_of_it_comes() -> None:
+    def refused() -> float:
+        return REGISTRY.get_sample_value("classifier_rejected_total", {"reason": "invalid_request"}) or 0.0
+
+    before = refused()
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        received, _ = flood(client, b"POST / HTTP/1.1\r\nno header" + b"\0" * 2 * MAX_HEAD_BYTES, b"x")
+    assert received.count(b"HTTP/1.1 ") <= 1
+    assert refused() - before == 1
 
 
 def test_many_headers_that_are_few_enough_are_heard() -> None:
