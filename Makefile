@@ -273,10 +273,12 @@ newest: # the tag of the newest release goes into the file OUTPUT
 	gh release view --json tagName --jq '"tag=" + .tagName' >> $(OUTPUT)
 
 ALARM := The workflow rescan has failed
-alarm: # an issue that says so, unless one is open
-	gh issue list --app github-actions --limit 100 --json title --jq '.[].title' | grep -qxF '$(ALARM)' || \
-		gh issue create --title '$(ALARM)' --body "A package or an image may be unsafe: \
-	$$GITHUB_SERVER_URL/$$GITHUB_REPOSITORY/actions/runs/$$GITHUB_RUN_ID. While this is open, no other is opened."
+alarm: # an issue that says so; while it is open, a comment on it
+	@told="A package or an image may be unsafe: $$GITHUB_SERVER_URL/$$GITHUB_REPOSITORY/actions/runs/$$GITHUB_RUN_ID"; \
+	open=$$(gh issue list --app github-actions --limit 100 --json number,title \
+		--jq 'map(select(.title == "$(ALARM)"))[0].number // empty') || exit; \
+	if [ "$$open" ]; then gh issue comment "$$open" --body "$$told"; \
+	else gh issue create --title '$(ALARM)' --body "$$told"; fi
 
 push: # IMAGE; its digest goes into the file OUTPUT
 	docker push "$$IMAGE"

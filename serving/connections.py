@@ -109,7 +109,7 @@ class Connection(HttpToolsProtocol):
         is_head = self._is_incomplete and not self._is_refused
         if is_head and (self.cycle is None or self.cycle.response_complete):
             self._hang_up(
-                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"expected at most {MAX_HEAD_BYTES} bytes of them"
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"expected headers of at most {MAX_HEAD_BYTES} bytes"
             )
         else:  # no reply has its place here
             self.transport.abort()

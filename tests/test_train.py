@@ -27,7 +27,7 @@ from train import data
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
 from train.export import BANK_IMAGES, ParityError, fit_temperature, load_run, parity, spread
-from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size
+from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size, parse_arguments
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
@@ -399,6 +399,16 @@ def test_training_goes_on_from_an_artifact(toy_folder: Path, toy_artifact: Artif
     run = json.loads((tmp_path / "run" / RUN).read_text())
     assert run["history"][-1]["val_accuracy"] >= 0.9
     assert run["start"] == toy_artifact.card["training"]
+
+
+def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:
+    typed = ["photos", "--name", "it", "--out", "it", "--like", str(toy_run)]
+    options, recipe = parse_arguments(typed)
+    assert recipe == Recipe(**json.loads((toy_run / RUN).read_text())["recipe"]) != Recipe()
+    assert (options.size, options.batch_size) == (toy.SIDE, recipe.batch_size)
+    options, other = parse_arguments([*typed, "--epochs", "99", "--size", "64", "--batch-size", "7"])
+    assert other == replace(recipe, epochs=99, batch_size=7)
+    assert (options.size, options.batch_size) == (64, 7)
 
 
 def test_what_is_neither_run_nor_artifact_is_no_start(toy_folder: Path, tmp_path: Path) -> None:

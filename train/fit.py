@@ -418,12 +418,21 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
         "--teacher", type=Path, metavar="RUN", action="append", default=[], help="a run or an artifact; repeatable"
     )
     parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
+    parser.add_argument(
+        "--like",
+        type=Path,
+        metavar="RUN",
+        help="size and hyperparameters of a run or an artifact, but for other flags",
+    )
     for name, default in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    parser.set_defaults(batch_size=None)
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default))
     options = parser.parse_args(arguments)
-    given = {name: getattr(options, name) for name in asdict(Recipe())}
-    return options, Recipe(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name in asdict(Recipe()) if (value := getattr(options, name)) is not None}
+    if options.like:
+        given = read_story(options.like)["recipe"] | given
+        options.size = options.size or ModelConfig.load(options.like / CONFIG).input_size[0]
+    options.batch_size = given.get("batch_size")
+    return options, Recipe(**given)
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
