@@ -126,6 +126,8 @@ CONCURRENCY = 1 if settings.workers == "cpu_count" or settings.workers >= CORES 
 batches half as large cost more than that gains."""
 VERIFY_SECONDS = 10.0
 """For the reference images; longer means that the engine hangs."""
+RETRY_SECONDS = 0.5
+"""Between one look at a runner that is starting and the next."""
 IDLE_SECONDS = 0.05
 """Between one look at the queue and the next."""
 HOUR = 3600.0
@@ -330,8 +332,12 @@ class Classifier:
     @bentoml.on_startup
     async def verify_unasked(self) -> None:
         """Every worker at its start: probes reach one of them, and the others would be cold for the first requests."""
-        if isinstance(self._host, Local):  # a runner may still be starting
-            self._verification = asyncio.create_task(self.__is_ready__())
+        self._verification = asyncio.create_task(self._verify_when_possible())
+
+    async def _verify_when_possible(self) -> None:
+        while not await self._host.is_ready():  # noqa: ASYNC110  # no event tells of another process
+            await asyncio.sleep(RETRY_SECONDS)
+        await self.__is_ready__()
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""

@@ -9,7 +9,7 @@ import pytest
 
 from model.artifact import Artifact
 from tests import toy
-from tests.live import LIMITS, Server, serve
+from tests.live import LIMITS, Server, await_workers, serve
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +37,7 @@ def toy_artifact(toy_folder: Path, toy_run: Path) -> Artifact:
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("embedded")
     with serve("embedded", home, **LIMITS) as url:
+        await_workers(home)
         yield Server(url, "embedded", home)
 
 
@@ -44,6 +45,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("runner")
     with serve("runner", home, **LIMITS) as url:
+        await_workers(home)
         yield Server(url, "runner", home)
 
 

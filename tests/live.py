@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -65,6 +66,20 @@ def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
     with running(command(port), environment(home, **settings), home / LOG, lambda: is_ready(url)) as process:
         (home / PID).write_text(str(process.pid))
         yield url
+
+
+def await_workers(home: Path, count: int = 2) -> None:
+    """Return once each of the API workers of the server with this home has said that it is ready."""
+    deadline = time.monotonic() + START_SECONDS
+    wanted = [f"api-{worker}" for worker in range(1, count + 1)]
+    while (told := _ready_workers(home / LOG)) != wanted:
+        assert time.monotonic() < deadline, told
+        time.sleep(0.1)
+
+
+def _ready_workers(log: Path) -> list[str]:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
+    return sorted(record["process"] for record in map(json.loads, lines) if record["message"] == "ready")
 
 
 def is_ready(url: str) -> bool:

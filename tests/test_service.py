@@ -33,6 +33,7 @@ from tests.live import (
     LOG,
     REPOSITORY,
     Server,
+    await_workers,
     command,
     encode,
     environment,
@@ -576,17 +577,10 @@ def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def test_every_worker_proves_its_engine_before_it_is_asked(tmp_path: Path) -> None:
-    with serve("embedded", tmp_path, WORKERS=3):  # asks one of them whether it is ready
-        deadline = time.monotonic() + TIMEOUT
-        while (told := ready_workers(tmp_path)) != ["api-1", "api-2", "api-3"]:
-            assert time.monotonic() < deadline, told
-            time.sleep(0.1)
-
-
-def ready_workers(home: Path) -> list[str]:
-    lines = [line for line in (home / LOG).read_text().splitlines() if line.startswith("{")]
-    return sorted(record["process"] for record in map(json.loads, lines) if record["message"] == "ready")
+@pytest.mark.parametrize("topology", ["embedded", "runner"])
+def test_every_worker_proves_its_engine_before_it_is_asked(topology: str, tmp_path: Path) -> None:
+    with serve(topology, tmp_path, WORKERS=3):  # asks one of them whether it is ready
+        await_workers(tmp_path, 3)
 
 
 def test_the_log_has_one_json_line_a_request(server: Server) -> None:
