@@ -56,9 +56,13 @@ def from_exception(error: Exception) -> ApiError:
 
 def from_status(status: int) -> ApiError:
     """The error for a reply of another layer, of which only the status is trusted."""
-    known = HTTPStatus(status)
-    named = {HTTPStatus.SERVICE_UNAVAILABLE: "not_ready", HTTPStatus.INTERNAL_SERVER_ERROR: "internal"}
-    return ApiError(known, named.get(known, known.name.lower()), known.description or known.phrase)
+    match HTTPStatus(status):
+        case HTTPStatus.SERVICE_UNAVAILABLE as known:
+            return ApiError(known, "not_ready", "the service is not ready")
+        case HTTPStatus.INTERNAL_SERVER_ERROR as known:
+            return ApiError(known, "internal", known.description)
+        case known:
+            return ApiError(known, known.name.lower(), known.description or known.phrase)
 
 
 def outside(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:

@@ -21,6 +21,7 @@ from model.runtimes import Runtime
 from model.tuning import seconds_of
 from serving import arrays, metrics
 from serving.errors import ApiError
+from serving.logs import Seldom
 
 logger = logging.getLogger("classifier.hosts")
 
@@ -99,14 +100,16 @@ class Remote:
 
     def __init__(self, runner: Any) -> None:
         self._session = runner.to_async._session_manager.get_session
+        self._complaints = Seldom(logger)
 
     async def is_ready(self) -> bool:
         """Whether the runner answers: it may hang, or be about to be replaced."""
         try:
             session = await self._session()
-            async with session.get("/readyz", timeout=aiohttp.ClientTimeout(PROBE_SECONDS)) as reply:
-                return bool(reply.status == HTTPStatus.OK)
-        except (aiohttp.ClientError, TimeoutError):
+            async with session.get("/readyz", timeout=aiohttp.ClientTimeout(PROBE_SECONDS), raise_for_status=True):
+                return True
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._complaints.warning("not ready yet", reason=f"the engine cannot be reached: {error!r}")
             return False
 
     async def infer(self, images: Pixels) -> Outputs:

@@ -41,10 +41,16 @@ class Seldom:
         self._logger, self._times, self._next = logger, 0, 0.0
 
     def error(self, message: str, **fields: Any) -> None:
+        self._log(logging.ERROR, message, fields)
+
+    def warning(self, message: str, **fields: Any) -> None:
+        self._log(logging.WARNING, message, fields)
+
+    def _log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         self._times += 1
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + SELDOM_SECONDS
-            self._logger.error(message, extra={**fields, "times": self._times})
+            self._logger.log(level, message, extra={**fields, "times": self._times})
             self._times = 0
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 from _bentoml_impl.server.serving import API_SERVER_NAME
 from bentoml._internal.utils import circus
 from circus.arbiter import Arbiter
+from circus.exc import ConflictError
 from circus.watcher import Watcher
 
 CHECK_SECONDS = 0.5
@@ -31,6 +33,11 @@ class Supervisor(circus.Arbiter):
         endpoints = {name: f"ipc://{folder}/{name}" for name in ("endpoint", "pubsub_endpoint")}
         super().__init__(watchers, **{**options, **endpoints, "check_delay": CHECK_SECONDS})
         self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+    def manage_watchers(self) -> Any:
+        """Look for dead workers; not while it is at something else, such as a start that takes longer than that."""
+        with suppress(ConflictError):
+            return super().manage_watchers()
 
     def stop(self) -> Any:
         self.sockets[API_SERVER_NAME].close()

@@ -36,6 +36,16 @@ def default(setting: str) -> Any:
     return Settings.model_fields[setting].default
 
 
+def test_what_runbooks_ask_to_change_reaches_the_service() -> None:
+    pages = "".join(page.read_text() for page in (DEPLOY.parent / "monitoring/runbooks").glob("*.md"))
+    asked = {name for name in map(str.upper, Settings.model_fields) if re.search(rf"`{name}\b", pages)}
+    asked -= {"MODEL"}  # a matter of the image
+    assert {"MAX_PIXELS", "RUNTIME"} < asked
+    assert {name: f"${{{name}:-}}" for name in asked - {"WORKERS"}}.items() <= SERVICES["classifier"][
+        "environment"
+    ].items()
+
+
 def test_nginx_and_the_service_take_bodies_of_the_same_size() -> None:
     mebibytes = int(nginx("snippets/body.conf", r"^client_max_body_size (\d+)m;"))
     assert mebibytes * 2**20 == default("max_body_bytes")

@@ -144,3 +144,23 @@ def test_a_runner_that_hangs_up_is_asked_once_more(tmp_path: Path) -> None:
 def test_a_runner_that_is_gone_is_503(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="cannot be reached"):
         asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=2))
+
+
+def test_a_runner_that_is_not_ready_is_told_once_for_many_probes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def probe() -> list[bool]:
+        async with aiohttp.ClientSession(
+            "http://runner", connector=aiohttp.UnixConnector(str(tmp_path / "s"))
+        ) as session:
+
+            async def get_session() -> aiohttp.ClientSession:
+                return session
+
+            client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
+            remote = Remote(SimpleNamespace(to_async=client))
+            return [await remote.is_ready() for _ in range(3)]
+
+    assert asyncio.run(probe()) == [False, False, False]
+    (told,) = caplog.records
+    assert told.reason.startswith("the engine cannot be reached: ")  # type: ignore[attr-defined]  # as it was logged

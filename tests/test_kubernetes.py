@@ -67,7 +67,9 @@ def test_both_have_the_same_settings() -> None:
     ):
         ours = {name: value for container in containers for name, value in environment(container).items()}
         defaults = {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
-        theirs = {name: str(value) for name, value in compose_service(*files)["environment"].items()}
+        theirs = {
+            name: str(value) for name, value in compose_service(*files)["environment"].items() if value is not None
+        }
         assert set(ours) | set(theirs) <= set(defaults) | {"BENTOML_HOME", "FORWARDED_ALLOW_IPS"}
         for name in (set(ours) | set(theirs)) - OTHER_VALUES:
             assert ours.get(name, defaults.get(name)) == theirs.get(name, defaults.get(name)), name
@@ -144,7 +146,8 @@ def test_the_cluster_has_the_rules_of_prometheus() -> None:
 
 
 def test_the_cluster_has_no_alert_that_every_canary_would_set_off() -> None:
-    groups = load("deploy/k8s/components/monitoring/prometheus-rule.yaml")["spec"]["groups"]
+    rules = yaml.safe_load_all((K8S / "components/monitoring/prometheus-rule.yaml").read_text())
+    groups = [group for rule in rules for group in rule["spec"]["groups"]]
     alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
     assert "ClassifierDown" in alerts
     assert "ClassifierReplicasLost" not in alerts

@@ -411,6 +411,22 @@ def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:
     assert (options.size, options.batch_size) == (64, 7)
 
 
+def test_what_a_training_does_not_take_over_of_another_is_told(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    story = json.loads((run / RUN).read_text())
+    (run / RUN).write_text(json.dumps({**story, "start": story, "teachers": [story]}))
+    typed = ["photos", "--name", "it", "--out", "it", "--like", str(run)]
+    parse_arguments(typed)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in told] == [
+        f"trained with --{option}, which is not taken over" for option in ("start", "teacher")
+    ]
+    parse_arguments([*typed, "--start", str(run), "--teacher", str(run)])
+    assert not capsys.readouterr().out
+
+
 def test_what_is_neither_run_nor_artifact_is_no_start(toy_folder: Path, tmp_path: Path) -> None:
     common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
     printed = toy.run("train.fit", *common, "--start", tmp_path, code=1)

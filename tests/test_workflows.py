@@ -60,7 +60,7 @@ def test_a_retrained_model_is_trained_and_measured_as_the_shipped_one_was() -> N
     """The recipe that is the default has no corrupted images: the gate would stop such a model, every month."""
     commands = {words[1]: words for step in steps("retrain") if (words := shlex.split(step.get("run", "")))}
     assert list(commands).index("robustness") < list(commands).index("gate")
-    assert commands["train"] == ["make", "train", "TRAIN_FLAGS=--like model/pretrained"]
+    assert commands["train"] == ["make", "train", "TRAIN_FLAGS=--start model/pretrained --like model/pretrained"]
 
 
 @every_workflow

@@ -429,7 +429,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     options = parser.parse_args(arguments)
     given = {name: value for name in asdict(Recipe()) if (value := getattr(options, name)) is not None}
     if options.like:
-        given = read_story(options.like)["recipe"] | given
+        story = read_story(options.like)
+        given = story["recipe"] | given
+        for option, key in (("start", "start"), ("teacher", "teachers")):
+            if key in story and not getattr(options, option):
+                print(f"--like {options.like}: trained with --{option}, which is not taken over")
         options.size = options.size or ModelConfig.load(options.like / CONFIG).input_size[0]
     options.batch_size = given.get("batch_size")
     return options, Recipe(**given)

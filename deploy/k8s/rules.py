@@ -1,4 +1,4 @@
-"""Prints the PrometheusRule that holds the rules of monitoring/prometheus/rules, for `make k8s-rules`.
+"""Prints the PrometheusRules that hold the rules of monitoring/prometheus/rules, for `make k8s-rules`.
 
 Its result is committed, because Argo CD renders what git holds; a test holds the two in step.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 RULES = Path(__file__).parents[2] / "monitoring/prometheus/rules"
-FILES = ("service.yml", "slo.yml", "model.yml", "gpu.yml")
-"""The others are about Nginx, the machine and Prometheus itself, for which a cluster has its own."""
+FILES = {"classifier": ("service.yml", "slo.yml", "model.yml"), "classifier-gpu": ("gpu.yml",)}
+"""Of each PrometheusRule. Those about Nginx, the machine and Prometheus itself are left out: a cluster has its own."""
 LEFT_OUT = {"ClassifierReplicasLost"}
 """Fires when replicas become fewer, as after every canary and by every scaler. A cluster replaces dead pods, and knows
 how many there should be: its own alerts are about those that are missing."""
@@ -30,18 +30,19 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 Dumper.add_representer(str, _text)
 
 
-def prometheus_rule() -> dict[str, Any]:
-    groups = [group for file in FILES for group in yaml.safe_load((RULES / file).read_text())["groups"]]
+def prometheus_rule(name: str) -> dict[str, Any]:
+    groups = [group for file in FILES[name] for group in yaml.safe_load((RULES / file).read_text())["groups"]]
     for group in groups:
         group["rules"] = [rule for rule in group["rules"] if rule.get("alert") not in LEFT_OUT]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
-        "metadata": {"name": "classifier"},
+        "metadata": {"name": name},
         "spec": {"groups": groups},
     }
 
 
 if __name__ == "__main__":
     sys.stdout.write("# Written by `make k8s-rules` from monitoring/prometheus/rules.\n")
-    yaml.dump(prometheus_rule(), sys.stdout, Dumper, sort_keys=False, width=10**6, allow_unicode=True)
+    documents = map(prometheus_rule, FILES)
+    yaml.dump_all(documents, sys.stdout, Dumper, sort_keys=False, width=10**6, allow_unicode=True)

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from http.client import HTTPSConnection
 from pathlib import Path
 
 import pytest
 import requests
 
+from deploy import smoke
 from tests import nginx
 from tests.e2e.stack import program
 from tests.live import free_port
@@ -63,7 +65,7 @@ def configuration(folder: Path, snippets: tuple[str, ...] = ()) -> Path:
     return config / "nginx.conf"
 
 
-def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path) -> None:
+def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a replica that is not there: 502. The server's self-signed certificate is the authority and a caller's too."""
     config, port = configuration(tmp_path, ("mtls",)), free_port()
     nginx.replace(config, "listen 8443 ssl", f"listen 127.0.0.1:{port} ssl")
@@ -86,6 +88,10 @@ def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path) -> None
             reply = requests.request(method, url, cert=certificate, verify=str(mine[0]), timeout=20)
             assert reply.status_code == status, (path, certificate)
             assert reply.json()["error"]["code"] == reply.headers["X-Error-Code"]
+        monkeypatch.setenv("CLIENT_CERTIFICATE", str(mine[0]))
+        monkeypatch.setenv("CLIENT_KEY", str(mine[1]))
+        smoke_asks = HTTPSConnection("localhost", port, timeout=20, context=smoke.tls(tmp_path / "secrets"))
+        assert smoke.ask(smoke_asks, "GET", "/metrics")[0] == 404
     finally:
         server.terminate()
         server.wait()
