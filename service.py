@@ -14,6 +14,7 @@ import gc
 import logging
 import math
 import os
+import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -92,7 +93,7 @@ try:
     if not IS_WORKER:
         # One clear line now instead of a traceback from every worker.
         load_models()[0].reference(runtimes.ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
-    KEYS = Keys(settings.api_keys) if settings.api_keys else None
+    KEYS = Keys(settings.api_keys, is_running=IS_WORKER) if settings.api_keys else None
     USAGE = Usage(settings.usage_file) if KEYS else None
 except (store.StoreError, ArtifactError, ConfigError, EnsembleError, OSError) as error:  # of the disk, too
     asked = f"MODEL={settings.model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
@@ -126,6 +127,8 @@ CONCURRENCY = 1 if settings.workers == "cpu_count" or settings.workers >= CORES 
 batches half as large cost more than that gains."""
 VERIFY_SECONDS = 10.0
 """For the reference images; longer means that the engine hangs."""
+WRONG_SECONDS = 60.0
+"""Between one verification of an engine that answers wrongly and the next."""
 RETRY_SECONDS = 0.5
 """Between one look at a runner that is starting and the next."""
 IDLE_SECONDS = 0.05
@@ -293,6 +296,7 @@ class Classifier:
         self._drift = Drift(self._served.config, self._reference)
         self._verified = False
         self._verifying = asyncio.Lock()
+        self._next_verification = 0.0
         self._host: Host = (
             Remote(self.runner)
             if TOPOLOGY == "runner"
@@ -323,7 +327,11 @@ class Classifier:
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
-        outputs = await self._host.infer(images)
+        try:
+            outputs = await self._host.infer(images)
+        except ApiError:  # the runner is gone
+            self._verified = False
+            raise
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
         if self._verified:  # the reference images are no traffic
             self._drift.see(images)
@@ -341,16 +349,23 @@ class Classifier:
 
     async def __is_ready__(self) -> bool:
         """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""
-        if draining.begun.is_set() or not await self._host.is_ready():
+        if draining.begun.is_set():
+            return False
+        if not await self._host.is_ready():
+            self._verified = False  # what comes in the runner's place proves itself again
             return False
         # One at a time: the first requests wait for the verdict instead of each asking for their own.
         async with self._verifying:
             if self._verified:
                 return True
+            if time.monotonic() < self._next_verification:
+                return False
             try:
                 async with asyncio.timeout(VERIFY_SECONDS):
                     check(await self._reference_outputs(), self._reference, RUNTIME)
             except VerificationError as error:
+                # It will be so at the next request and probe: no reason to tell it, or to compute it, each time.
+                self._next_verification = time.monotonic() + WRONG_SECONDS
                 logger.critical("not ready", extra={"reason": str(error)})
                 return False
             except Exception as error:

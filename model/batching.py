@@ -29,10 +29,12 @@ MEMORY = 0.9
 
 
 class QueueFullError(RuntimeError):
-    """More images wait than the limit; ``retry_after`` is in whole seconds."""
+    """More images wait, or come at once, than the limit; ``retry_after`` is in whole seconds."""
 
-    def __init__(self, waiting: int, limit: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} images are waiting; expected at most {limit}: try again in {retry_after} s")
+    def __init__(self, waiting: int, limit: int, retry_after: int, count: int = 1) -> None:
+        coming = f", and {count} come" if count > 1 else ""
+        message = f"{waiting} images are waiting{coming}; expected at most {limit}: try again in {retry_after} s"
+        super().__init__(message + ", or with fewer at once" * (count > limit))
         self.retry_after = retry_after
 
 
@@ -105,7 +107,7 @@ class Batcher:
         if self.waiting and self._images_per_second:
             limit = int(min(limit, self._rate() * self._max_wait))
         if self.waiting + count > limit:
-            raise QueueFullError(self.waiting, limit, self._retry_after())
+            raise QueueFullError(self.waiting, limit, self._retry_after(), count)
 
     def _withdraw(self, jobs: list[_Job]) -> None:
         """Free the places of what is still waiting when its caller leaves."""

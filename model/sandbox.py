@@ -12,6 +12,7 @@ who waits for about 100 in all): WebP 18 and 36, BMP 5 and 31, GIF 61 and 39, TI
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -93,7 +94,13 @@ class Sandbox:
         with theirs:
             # What native code prints is no log line.
             self._server = subprocess.Popen(
-                self._command, cwd=ROOT, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                self._command,
+                cwd=ROOT,
+                # numpy and OpenCV bring one each, with 90 MB for every processor: soon all that a decoder may have.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
 
     def _fork(self) -> Connection:

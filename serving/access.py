@@ -97,12 +97,22 @@ def _parse(text: str) -> dict[str, Key]:
 
 
 class Keys:
-    """The keys of ``file`` as it now is; a change of it counts a second later. Raises ``AccessError`` at first."""
+    """The keys of ``file`` as it now is; a change of it counts a second later.
 
-    def __init__(self, file: Path) -> None:
+    Raises ``AccessError`` at first, unless the service ``is_running`` already: a worker that is started again must not
+    end of what its fellows pass over. It knows no key until the file is mended.
+    """
+
+    def __init__(self, file: Path, is_running: bool = False) -> None:
         self._file = file
         self._state, self._next_look = _state(file), 0.0
-        self._keys = read(file)
+        self._keys: dict[str, Key] = {}
+        try:
+            self._keys = read(file)
+        except AccessError as error:
+            if not is_running:
+                raise
+            logger.error("no API key is known", extra={"reason": str(error)})
 
     def authorize(self, headers: Headers, path: str) -> tuple[str, Key]:
         """Name and limits of the key that a request for ``path`` has brought; raises ``ApiError`` 401 or 403."""
@@ -204,7 +214,12 @@ def _replace(file: Path, text: str) -> None:
             output.flush()
             os.fsync(output.fileno())
         # Readable by the user that serves, whoever that is: no key can be told from its hash.
-        temporary.chmod(target.stat().st_mode if target.exists() else 0o644)
+        if target.exists():
+            before = target.stat()
+            os.chown(temporary, before.st_uid, before.st_gid)
+            temporary.chmod(before.st_mode)
+        else:
+            temporary.chmod(0o644)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

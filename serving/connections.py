@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any, ClassVar, Protocol
 
+import httptools
 import uvicorn.config
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -22,6 +23,8 @@ from serving.errors import ApiError, outside
 MAX_HEAD_BYTES = 2**16
 """Received one after another without being part of a body: headers, or what follows the last chunk. They are parsed to
 objects of 25 times their size."""
+UPGRADING = frozenset((b"upgrade", b"http2-settings"))
+"""Headers, and options of ``Connection``, of a request for another protocol."""
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
 """Of an idle connection; any time that a timer takes notice of."""
@@ -99,11 +102,40 @@ class Connection(HttpToolsProtocol):
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
             self._expect_more()
         self._head_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse_head()
         elif self._is_incomplete and self._receiving.cancelled():
             self._await_bytes()
+
+    def _feed(self, data: bytes) -> None:
+        """As uvicorn's ``data_received``, but for a request that would change the protocol."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._asks_for_upgrade():
+                self._hear_without_upgrade(data[upgrade.args[0] :])
+            else:
+                self.cycle.keep_alive = False  # CONNECT: what follows is no HTTP
+
+    def _asks_for_upgrade(self) -> bool:
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _hear_without_upgrade(self, rest: bytes) -> None:
+        """Go on with HTTP/1.1, as a server may (RFC 9110, 7.8): the parser would leave off, and the body be lost."""
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(option for option in options if option.lower() not in UPGRADING)
+            if name not in UPGRADING:
+                head.extend((name, b": ", value, b"\r\n"))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._feed(b"".join((*head, b"\r\n", rest)))
 
     def _refuse_head(self) -> None:
         is_head = self._is_incomplete and not self._is_refused
@@ -134,17 +166,16 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
-        """To a WebSocket: never. Such a request is heard without the upgrade (RFC 9110, 7.8)."""
+        """To a WebSocket, nor to anything else."""
         return False
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """It is the client's affair."""
 
     def on_message_begin(self) -> None:
         self._expect_more()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self._asks_for_upgrade():
+            return
         self._expect_nothing()
         if refusal := self._refusal():
             self._is_refused = True
@@ -160,7 +191,7 @@ class Connection(HttpToolsProtocol):
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if not self.door or not is_plain or is_answering or self.flow.write_paused or self.expect_100_continue:
             return None
-        if not self.parser.should_keep_alive() or self.parser.should_upgrade():
+        if not self.parser.should_keep_alive():
             return None
         return self.door(self.url, self.headers)
 
@@ -179,6 +210,8 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._asks_for_upgrade():
+            return
         self._expect_nothing()
         if self._is_refused:
             self._is_refused = False

@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import queue
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -111,7 +112,8 @@ def _mail(settings: Settings) -> logging.Handler:
         settings.smtp_to.split(","),
         "CRITICAL: classifier",
         credentials=(settings.smtp_user, password) if settings.smtp_user else None,
-        secure=() if settings.smtp_user else None,
+        # Neither key nor certificate of ours; those of the server are looked at, which is not the default.
+        secure=(None, None, ssl.create_default_context()) if settings.smtp_user else None,  # type: ignore[arg-type]
         timeout=SMTP_TIMEOUT,
     )
     waiting: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram, values
+from prometheus_client.mmap_dict import MmapedDict
 
 FILES = ("counter", "histogram", "gauge_all", "gauge_livesum", "gauge_livemax")
 """What the client library keeps for each process, as mapped files of these names, its number and ``.db``."""
@@ -16,17 +18,25 @@ RESERVED_BYTES = 2**17
 
 
 def _prepare(folder: Path) -> None:
-    """Reserve this process' files on the disk, and forget the gauges of processes that were killed.
+    """Reserve this process' files on the disk, and forget the gauges of processes that were killed, and zeros.
 
-    The library lets the files grow as they are written to, which on a full disk ends in SIGBUS instead of an error. And
-    the last values of a gauge would stand for ever.
+    The library lets the files grow as they are written to, which on a full disk ends in SIGBUS instead of an error. The
+    last values of a gauge would stand for ever, and what ends again and again in its start would fill the disk.
     """
     for kind in FILES:
         with (folder / f"{kind}_{os.getpid()}.db").open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
-    for gauge in folder.glob("gauge_*.db"):
-        if not Path("/proc", gauge.stem.rpartition("_")[2]).exists():
-            gauge.unlink(missing_ok=True)
+    for left in folder.glob("*_*.db"):
+        is_dead = not Path("/proc", left.stem.rpartition("_")[2]).exists()
+        if is_dead and (left.name.startswith("gauge_") or not _has_counted(left)):
+            left.unlink(missing_ok=True)
+
+
+def _has_counted(file: Path) -> bool:
+    with suppress(FileNotFoundError):  # another worker starts too
+        values = MmapedDict.read_all_values_from_file(file)  # type: ignore[no-untyped-call]
+        return any(value for _, value, *_ in values)
+    return False
 
 
 if _folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # a worker, and no value of it exists yet

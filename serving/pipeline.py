@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from model import explain
 from model.batching import Batcher
 from model.classifier import Classifier, Scores
-from model.preprocess import Header, Pixels, inspect, read_header, render
+from model.preprocess import Header, ImageError, Pixels, inspect, read_header, render
 from model.sandbox import DecoderError, Sandbox
 from serving import metrics, visits
 from serving.context import client_waits
@@ -57,10 +57,12 @@ class Pipeline:
         stages = metrics.Stages()
         with stages.timed("read"):
             data = await read_image(request, self._settings)
+            header = self._inspect(data)
         self._infer.admit(1)
+        self._admit_decoding([data], [header])
         await visits.admit([data])
         with stages.timed("decode"):
-            image = await self._decode(data)
+            image = await self._decode(data, header)
         prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
         visits.judge([data], [prediction])
         with stages.timed("reply"):
@@ -73,12 +75,12 @@ class Pipeline:
         stages = metrics.Stages()
         with stages.timed("read"):
             items = await read_images(request, self._settings)
-        self._infer.admit(len(items))  # before a key is charged, and anything decoded
-        if any(isinstance(item, bytes) and len(item) >= LARGE_BYTES for item in items):
-            self._decoding.admit()
+            headers = [self._inspect(item) for item in items]
+        self._infer.admit(len(items))
+        self._admit_decoding(items, headers)
         await visits.admit(items)
         with stages.timed("decode"):
-            decoded = [await self._attempt(item) for item in items]
+            decoded = [await self._attempt(*pair) for pair in zip(items, headers, strict=True)]
         images = [image for image in decoded if not isinstance(image, ApiError)]
         predictions = iter(self._classifier.predict(await self._scores(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
@@ -94,15 +96,21 @@ class Pipeline:
         """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
         options = read_options(request)
         stages = metrics.Stages()
-        data = await read_image(request, self._settings)
+        with stages.timed("read"):
+            data = await read_image(request, self._settings)
+            header = self._inspect(data)
         self._infer.admit(1)
         self._evidence.admit(explain.VIEWS)
+        self._admit_decoding([data], [header])
         await visits.admit([data])
-        image = await self._decode(data)
+        with stages.timed("decode"):
+            image = await self._decode(data, header)
         prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
         visits.judge([data], [prediction])
-        evidence = await self._evidence(explain.views(image), client_waits())
-        heat = explain.evidence_map(evidence, prediction.class_index, self._size, self._classifier.config.stride)
+        views = await asyncio.to_thread(explain.views, image)
+        evidence = await self._evidence(views, client_waits())
+        stride = self._classifier.config.stride
+        heat = await asyncio.to_thread(explain.evidence_map, evidence, prediction.class_index, self._size, stride)
         reply = self._replies(prediction, options)  # which counts the verdict, for a picture of it too
         if JSON in request.headers.get("accept", ""):
             reply["evidence"] = heat.astype(float).round(6).tolist()
@@ -119,12 +127,25 @@ class Pipeline:
                 metrics.QUEUE_IMAGES.set(self._infer.waiting)
                 raise
 
-    async def _decode(self, data: bytes, is_admitted: bool = False) -> Pixels:
-        header = inspect(data, self._settings.max_pixels)
-        if _is_harmless(data, header):
-            return render(data, header, self._size)
-        if not is_admitted:
+    def _inspect(self, item: Item) -> Header | ApiError:
+        """What an image says of itself, or what is wrong with it."""
+        if isinstance(item, ApiError):
+            return item
+        try:
+            return inspect(item, self._settings.max_pixels)
+        except ImageError as error:
+            return from_exception(error)
+
+    def _admit_decoding(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
+        """Refuse a request whose images would wait too long for a decoder, before a key is charged for them."""
+        if not all(map(_is_decoded_here, items, headers)):
             self._decoding.admit()
+
+    async def _decode(self, data: bytes, header: Header | ApiError) -> Pixels:
+        if isinstance(header, ApiError):
+            raise header
+        if _is_decoded_here(data, header):
+            return render(data, header, self._size)
         return await self._contained(self._sandbox.render, data, self._size)
 
     async def _contained(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
@@ -137,16 +158,19 @@ class Pipeline:
             )
             raise
 
-    async def _attempt(self, item: Item) -> Pixels | ApiError:
+    async def _attempt(self, item: Item, header: Header | ApiError) -> Pixels | ApiError:
         """One image of a batch, or what is wrong with it: it fails alone."""
         if isinstance(item, bytes):
             try:
-                return await self._decode(item, is_admitted=True)  # with its request
-            except ValueError as error:
+                return await self._decode(item, header)
+            except (ValueError, ApiError) as error:
                 item = from_exception(error)
         metrics.REJECTED.labels(item.code).inc()
         return item
 
 
-def _is_harmless(data: bytes, header: Header) -> bool:
-    return header.is_plain and len(data) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS
+def _is_decoded_here(item: Item, header: Header | ApiError) -> bool:
+    """Whether an image is harmless and small; one that is no image needs no decoder either."""
+    if isinstance(item, ApiError) or isinstance(header, ApiError):
+        return True
+    return header.is_plain and len(item) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import tempfile
@@ -27,6 +28,7 @@ WORKERS = "service"
 
 class Supervisor(circus.Arbiter):
     def __init__(self, watchers: list[Watcher], **options: Any) -> None:
+        self._end: asyncio.Task[None] | None = None
         for watcher in watchers:
             watcher.respawn = True
         folder = tempfile.mkdtemp(prefix="classifier-")
@@ -40,6 +42,14 @@ class Supervisor(circus.Arbiter):
             return super().manage_watchers()
 
     def stop(self) -> Any:
+        if self._end is None:
+            self._end = asyncio.ensure_future(self._stop())
+        return self._end
+
+    async def _stop(self) -> None:
+        # A signal in mid-start would be lost otherwise: circus does one thing at a time, and refuses others.
+        while self._exclusive_running_command:  # noqa: ASYNC110  # it has no event for the end of it
+            await asyncio.sleep(CHECK_SECONDS / 10)
         self.sockets[API_SERVER_NAME].close()
         (workers,) = (watcher for watcher in self.watchers if watcher.name == WORKERS)
         runners = [watcher for watcher in self.watchers if watcher is not workers]
@@ -47,9 +57,8 @@ class Supervisor(circus.Arbiter):
             runner.hooks["before_signal"] = _hold
         workers.hooks["after_stop"] = lambda **_: _release(runners)
         # Not BentoML's own, which begins by removing the runner's socket.
-        stopped = Arbiter.stop(self)
-        stopped.add_done_callback(lambda _: self.exit_stack.close())
-        return stopped
+        await Arbiter.stop(self)
+        self.exit_stack.close()
 
 
 def _hold(**_: Any) -> bool:

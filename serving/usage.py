@@ -41,6 +41,10 @@ class Account(NamedTuple):
     day: int = 0
     images: int = 0
 
+    def set_back(self, now: float) -> Account:
+        """The account by a clock that was set back to ``now``: until it is as late again nothing would be filled."""
+        return self._replace(updated=min(self.updated, now))
+
     def charge(self, key: Key, images: int, now: float) -> Account:
         """The account after ``images`` more at the time ``now``; raises ``ApiError`` when the key has not that many."""
         day = int(now // DAY_SECONDS)
@@ -63,7 +67,7 @@ class Account(NamedTuple):
             return math.inf
         rate = key.images_per_second
         full = max(1.0, rate)
-        tokens = min(full, self.tokens + max(0.0, now - self.updated) * rate)  # the clock may have been set back
+        tokens = min(full, self.tokens + max(0.0, now - self.updated) * rate)
         wanted = min(images, full)
         if tokens < wanted:
             message = f"more than {rate:g} images a second were sent"
@@ -104,11 +108,21 @@ class Usage:
             self._complaints.error("API keys are not limited", reason=str(error))
 
     def _charge(self, name: str, key: Key, images: int) -> None:
+        refusal = None
         with self._database as database:
             database.execute("BEGIN IMMEDIATE")
             row = database.execute("SELECT tokens, updated, day, images FROM usage WHERE name = ?", (name,)).fetchone()
-            account = (Account(*row) if row else Account()).charge(key, images, time.time())
-            database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
+            now = time.time()
+            before = Account(*row) if row else Account()
+            account = before.set_back(now)
+            try:
+                account = account.charge(key, images, now)
+            except ApiError as error:
+                refusal = error
+            if account != before:
+                database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
+        if refusal:
+            raise refusal
 
 
 def _refusal(code: str, message: str, seconds: float) -> ApiError:

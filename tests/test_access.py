@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 import subprocess
 import time
 from collections import Counter
@@ -15,8 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+from starlette.datastructures import Headers
 
 from serving import access
+from serving.errors import ApiError
 from tests import toy
 from tests.live import LOG, command, encode, environment, free_port, picture, samples, serve, total
 
@@ -207,6 +211,21 @@ def test_a_file_that_breaks_changes_nothing_and_is_logged(guarded: Guarded) -> N
     until(guarded.url, guarded.keys["other"], 200)
 
 
+def test_what_would_wait_too_long_for_a_decoder_is_not_charged(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key = access.add(file, "alice", images_per_day=1000)
+    large = encode(picture(height=3000, width=4000), "JPEG", progressive=True)
+    with serve("embedded", tmp_path, API_KEYS=file, WORKERS=1, MAX_WAIT=0.01) as url, ThreadPoolExecutor(16) as pool:
+
+        def ask(_: int) -> int:
+            headers = {"X-API-Key": key, "Content-Type": "image/jpeg"}
+            return requests.post(f"{url}/classify", large, headers=headers, timeout=60).status_code
+
+        statuses = Counter([ask(0), *pool.map(ask, range(15))])
+        assert statuses.keys() == {200, 429}
+        assert total(samples(url), "classifier_key_images_total") == statuses[200]
+
+
 # --- the file ---
 
 
@@ -290,6 +309,30 @@ def test_the_command_adds_lists_and_removes(tmp_path: Path) -> None:
     toy.run("serving.access", "remove", "bob", file)
     assert access.read(file) == {}
     assert [path.name for path in tmp_path.iterdir()] == ["keys.toml"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_the_file_stays_that_of_who_serves(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    access.add(file, "alice")
+    os.chown(file, 1034, 1034)
+    file.chmod(0o600)
+    access.add(file, "bob")
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (1034, 1034, 0o600)
+
+
+def test_a_worker_that_is_started_again_survives_a_broken_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key = access.add(file, "alice")
+    good = file.read_text()
+    file.write_text("[bob")
+    keys = access.Keys(file, is_running=True)
+    with pytest.raises(ApiError, match="no known API key"):
+        keys.authorize(Headers({"x-api-key": key}), "/classify")
+    replace(file, good)
+    keys._next_look = 0.0
+    assert keys.authorize(Headers({"x-api-key": key}), "/classify")[0] == "alice"
 
 
 def test_a_bad_limit_or_name_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -312,6 +312,23 @@ def test_no_connection_becomes_a_websocket() -> None:
         assert (response.status, response.read()) == (200, b"abcdefg")
 
 
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+@pytest.mark.parametrize("pause", [0.0, 0.1], ids=["at once", "in parts"])
+def test_who_asks_for_another_protocol_is_heard_in_this_one(method: bytes, pause: float) -> None:
+    """With its body, of which nothing is taken for a request."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    body = b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n"
+    length = f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        for part in (method + b" /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + length, body, body):
+            client.sendall(part)
+            time.sleep(pause)
+        received = b""
+        while more := client.recv(2**16):  # until the connection has been idle for too long
+            received += more
+        assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200 OK") == received.count(b"abcdefg") == 2
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
     with serving(loop) as port, requests.Session() as session:

@@ -171,6 +171,14 @@ def test_gauges_of_the_dead_do_not_count_but_what_they_counted_does(tmp_path: Pa
         assert f'classifier_rejected_total{{reason="internal"}} {lives}.0' in text
 
 
+def test_what_ends_in_its_start_leaves_no_files(tmp_path: Path) -> None:
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for _ in range(3):
+        ends = "import os; from serving import metrics; os._exit(1)"
+        assert subprocess.run([sys.executable, "-c", ends], cwd=REPOSITORY, env=env).returncode == 1
+    assert len({file.stem.rpartition("_")[2] for file in tmp_path.glob("*.db")}) == 1
+
+
 def test_metrics_reserve_their_place_on_the_disk(tmp_path: Path) -> None:
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, check=True, capture_output=True)

@@ -224,6 +224,17 @@ def test_json_of_many_values_is_refused_before_they_are_objects(value: str, batc
     assert most < 50_000
 
 
+def test_white_space_in_base64_takes_no_memory_of_its_own() -> None:
+    """A string for each of millions of pieces would take twenty times the body."""
+    body = b'{"image": "%s"}' % (b"AAAA " * 3_900)
+    assert refused(JSON, body) == TOO_LARGE  # what is imported with the first
+    tracemalloc.start()
+    assert refused(JSON, body) == TOO_LARGE
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5 * len(body)
+
+
 @pytest.mark.parametrize(("content_type", "limit"), [("image/png", 4_096), (FORM, 20_000), (JSON, 20_000)])
 def test_reading_stops_at_the_limit(content_type: str, limit: int) -> None:
     body = Endless()

@@ -18,6 +18,7 @@ import numpy as np
 import orjson
 import pytest
 import requests
+from PIL import Image
 from starlette.requests import Request
 from starlette.types import Message
 
@@ -27,7 +28,7 @@ from model.batching import Batcher
 from model.classifier import Classifier, Scores
 from model.decoder import MEMORY
 from model.headers import FORMATS, ImageError, UnsupportedFormatError
-from model.preprocess import Pixels, preprocess, read_header, shrink
+from model.preprocess import MAX_PIXELS, Pixels, preprocess, read_header, shrink
 from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import metrics
@@ -113,6 +114,19 @@ def test_a_decoder_has_a_limit_on_its_memory(sandbox: Sandbox) -> None:
     )
     assert limits["data size"] == str(MEMORY)
     assert limits["core file size"] == "0"
+
+
+def test_the_libraries_leave_a_decoder_its_memory_however_many_processors_there_are(sandbox: Sandbox) -> None:
+    """Each thread of OpenBLAS, one for every processor, is 90 MB of the limit; on two processors 242 MB in all."""
+    sandbox.render(WEBP, SIZE)
+    _, decoder = family(sandbox._server.pid)
+    (kilobytes,) = re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{decoder}/status").read_text(), re.MULTILINE)
+    assert int(kilobytes) * 1024 < MEMORY / 4
+
+
+def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox) -> None:
+    side = int(MAX_PIXELS**0.5)
+    assert sandbox.render(encode(Image.new("RGB", (side, side))), SIZE).shape == (*SIZE, 3)
 
 
 @pytest.fixture

@@ -780,7 +780,7 @@ def test_a_finished_request_leaves_nothing_behind(server: Server) -> None:
 
 
 @pytest.mark.parametrize("topology", ["embedded", "runner"])
-def test_an_engine_that_answers_wrongly_is_never_ready_and_says_so_once_a_probe(topology: str, tmp_path: Path) -> None:
+def test_an_engine_that_answers_wrongly_is_never_ready_and_says_so_once(topology: str, tmp_path: Path) -> None:
     """As on a processor whose arithmetic is another: here it is the reference outputs that are another's."""
     path = shutil.copytree(ARTIFACT.path, tmp_path / "artifact")
     for suffix in ("", QUANTISED):
@@ -803,8 +803,9 @@ def test_an_engine_that_answers_wrongly_is_never_ready_and_says_so_once_a_probe(
         )
 
     with running(command(port), env, log, has_said_so):
-        assert_error(post_raw(url), 503, "not_ready")
+        for _ in range(5):
+            assert_error(post_raw(url), 503, "not_ready")
         assert requests.get(f"{url}/livez", timeout=5).status_code == 200
     lines = log.read_text()
     assert "Traceback" not in lines
-    assert '"level": "CRITICAL"' in lines or '"level":"CRITICAL"' in lines
+    assert len(re.findall('"level": ?"CRITICAL"', lines)) == 1

@@ -68,6 +68,19 @@ def test_a_clock_set_back_gives_nothing_and_blocks_nobody() -> None:
     assert account.charge(limits, 1, NOON - 3598)
 
 
+def test_who_is_refused_after_a_clock_was_set_back_is_so_for_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, limits, now = Usage(tmp_path / "usage.sqlite"), key(images_per_second=1), NOON
+    monkeypatch.setattr("time.time", lambda: now)
+    asyncio.run(usage.charge("a", limits, 1))
+    now -= 3600
+    with pytest.raises(ApiError, match="a second"):
+        asyncio.run(usage.charge("a", limits, 1))
+    now += 1.1
+    asyncio.run(usage.charge("a", limits, 1))
+
+
 def test_a_quota_is_for_a_day_by_utc() -> None:
     limits = key(images_per_day=100)
     account = Account().charge(limits, 60, NOON).charge(limits, 40, NOON + 1)
