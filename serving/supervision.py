@@ -3,19 +3,25 @@
 - It looks for dead workers every 10 s, and in a container replaces none until all are dead: here, within a second.
 - Told to stop, it stops the runner together with the workers that still ask it: here, the runner goes last.
 - Meanwhile it keeps a port open on which nobody accepts: here, a proxy is refused at once and turns to another replica.
+- A second server with the same home empties the metrics of the first: here, each has a folder of its own.
 - Any user of the machine may command it, over a TCP port: here, over a socket in a private folder.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import signal
+import sys
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from _bentoml_impl.server.serving import API_SERVER_NAME
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils import circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
@@ -34,7 +40,17 @@ class Supervisor(circus.Arbiter):
         folder = tempfile.mkdtemp(prefix="classifier-")
         endpoints = {name: f"ipc://{folder}/{name}" for name in ("endpoint", "pubsub_endpoint")}
         super().__init__(watchers, **{**options, **endpoints, "check_delay": CHECK_SECONDS})
-        self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for mine in (folder, _metrics_folder()):
+            self.exit_stack.callback(shutil.rmtree, mine, ignore_errors=True)
+
+    def start(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().start(*arguments, **options)
+        except OSError as error:
+            self.exit_stack.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+            sys.exit(f"error: port {self.sockets[API_SERVER_NAME].port} is in use; expected a free one")
 
     def manage_watchers(self) -> Any:
         """Look for dead workers; not while it is at something else, such as a start that takes longer than that."""
@@ -73,6 +89,14 @@ def _release(runners: list[Watcher]) -> None:
             runner.send_signal(pid, signal.SIGTERM)
 
 
+def _metrics_folder() -> Path:
+    return Path(BentoMLContainer.bentoml_home.get(), "prometheus_multiproc_dir", str(os.getpid()))
+
+
 def install() -> None:
-    """Let ``bentoml serve`` in this process, which has not started any worker yet, use ``Supervisor``."""
+    """Let ``bentoml serve`` in this process, which has not started any worker yet, use ``Supervisor``.
+
+    BentoML empties the folder of the metrics at its start: that of each server is its own.
+    """
+    BentoMLContainer.prometheus_multiproc_dir.set(str(_metrics_folder()))
     circus.Arbiter = Supervisor  # type: ignore[misc]  # the name under which BentoML looks it up

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.live import LOG, REPOSITORY, STOP_SECONDS, command, environment, family, free_port
+from tests.live import LOG, REPOSITORY, STOP_SECONDS, command, environment, family, free_port, samples, serve
 
 LOOK_IN_MID_START = """
 from circus.arbiter import Arbiter
@@ -41,3 +41,18 @@ def test_a_service_that_is_told_to_stop_in_mid_start_stops(tmp_path: Path) -> No
     server.send_signal(signal.SIGTERM)
     server.wait(STOP_SECONDS)
     assert "Traceback" not in (tmp_path / LOG).read_text()
+
+
+def test_a_port_in_use_is_one_clear_line_and_nothing_to_the_server_there(tmp_path: Path) -> None:
+    with serve("embedded", tmp_path, WORKERS=1) as url:
+        port = int(url.rpartition(":")[2])
+        before = samples(url)
+        second = subprocess.run(
+            command(port), cwd=REPOSITORY, env=environment(tmp_path), capture_output=True, text=True, timeout=60
+        )
+        assert second.returncode == 1
+        assert second.stderr.splitlines()[-1] == f"error: port {port} is in use; expected a free one"
+        assert "Traceback" not in second.stderr
+        assert {name for name in before if name.startswith("classifier_")} <= samples(url).keys()
+        (folder,) = (path for path in (tmp_path / "prometheus_multiproc_dir").iterdir() if path.is_dir())
+    assert not folder.exists()
