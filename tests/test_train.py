@@ -12,7 +12,6 @@ import sys
 import tarfile
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +223,7 @@ class TestAugmentation:
         recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1.5, low_res=0)
         plain, zoomed = (
             next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0))).views.numpy()
-            for r in (replace(recipe, zoom=1.0), recipe)
+            for r in (recipe.model_copy(update={"zoom": 1.0}), recipe)
         )
         chosen = np.arange(len(plain)) // 4 % 2 == 0  # by fours, so that each kind of corruption meets both
         assert (plain[~chosen] == zoomed[~chosen]).all()
@@ -242,7 +241,7 @@ class TestAugmentation:
         recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1, low_res=0)
         plain, corrupted = (
             next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0)))
-            for r in (recipe, replace(recipe, corrupt=1.0))
+            for r in (recipe, recipe.model_copy(update={"corrupt": 1.0}))
         )
         assert (corrupted.images == plain.images).all()
         changed = (corrupted.views != plain.images).flatten(1).any(dim=1)
@@ -311,6 +310,46 @@ def test_wrong_options_are_one_clear_line_before_the_data_is_read(
     options = ("--name", "toy", "--out", tmp_path / "run", option, value)
     printed = toy.run("train.fit", tmp_path / "no-such-source", *options, code=1)
     assert printed.startswith(f"error: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("lr", -1.0),
+        ("momentum", 1.0),
+        ("warmup", 2.0),
+        ("label_smoothing", 2.0),
+        ("translate", 2.0),
+        ("cutout", 2.0),
+        ("zoom", -1.0),
+        ("corrupt", -1.0),
+        ("distill", 5.0),
+        ("distill_temperature", 0.0),
+        ("lr", float("nan")),
+    ],
+)
+def test_a_hyperparameter_out_of_bounds_is_one_clear_line(
+    name: str, value: float, toy_run: Path, tmp_path: Path
+) -> None:
+    """Typed, or on record in the run that another is trained like."""
+    flag, typed = "--" + name.replace("_", "-"), ["photos", "--name", "it", "--out", "it"]
+    with pytest.raises(data.DataError, match=f"^{flag} {value}: Input should be"):
+        parse_arguments([*typed, flag, str(value)])
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    story = json.loads((run / RUN).read_text())
+    (run / RUN).write_text(json.dumps({**story, "recipe": {**story["recipe"], name: value}}))
+    with pytest.raises(data.DataError, match=f"{run}: {flag} {value}: Input should be"):
+        parse_arguments([*typed, "--like", str(run)])
+
+
+def test_help_tells_what_each_hyperparameter_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, field in Recipe.model_fields.items():
+        assert f"{field.description} (default: {field.default})" in told, name
 
 
 def test_muon_keeps_its_momentum_where_it_is() -> None:
@@ -407,7 +446,7 @@ def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:
     assert recipe == Recipe(**json.loads((toy_run / RUN).read_text())["recipe"]) != Recipe()
     assert (options.size, options.batch_size) == (toy.SIDE, recipe.batch_size)
     options, other = parse_arguments([*typed, "--epochs", "99", "--size", "64", "--batch-size", "7"])
-    assert other == replace(recipe, epochs=99, batch_size=7)
+    assert other == recipe.model_copy(update={"epochs": 99, "batch_size": 7})
     assert (options.size, options.batch_size) == (64, 7)
 
 

@@ -24,7 +24,6 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,13 +44,13 @@ from train.check import check, print_findings
 from train.data import MIN_SIDE, Data, DataError, Split, load
 from train.muon import Muon
 from train.parallel import Group, join
-from train.recipe import Recipe
+from train.recipe import DEFAULTS, Recipe
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
-BATCH_PIXELS = Recipe.batch_size * 64 * 64
+BATCH_PIXELS = DEFAULTS.batch_size * 64 * 64
 """Of a batch whose size is not asked for: the default network takes about 3 GB for them."""
 EPOCH_STEPS = 20
 """Fewest, where the size of a batch is not asked for and allows it: an epoch of one step teaches little."""
@@ -68,7 +67,7 @@ def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
 
 def choose_batch_size(images: int, size: tuple[int, int]) -> int:
     """For so many training images of ``size`` (height, width)."""
-    return max(SMALLEST_BATCH, min(Recipe.batch_size, BATCH_PIXELS // (size[0] * size[1]), images // EPOCH_STEPS))
+    return max(SMALLEST_BATCH, min(DEFAULTS.batch_size, BATCH_PIXELS // (size[0] * size[1]), images // EPOCH_STEPS))
 
 
 def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
@@ -101,8 +100,7 @@ def _config(
             }
         )
     except ValidationError as error:
-        wrong = error.errors()[0]
-        raise DataError(f"--{wrong['loc'][0]} {wrong['input']!r}: {wrong['msg']}") from error
+        raise _wrong_flag(error) from error
 
 
 @torch.no_grad()
@@ -280,7 +278,7 @@ class Fit:
             if "momentum_buffer" in state:
                 tensors[f"momentum.{name}"] = state["momentum_buffer"]
         position = {
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.model_dump(),
             "epochs_done": self.epochs_done,
             "data_sha256": self.data_sha256,
             "learned_from": self.learned_from,
@@ -348,8 +346,8 @@ class Fit:
         with safe_open(path, "pt") as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
-        if position["recipe"] != asdict(self.recipe):
-            raise DataError(f"{path}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}")
+        if position["recipe"] != self.recipe.model_dump():
+            raise DataError(f"{path}: its recipe is {position['recipe']}; expected {self.recipe.model_dump()}")
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{path}: was trained on other data than {self.data.source}")
         for option, given in self.learned_from.items():
@@ -394,7 +392,7 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
         "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
-        "recipe": asdict(fit.recipe),
+        "recipe": fit.recipe.model_dump(),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
         "device": torch.cuda.get_device_name()
         if fit.device.type == "cuda"
@@ -424,19 +422,40 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
         metavar="RUN",
         help="size and hyperparameters of a run or an artifact, but for other flags",
     )
-    for name, default in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default))
+    for name, default in DEFAULTS.model_dump().items():
+        about = Recipe.model_fields[name].description
+        parser.add_argument(_flag(name), type=type(default), help=f"{about} (default: {default})".replace("%", "%%"))
     options = parser.parse_args(arguments)
-    given = {name: value for name in asdict(Recipe()) if (value := getattr(options, name)) is not None}
+    given = {name: value for name in Recipe.model_fields if (value := getattr(options, name)) is not None}
+    recipe = read_recipe(given)
     if options.like:
         story = read_story(options.like)
         given = story["recipe"] | given
+        recipe = read_recipe(given, f"{options.like}: ")
         for option, key in (("start", "start"), ("teacher", "teachers")):
             if key in story and not getattr(options, option):
                 print(f"--like {options.like}: trained with --{option}, which is not taken over")
         options.size = options.size or ModelConfig.load(options.like / CONFIG).input_size[0]
     options.batch_size = given.get("batch_size")
-    return options, Recipe(**given)
+    return options, recipe
+
+
+def read_recipe(given: dict[str, Any], where: str = "") -> Recipe:
+    """The recipe of these hyperparameters; raises ``DataError`` naming ``where``, the flag, its value and its bound."""
+    try:
+        return Recipe(**given)
+    except ValidationError as error:
+        raise _wrong_flag(error, where) from error
+
+
+def _wrong_flag(error: ValidationError, where: str = "") -> DataError:
+    """One line for the first value that is wrong."""
+    wrong = error.errors()[0]
+    return DataError(f"{where}{_flag(str(wrong['loc'][0]))} {wrong['input']!r}: {wrong['msg']}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
@@ -461,7 +480,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     findings = check(data)
     print_findings(findings)
     if options.batch_size is None:
-        recipe = replace(recipe, batch_size=choose_batch_size(len(data.train), data.input_size))
+        recipe = recipe.model_copy(update={"batch_size": choose_batch_size(len(data.train), data.input_size)})
     config = build_config(options.name, data, recipe)
     fit = Fit(config, data, recipe, options.out, device, group)
     if start:
