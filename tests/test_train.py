@@ -18,18 +18,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from model.artifact import Artifact
-from model.preprocess import MAX_PIXELS, preprocess
+from model.artifact import Artifact, Outputs
+from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from train import data
 from train.augment import Augmented
-from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
-from train.export import BANK_IMAGES, ParityError, fit_temperature, load_run, parity, spread
+from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error, run_runtime
+from train.export import BANK_IMAGES, Calibration, ParityError, fit_temperature, load_run, parity, spread
 from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size, parse_arguments
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
+from train.robustness import corrupted
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +388,55 @@ def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, to
     assert [epoch["epoch"] for epoch in resumed] == [1, 2, 3, 4, 5, 6]
     assert resumed[-1]["loss"] == pytest.approx(whole[-1]["loss"], abs=0.05)
     assert resumed[-1]["val_accuracy"] == pytest.approx(whole[-1]["val_accuracy"], abs=0.1)
+
+
+def test_a_kill_in_validation_costs_no_epoch(
+    loaded: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(epochs=2, batch_size=32, widths="8,32", depth=2)
+
+    def begin() -> Fit:
+        return Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+
+    def run_out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    killed, resumed, whole = begin(), begin(), begin()
+    with monkeypatch.context() as patch:
+        patch.setattr("train.fit.count_hits", run_out_of_memory)
+        with pytest.raises(MemoryError):
+            killed.run(tqdm(disable=True))
+    resumed.resume()
+    assert resumed.epochs_done == 1
+    resumed.run(tqdm(disable=True))
+    whole.run(tqdm(disable=True))
+    for epoch, expected in zip(resumed.history, whole.history, strict=True):
+        for figure in ("epoch", "loss", "train_accuracy", "val_accuracy"):
+            assert epoch[figure] == pytest.approx(expected[figure], abs=0.05)
+
+
+def test_large_images_are_judged_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [data.batch_of((side, side), 100) for side in (24, 224, 4000)] == [100, 41, 1]
+    seen: list[int] = []
+    images = np.zeros((50, 224, 224, 3), np.uint8)
+
+    class Counts:
+        name = "counts"
+
+        def __call__(self, batch: Pixels) -> Outputs:
+            seen.append(len(batch))
+            return np.zeros((len(batch), 3), np.float32)
+
+        def evidence(self, batch: Pixels) -> Outputs:
+            raise NotImplementedError
+
+    run_runtime(Counts(), images)
+    calibration = Calibration(images)
+    while batch := calibration.get_next():
+        seen.append(len(batch["images"]))
+    monkeypatch.setattr("train.robustness.corrupt", lambda batch, *_: (seen.append(len(batch)), batch)[1])
+    corrupted(images, "fog", 1)
+    assert seen == [41, 9, 25, 25, 41, 9]
 
 
 def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from model.network import ConvNet
 from train import command
 from train.augment import Augmented, Batch
 from train.check import check, print_findings
-from train.data import MIN_SIDE, Data, DataError, Split, load
+from train.data import MIN_SIDE, Data, DataError, Split, batch_of, load
 from train.muon import Muon
 from train.parallel import Group, join
 from train.recipe import DEFAULTS, Recipe
@@ -50,8 +50,7 @@ CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
-BATCH_PIXELS = DEFAULTS.batch_size * 64 * 64
-"""Of a batch whose size is not asked for: the default network takes about 3 GB for them."""
+VALIDATION_BATCH = 500
 EPOCH_STEPS = 20
 """Fewest, where the size of a batch is not asked for and allows it: an epoch of one step teaches little."""
 SMALLEST_BATCH = 16
@@ -67,7 +66,7 @@ def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
 
 def choose_batch_size(images: int, size: tuple[int, int]) -> int:
     """For so many training images of ``size`` (height, width)."""
-    return max(SMALLEST_BATCH, min(DEFAULTS.batch_size, BATCH_PIXELS // (size[0] * size[1]), images // EPOCH_STEPS))
+    return max(SMALLEST_BATCH, min(batch_of(size, DEFAULTS.batch_size), images // EPOCH_STEPS))
 
 
 def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
@@ -104,10 +103,11 @@ def _config(
 
 
 @torch.no_grad()
-def count_hits(network: ConvNet, split: Split, device: torch.device, batch_size: int = 500) -> Tensor:
+def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
     """How many images of ``split`` ``network`` gets right, evaluated as it was trained (mixed precision)."""
     network.eval()
     hits = torch.zeros((), device=device)
+    batch_size = batch_of(split.images.shape[1:3], VALIDATION_BATCH)
     for start in range(0, len(split), batch_size):
         images = torch.from_numpy(split.images[start : start + batch_size]).to(device)
         labels = torch.from_numpy(split.labels[start : start + batch_size]).to(device)
@@ -185,6 +185,7 @@ class Fit:
 
     def run(self, progress: tqdm[Any]) -> None:
         """Train to the last epoch, a checkpoint after each."""
+        self.validate()  # the epoch that a kill kept from it
         while self.epochs_done < self.recipe.epochs:
             started = time.perf_counter()
             loss, hits = self._epoch(progress)
@@ -195,12 +196,13 @@ class Fit:
                     "epoch": self.epochs_done,
                     "loss": round(loss, 4),
                     "train_accuracy": round(hits, 4),
-                    "val_accuracy": round(self._validate(), 4),
                     "images_per_s": round(len(self.data.train) / seconds, 1),
                     "seconds": round(seconds, 1),
                 }
             )
+            # Before it is validated: a kill meanwhile, for memory, costs no epoch.
             self.save()
+            self.validate()
             progress.write("  ".join(f"{key} {value:g}" for key, value in self.history[-1].items()))
 
     def _epoch(self, progress: tqdm[Any]) -> tuple[float, float]:
@@ -264,12 +266,16 @@ class Fit:
         for buffer in statistics:
             buffer /= self.group.size
 
-    def _validate(self) -> float:
+    def validate(self) -> None:
+        """Complete what the history tells of the last epoch, unless it is complete, and write the checkpoint."""
+        if not self.history or "val_accuracy" in self.history[-1]:
+            return
         split = self.data.val
         share = self.group.share(len(split))
         hits = count_hits(self.network, Split(split.images[share], split.labels[share]), self.device)
         self.group.add_up([hits])
-        return float(hits) / len(split)
+        self.history[-1]["val_accuracy"] = round(float(hits) / len(split), 4)
+        self.save()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds: the tensors, and the position in the schedule."""

@@ -26,7 +26,7 @@ from model.preprocess import ImageError, Pixels, preprocess
 from model.runtimes import ONNX_INT8, RUNTIMES, Runtime, create
 from train import command
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import DataError, Split, load, read_files, stratified
+from train.data import DataError, Split, batch_of, load, read_files, stratified
 from train.evaluate import Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
 
 IMAGES = 2000
@@ -47,8 +47,9 @@ def sample(split: Split, images: int) -> Split:
 def corrupted(images: Pixels, name: str, severity: int) -> Pixels:
     """``corrupt`` in batches, for memory, with random numbers that depend on the corruption and its severity alone."""
     rng = np.random.default_rng([SEED, list(CORRUPTIONS).index(name), severity])
+    batch = batch_of(images.shape[1:3], BATCH)
     return np.concatenate(
-        [corrupt(images[start : start + BATCH], name, severity, rng) for start in range(0, len(images), BATCH)]
+        [corrupt(images[start : start + batch], name, severity, rng) for start in range(0, len(images), batch)]
     )
 
 
