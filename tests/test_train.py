@@ -27,7 +27,17 @@ from train import data
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error, run_runtime
 from train.export import BANK_IMAGES, Calibration, ParityError, fit_temperature, load_run, parity, spread
-from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size, parse_arguments
+from train.fit import (
+    CHECKPOINT,
+    RUN,
+    Fit,
+    Trained,
+    build_config,
+    choose_batch_size,
+    parse_arguments,
+    read_story,
+    read_weights,
+)
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
@@ -534,6 +544,14 @@ def test_an_unfinished_run_is_refused_before_the_first_epoch(
     printed = toy.run("train.fit", *common, option, unfinished, code=1)
     assert f"error: {unfinished}: not finished, for it has neither run.json nor card.json" in printed
     assert "epoch" not in printed
+
+
+def test_a_damaged_run_is_one_clear_line(toy_run: Path, tmp_path: Path) -> None:
+    for name, read in ((RUN, read_story), (CHECKPOINT, read_weights)):
+        damaged = shutil.copytree(toy_run, tmp_path / name)
+        os.truncate(damaged / name, (damaged / name).stat().st_size // 2)
+        with pytest.raises(data.DataError, match=f"{damaged / name}: .*; expected whole .*, not a damaged file"):
+            read(damaged)
 
 
 def test_a_corrected_command_finds_no_run_of_the_wrong_one(toy_folder: Path, tmp_path: Path) -> None:

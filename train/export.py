@@ -308,7 +308,7 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
 def _write(run: Path, data: Data, out: Path) -> Artifact:
     if not (run / fit.RUN).exists():
         raise DataError(f"{run}: not a finished run, for it has no {fit.RUN}; go on with --resume")
-    training = json.loads((run / fit.RUN).read_text())
+    training = fit.read_story(run)
     config, network = load_run(run)
     if config.classes != data.classes:
         raise DataError(

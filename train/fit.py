@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -349,7 +349,7 @@ class Fit:
         path = self.out / CHECKPOINT
         if not path.exists():
             raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
-        with safe_open(path, "pt") as checkpoint:
+        with _open_weights(path) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
         if position["recipe"] != self.recipe.model_dump():
@@ -370,20 +370,29 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
     path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
     if not path.exists():
         raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
-    with safe_open(path, "pt") as checkpoint:
+    with _open_weights(path) as checkpoint:
         names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
         return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
 
 
+def _open_weights(path: Path) -> safe_open:
+    """Raises ``DataError`` for a file that is damaged, such as one that is cut off."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise DataError(f"{path}: {error}; expected whole weights, not a damaged file") from error
+
+
 def read_story(trained: Path) -> dict[str, Any]:
     """What a finished run, or the card of an artifact, tells of its training."""
-    story: dict[str, Any]
-    if (trained / RUN).exists():
-        story = json.loads((trained / RUN).read_text())
-    elif (trained / CARD).exists():
-        story = json.loads((trained / CARD).read_text())["training"]
-    else:
+    path = trained / (RUN if (trained / RUN).exists() else CARD)
+    if not path.exists():
         raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
+    story: dict[str, Any] = told if path.name == RUN else told["training"]
     return story
 
 
