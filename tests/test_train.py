@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model.artifact import Artifact, Outputs
+from model.artifact import CONFIG, Artifact, Outputs
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from train import data
@@ -478,6 +478,14 @@ def test_resuming_with_another_recipe_is_refused(toy_folder: Path, toy_run: Path
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", toy_run, "--epochs", 9, "--resume", code=1)
     assert "its recipe is" in printed
     assert "Traceback" not in printed
+
+
+def test_resuming_under_another_name_is_refused(toy_folder: Path, toy_run: Path) -> None:
+    before = (toy_run / CONFIG).read_bytes()
+    common = (toy_folder, "--out", toy_run, *toy.RECIPE, "--resume")
+    printed = toy.run("train.fit", *common, "--name", "other", code=1)
+    assert printed.endswith(f"error: {toy_run / CONFIG}: its --name is 'toy'; expected 'other'\n")
+    assert (toy_run / CONFIG).read_bytes() == before
 
 
 def test_a_student_learns_from_teachers_alone(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:

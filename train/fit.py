@@ -474,9 +474,13 @@ def _flag(name: str) -> str:
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
-    """Resume the run in ``--out``, or write down a new one."""
+    """Resume the run in ``--out``, or write down a new one; raises ``DataError`` for a run of another name."""
     if resume:
         fit.resume()
+        path = fit.out / CONFIG
+        # A kill before the first epoch may have left none.
+        if path.exists() and (name := ModelConfig.load(path).name) != config.name:
+            raise DataError(f"{path}: its --name is {name!r}; expected {config.name!r}")
     elif (fit.out / CHECKPOINT).exists():
         raise DataError(f"{fit.out}: holds a run already; --resume it, or choose another --out")
     fit.save()
