@@ -146,10 +146,10 @@ class ServedNet(nn.Module):
         return self.network.logits(shares.permute(0, 2, 3, 1))
 
     @torch.no_grad()
-    def init_bank(self, images: Tensor) -> None:
-        """Fill the bank with the unit-length features of ``images`` (config.bank, H, W, 3)."""
-        for slots, batch in zip(torch.split(self.bank.T, BANK_BATCH), torch.split(images, BANK_BATCH), strict=True):
-            maps = self.network.feature_maps(self.network.stem(batch))
+    def init_bank(self, images: Tensor, batch: int = BANK_BATCH) -> None:
+        """Fill the bank with the unit-length features of ``images`` (config.bank, H, W, 3), ``batch`` at a time."""
+        for slots, part in zip(torch.split(self.bank.T, batch), torch.split(images, batch), strict=True):
+            maps = self.network.feature_maps(self.network.stem(part))
             slots.copy_(F.normalize(maps.amax(dim=(2, 3)), dim=1))
 
 

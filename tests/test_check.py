@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests import toy
-from train.check import check, near_duplicates
-from train.data import DataError, load
+from train.check import check, near_duplicates, perceptual_hashes
+from train.data import Data, DataError, Split, load
 from train.fit import RUN
 
 
@@ -85,6 +85,23 @@ def test_only_what_is_meaningless_is_refused(clean: Path) -> None:
     labels = np.concatenate([data.train.labels, (data.train.labels + 1) % 3])
     with pytest.raises(DataError, match="training images are in two classes"):
         check(replace(data, train=replace(data.train, **doubled, labels=labels)))
+
+
+def test_test_images_that_repeat_validation_images_alone_are_only_a_finding(clean: Path) -> None:
+    data = load(str(clean))
+    findings = check(replace(data, test=data.val))
+    assert findings["same_pixels_in_two_splits"]["count"] == len(data.val)
+
+
+def test_of_equally_near_hashes_the_nearest_pixels_count() -> None:
+    """A hash tells nothing of brightness: the first training image is far away in its pixels."""
+    image = np.random.default_rng(0).integers(0, 150, (32, 32, 3), np.uint8)
+    images = np.stack([image + 100, image + 2])
+    train = Split(images, np.array([0, 1]), ("far", "near"), ((32, 32),) * 2)
+    test = Split(image[None], np.array([1]), ("test",), ((32, 32),))
+    assert len(set(perceptual_hashes(np.stack([image, *images])).tolist())) == 1
+    data = Data("", ("a", "b"), train, test, test)
+    assert near_duplicates(data, "test") == ["test test (b) ~ train near (b)"]
 
 
 def test_training_prints_and_keeps_what_the_command_prints(toy_folder: Path, toy_run: Path) -> None:

@@ -73,7 +73,8 @@ def test_the_figures_are_means_with_intervals_over_images() -> None:
     split = draw(12)
     figures = robustness(Remembers(split), split)
     assert (figures["runtime"], figures["images"]) == ("remembers", 12)
-    assert figures["clean"] == {"accuracy": 1.0, "accuracy_95": [1.0, 1.0]}
+    # Wilson's interval: 12 of 12 are no proof that none is ever wrong.
+    assert figures["clean"] == {"accuracy": 1.0, "accuracy_95": [round(12 / (12 + 1.959964**2), 4), 1.0]}
     # A third is right by chance. Each image is always right or always wrong, so that the many corruptions of it count
     # no more than one: the interval is that of 12 observations.
     assert figures["corruptions"]["contrast"]["by_severity"] == [0.3333] * 5
@@ -125,6 +126,12 @@ def test_the_command_writes_what_it_prints_beside_other_figures(
     assert metrics["robustness"]["images"] == 12
     assert f"mean over the families: {metrics['robustness']['accuracy']:.2%}" in printed
     assert f"photographs of photos: accuracy {metrics['photographs']['accuracy']:.2%}" in printed
+
+
+@pytest.mark.parametrize("images", [0, -3])
+def test_a_sample_of_no_images_is_one_clear_line(images: int, tmp_path: Path) -> None:
+    printed = toy.run("train.robustness", tmp_path, tmp_path, "--images", images, code=1)
+    assert printed == f"error: --images {images}; expected at least 1\n"
 
 
 def test_a_folder_without_the_classes_is_one_clear_line(toy_artifact: Artifact, tmp_path: Path) -> None:

@@ -12,25 +12,36 @@ import sys
 import tarfile
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from model.artifact import Artifact
-from model.preprocess import MAX_PIXELS, preprocess
+from model.artifact import CONFIG, Artifact, Outputs
+from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from train import data
 from train.augment import Augmented
-from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
-from train.export import BANK_IMAGES, ParityError, fit_temperature, load_run, parity, spread
-from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size, parse_arguments
+from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error, run_runtime
+from train.export import BANK_IMAGES, Calibration, ParityError, fit_temperature, load_run, parity, spread
+from train.fit import (
+    CHECKPOINT,
+    RUN,
+    Fit,
+    Trained,
+    build_config,
+    choose_batch_size,
+    parse_arguments,
+    read_story,
+    read_weights,
+)
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
+from train.robustness import corrupted
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +235,7 @@ class TestAugmentation:
         recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1.5, low_res=0)
         plain, zoomed = (
             next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0))).views.numpy()
-            for r in (replace(recipe, zoom=1.0), recipe)
+            for r in (recipe.model_copy(update={"zoom": 1.0}), recipe)
         )
         chosen = np.arange(len(plain)) // 4 % 2 == 0  # by fours, so that each kind of corruption meets both
         assert (plain[~chosen] == zoomed[~chosen]).all()
@@ -242,7 +253,7 @@ class TestAugmentation:
         recipe = Recipe(batch_size=204, translate=0, cutout=0, zoom=1, low_res=0)
         plain, corrupted = (
             next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0)))
-            for r in (recipe, replace(recipe, corrupt=1.0))
+            for r in (recipe, recipe.model_copy(update={"corrupt": 1.0}))
         )
         assert (corrupted.images == plain.images).all()
         changed = (corrupted.views != plain.images).flatten(1).any(dim=1)
@@ -313,6 +324,46 @@ def test_wrong_options_are_one_clear_line_before_the_data_is_read(
     assert printed.startswith(f"error: {expected}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("lr", -1.0),
+        ("momentum", 1.0),
+        ("warmup", 2.0),
+        ("label_smoothing", 2.0),
+        ("translate", 2.0),
+        ("cutout", 2.0),
+        ("zoom", -1.0),
+        ("corrupt", -1.0),
+        ("distill", 5.0),
+        ("distill_temperature", 0.0),
+        ("lr", float("nan")),
+    ],
+)
+def test_a_hyperparameter_out_of_bounds_is_one_clear_line(
+    name: str, value: float, toy_run: Path, tmp_path: Path
+) -> None:
+    """Typed, or on record in the run that another is trained like."""
+    flag, typed = "--" + name.replace("_", "-"), ["photos", "--name", "it", "--out", "it"]
+    with pytest.raises(data.DataError, match=f"^{flag} {value}: Input should be"):
+        parse_arguments([*typed, flag, str(value)])
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    story = json.loads((run / RUN).read_text())
+    (run / RUN).write_text(json.dumps({**story, "recipe": {**story["recipe"], name: value}}))
+    with pytest.raises(data.DataError, match=f"{run}: {flag} {value}: Input should be"):
+        parse_arguments([*typed, "--like", str(run)])
+
+
+def test_help_tells_what_each_hyperparameter_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, field in Recipe.model_fields.items():
+        assert f"{field.description} (default: {field.default})" in told, name
+
+
 def test_muon_keeps_its_momentum_where_it_is() -> None:
     weight = torch.nn.Parameter(torch.ones(8, 4, 3, 3))
     optimizer = Muon([weight], lr=0.1, momentum=0.6)
@@ -349,6 +400,55 @@ def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, to
     assert resumed[-1]["val_accuracy"] == pytest.approx(whole[-1]["val_accuracy"], abs=0.1)
 
 
+def test_a_kill_in_validation_costs_no_epoch(
+    loaded: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(epochs=2, batch_size=32, widths="8,32", depth=2)
+
+    def begin() -> Fit:
+        return Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+
+    def run_out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    killed, resumed, whole = begin(), begin(), begin()
+    with monkeypatch.context() as patch:
+        patch.setattr("train.fit.count_hits", run_out_of_memory)
+        with pytest.raises(MemoryError):
+            killed.run(tqdm(disable=True))
+    resumed.resume()
+    assert resumed.epochs_done == 1
+    resumed.run(tqdm(disable=True))
+    whole.run(tqdm(disable=True))
+    for epoch, expected in zip(resumed.history, whole.history, strict=True):
+        for figure in ("epoch", "loss", "train_accuracy", "val_accuracy"):
+            assert epoch[figure] == pytest.approx(expected[figure], abs=0.05)
+
+
+def test_large_images_are_judged_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [data.batch_of((side, side), 100) for side in (24, 224, 4000)] == [100, 41, 1]
+    seen: list[int] = []
+    images = np.zeros((50, 224, 224, 3), np.uint8)
+
+    class Counts:
+        name = "counts"
+
+        def __call__(self, batch: Pixels) -> Outputs:
+            seen.append(len(batch))
+            return np.zeros((len(batch), 3), np.float32)
+
+        def evidence(self, batch: Pixels) -> Outputs:
+            raise NotImplementedError
+
+    run_runtime(Counts(), images)
+    calibration = Calibration(images)
+    while batch := calibration.get_next():
+        seen.append(len(batch["images"]))
+    monkeypatch.setattr("train.robustness.corrupt", lambda batch, *_: (seen.append(len(batch)), batch)[1])
+    corrupted(images, "fog", 1)
+    assert seen == [41, 9, 25, 25, 41, 9]
+
+
 def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
     arguments = [toy_folder, "--name", "toy", "--out", tmp_path, "--epochs", 500, "--widths", "8,32"]
     process = subprocess.Popen(
@@ -380,6 +480,14 @@ def test_resuming_with_another_recipe_is_refused(toy_folder: Path, toy_run: Path
     assert "Traceback" not in printed
 
 
+def test_resuming_under_another_name_is_refused(toy_folder: Path, toy_run: Path) -> None:
+    before = (toy_run / CONFIG).read_bytes()
+    common = (toy_folder, "--out", toy_run, *toy.RECIPE, "--resume")
+    printed = toy.run("train.fit", *common, "--name", "other", code=1)
+    assert printed.endswith(f"error: {toy_run / CONFIG}: its --name is 'toy'; expected 'other'\n")
+    assert (toy_run / CONFIG).read_bytes() == before
+
+
 def test_a_student_learns_from_teachers_alone(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
     """With no weight on the labels, which says whose verdicts it learned."""
     recipe = ("--epochs", 8, "--batch-size", 32, "--widths", "8,16", "--depth", 2, "--distill", 1)
@@ -407,7 +515,7 @@ def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:
     assert recipe == Recipe(**json.loads((toy_run / RUN).read_text())["recipe"]) != Recipe()
     assert (options.size, options.batch_size) == (toy.SIDE, recipe.batch_size)
     options, other = parse_arguments([*typed, "--epochs", "99", "--size", "64", "--batch-size", "7"])
-    assert other == replace(recipe, epochs=99, batch_size=7)
+    assert other == recipe.model_copy(update={"epochs": 99, "batch_size": 7})
     assert (options.size, options.batch_size) == (64, 7)
 
 
@@ -444,6 +552,14 @@ def test_an_unfinished_run_is_refused_before_the_first_epoch(
     printed = toy.run("train.fit", *common, option, unfinished, code=1)
     assert f"error: {unfinished}: not finished, for it has neither run.json nor card.json" in printed
     assert "epoch" not in printed
+
+
+def test_a_damaged_run_is_one_clear_line(toy_run: Path, tmp_path: Path) -> None:
+    for name, read in ((RUN, read_story), (CHECKPOINT, read_weights)):
+        damaged = shutil.copytree(toy_run, tmp_path / name)
+        os.truncate(damaged / name, (damaged / name).stat().st_size // 2)
+        with pytest.raises(data.DataError, match=f"{damaged / name}: .*; expected whole .*, not a damaged file"):
+            read(damaged)
 
 
 def test_a_corrected_command_finds_no_run_of_the_wrong_one(toy_folder: Path, tmp_path: Path) -> None:

@@ -40,8 +40,17 @@ FLAT = 1.0
 """Standard deviation, in units of 0..255, of a channel that hardly has one: what divides by it stays finite."""
 
 
+BATCH_PIXELS = 512 * 64 * 64
+"""Of a batch whose size nobody asked for: the default network takes about 3 GB to learn from them."""
+
+
 class DataError(CommandError):
     """A source that holds no usable labelled images."""
+
+
+def batch_of(size: tuple[int, int], most: int) -> int:
+    """How many images of ``size`` (height, width) to take at a time: ``most``, or fewer large ones, for memory."""
+    return max(1, min(most, BATCH_PIXELS // (size[0] * size[1])))
 
 
 @dataclass(frozen=True)

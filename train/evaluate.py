@@ -30,7 +30,7 @@ from model.runtimes import ONNX_INT8, RUNTIMES, TORCH, Runtime, create, cuda_dev
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
-from train.data import Data, DataError, Split, load, test_files
+from train.data import Data, DataError, Split, batch_of, load, test_files
 
 BATCH = 100
 ECE_BINS = 15
@@ -85,8 +85,9 @@ def confusion_matrix(verdicts: Labels, labels: Labels, classes: int) -> NDArray[
 
 def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
     """(N, K + 1) outputs for all ``images``, in batches, under a progress bar."""
-    starts = tqdm(range(0, len(images), BATCH), desc=runtime.name, unit="batch", leave=False, disable=None)
-    return np.concatenate([runtime(images[start : start + BATCH]) for start in starts])
+    batch = batch_of(images.shape[1:3], BATCH)
+    starts = tqdm(range(0, len(images), batch), desc=runtime.name, unit="batch", leave=False, disable=None)
+    return np.concatenate([runtime(images[start : start + batch]) for start in starts])
 
 
 def figures(outputs: Outputs, split: Split, artifact: Artifact, quantised: bool) -> dict[str, Any]:

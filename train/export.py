@@ -34,13 +34,13 @@ from model import artifact as files
 from model.artifact import Artifact, Labels, Outputs, Reference, save_reference, seal
 from model.classifier import calibrated, verdicts, verify
 from model.config import ModelConfig
-from model.network import ConvNet, ConvNorm, Normalize, ServedNet
+from model.network import BANK_BATCH, ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
 from model.statistics import edges
 from train import command, fit
 from train.command import CommandError
-from train.data import Data, DataError, Split, load
+from train.data import Data, DataError, Split, batch_of, load
 from train.evaluate import int8_tolerance, run_runtime
 
 CALIBRATION_IMAGES = 1024
@@ -210,7 +210,9 @@ class Calibration(CalibrationDataReader):  # type: ignore[misc]
     """Feeds training images to the quantiser in batches."""
 
     def __init__(self, images: Pixels) -> None:
-        self._batches: Iterator[Pixels] = iter(np.array_split(images, max(1, len(images) // BATCH)))
+        self._batches: Iterator[Pixels] = iter(
+            np.array_split(images, math.ceil(len(images) / batch_of(images.shape[1:3], BATCH)))
+        )
 
     def get_next(self) -> dict[str, Pixels] | None:
         batch = next(self._batches, None)
@@ -306,7 +308,7 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
 def _write(run: Path, data: Data, out: Path) -> Artifact:
     if not (run / fit.RUN).exists():
         raise DataError(f"{run}: not a finished run, for it has no {fit.RUN}; go on with --resume")
-    training = json.loads((run / fit.RUN).read_text())
+    training = fit.read_story(run)
     config, network = load_run(run)
     if config.classes != data.classes:
         raise DataError(
@@ -318,7 +320,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     config = config.model_copy(update={"bank": len(banked)})
     served = ServedNet(config).eval()
     served.network = network
-    served.init_bank(torch.from_numpy(banked))
+    served.init_bank(torch.from_numpy(banked), batch_of(config.input_size, BANK_BATCH))
     weights = {name: _round(name, tensor).contiguous() for name, tensor in served.state_dict().items()}
     save_file(weights, out / files.WEIGHTS)
     export_onnx(served, config, out / files.ONNX)

@@ -24,13 +24,12 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,17 +41,16 @@ from model.network import ConvNet
 from train import command
 from train.augment import Augmented, Batch
 from train.check import check, print_findings
-from train.data import MIN_SIDE, Data, DataError, Split, load
+from train.data import MIN_SIDE, Data, DataError, Split, batch_of, load
 from train.muon import Muon
 from train.parallel import Group, join
-from train.recipe import Recipe
+from train.recipe import DEFAULTS, Recipe
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
-BATCH_PIXELS = Recipe.batch_size * 64 * 64
-"""Of a batch whose size is not asked for: the default network takes about 3 GB for them."""
+VALIDATION_BATCH = 500
 EPOCH_STEPS = 20
 """Fewest, where the size of a batch is not asked for and allows it: an epoch of one step teaches little."""
 SMALLEST_BATCH = 16
@@ -68,7 +66,7 @@ def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
 
 def choose_batch_size(images: int, size: tuple[int, int]) -> int:
     """For so many training images of ``size`` (height, width)."""
-    return max(SMALLEST_BATCH, min(Recipe.batch_size, BATCH_PIXELS // (size[0] * size[1]), images // EPOCH_STEPS))
+    return max(SMALLEST_BATCH, min(batch_of(size, DEFAULTS.batch_size), images // EPOCH_STEPS))
 
 
 def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
@@ -101,15 +99,15 @@ def _config(
             }
         )
     except ValidationError as error:
-        wrong = error.errors()[0]
-        raise DataError(f"--{wrong['loc'][0]} {wrong['input']!r}: {wrong['msg']}") from error
+        raise _wrong_flag(error) from error
 
 
 @torch.no_grad()
-def count_hits(network: ConvNet, split: Split, device: torch.device, batch_size: int = 500) -> Tensor:
+def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
     """How many images of ``split`` ``network`` gets right, evaluated as it was trained (mixed precision)."""
     network.eval()
     hits = torch.zeros((), device=device)
+    batch_size = batch_of(split.images.shape[1:3], VALIDATION_BATCH)
     for start in range(0, len(split), batch_size):
         images = torch.from_numpy(split.images[start : start + batch_size]).to(device)
         labels = torch.from_numpy(split.labels[start : start + batch_size]).to(device)
@@ -187,6 +185,7 @@ class Fit:
 
     def run(self, progress: tqdm[Any]) -> None:
         """Train to the last epoch, a checkpoint after each."""
+        self.validate()  # the epoch that a kill kept from it
         while self.epochs_done < self.recipe.epochs:
             started = time.perf_counter()
             loss, hits = self._epoch(progress)
@@ -197,12 +196,13 @@ class Fit:
                     "epoch": self.epochs_done,
                     "loss": round(loss, 4),
                     "train_accuracy": round(hits, 4),
-                    "val_accuracy": round(self._validate(), 4),
                     "images_per_s": round(len(self.data.train) / seconds, 1),
                     "seconds": round(seconds, 1),
                 }
             )
+            # Before it is validated: a kill meanwhile, for memory, costs no epoch.
             self.save()
+            self.validate()
             progress.write("  ".join(f"{key} {value:g}" for key, value in self.history[-1].items()))
 
     def _epoch(self, progress: tqdm[Any]) -> tuple[float, float]:
@@ -266,12 +266,16 @@ class Fit:
         for buffer in statistics:
             buffer /= self.group.size
 
-    def _validate(self) -> float:
+    def validate(self) -> None:
+        """Complete what the history tells of the last epoch, unless it is complete, and write the checkpoint."""
+        if not self.history or "val_accuracy" in self.history[-1]:
+            return
         split = self.data.val
         share = self.group.share(len(split))
         hits = count_hits(self.network, Split(split.images[share], split.labels[share]), self.device)
         self.group.add_up([hits])
-        return float(hits) / len(split)
+        self.history[-1]["val_accuracy"] = round(float(hits) / len(split), 4)
+        self.save()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds: the tensors, and the position in the schedule."""
@@ -280,7 +284,7 @@ class Fit:
             if "momentum_buffer" in state:
                 tensors[f"momentum.{name}"] = state["momentum_buffer"]
         position = {
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.model_dump(),
             "epochs_done": self.epochs_done,
             "data_sha256": self.data_sha256,
             "learned_from": self.learned_from,
@@ -345,11 +349,11 @@ class Fit:
         path = self.out / CHECKPOINT
         if not path.exists():
             raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
-        with safe_open(path, "pt") as checkpoint:
+        with _open_weights(path) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
-        if position["recipe"] != asdict(self.recipe):
-            raise DataError(f"{path}: its recipe is {position['recipe']}; expected {asdict(self.recipe)}")
+        if position["recipe"] != self.recipe.model_dump():
+            raise DataError(f"{path}: its recipe is {position['recipe']}; expected {self.recipe.model_dump()}")
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{path}: was trained on other data than {self.data.source}")
         for option, given in self.learned_from.items():
@@ -366,20 +370,29 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
     path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
     if not path.exists():
         raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
-    with safe_open(path, "pt") as checkpoint:
+    with _open_weights(path) as checkpoint:
         names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
         return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
 
 
+def _open_weights(path: Path) -> safe_open:
+    """Raises ``DataError`` for a file that is damaged, such as one that is cut off."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise DataError(f"{path}: {error}; expected whole weights, not a damaged file") from error
+
+
 def read_story(trained: Path) -> dict[str, Any]:
     """What a finished run, or the card of an artifact, tells of its training."""
-    story: dict[str, Any]
-    if (trained / RUN).exists():
-        story = json.loads((trained / RUN).read_text())
-    elif (trained / CARD).exists():
-        story = json.loads((trained / CARD).read_text())["training"]
-    else:
+    path = trained / (RUN if (trained / RUN).exists() else CARD)
+    if not path.exists():
         raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
+    story: dict[str, Any] = told if path.name == RUN else told["training"]
     return story
 
 
@@ -394,7 +407,7 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
         "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
-        "recipe": asdict(fit.recipe),
+        "recipe": fit.recipe.model_dump(),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
         "device": torch.cuda.get_device_name()
         if fit.device.type == "cuda"
@@ -424,25 +437,50 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
         metavar="RUN",
         help="size and hyperparameters of a run or an artifact, but for other flags",
     )
-    for name, default in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default))
+    for name, default in DEFAULTS.model_dump().items():
+        about = Recipe.model_fields[name].description
+        parser.add_argument(_flag(name), type=type(default), help=f"{about} (default: {default})".replace("%", "%%"))
     options = parser.parse_args(arguments)
-    given = {name: value for name in asdict(Recipe()) if (value := getattr(options, name)) is not None}
+    given = {name: value for name in Recipe.model_fields if (value := getattr(options, name)) is not None}
+    recipe = read_recipe(given)
     if options.like:
         story = read_story(options.like)
         given = story["recipe"] | given
+        recipe = read_recipe(given, f"{options.like}: ")
         for option, key in (("start", "start"), ("teacher", "teachers")):
             if key in story and not getattr(options, option):
                 print(f"--like {options.like}: trained with --{option}, which is not taken over")
         options.size = options.size or ModelConfig.load(options.like / CONFIG).input_size[0]
     options.batch_size = given.get("batch_size")
-    return options, Recipe(**given)
+    return options, recipe
+
+
+def read_recipe(given: dict[str, Any], where: str = "") -> Recipe:
+    """The recipe of these hyperparameters; raises ``DataError`` naming ``where``, the flag, its value and its bound."""
+    try:
+        return Recipe(**given)
+    except ValidationError as error:
+        raise _wrong_flag(error, where) from error
+
+
+def _wrong_flag(error: ValidationError, where: str = "") -> DataError:
+    """One line for the first value that is wrong."""
+    wrong = error.errors()[0]
+    return DataError(f"{where}{_flag(str(wrong['loc'][0]))} {wrong['input']!r}: {wrong['msg']}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
-    """Resume the run in ``--out``, or write down a new one."""
+    """Resume the run in ``--out``, or write down a new one; raises ``DataError`` for a run of another name."""
     if resume:
         fit.resume()
+        path = fit.out / CONFIG
+        # A kill before the first epoch may have left none.
+        if path.exists() and (name := ModelConfig.load(path).name) != config.name:
+            raise DataError(f"{path}: its --name is {name!r}; expected {config.name!r}")
     elif (fit.out / CHECKPOINT).exists():
         raise DataError(f"{fit.out}: holds a run already; --resume it, or choose another --out")
     fit.save()
@@ -461,7 +499,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     findings = check(data)
     print_findings(findings)
     if options.batch_size is None:
-        recipe = replace(recipe, batch_size=choose_batch_size(len(data.train), data.input_size))
+        recipe = recipe.model_copy(update={"batch_size": choose_batch_size(len(data.train), data.input_size)})
     config = build_config(options.name, data, recipe)
     fit = Fit(config, data, recipe, options.out, device, group)
     if start:

@@ -25,8 +25,9 @@ from model.classifier import verdicts
 from model.preprocess import ImageError, Pixels, preprocess
 from model.runtimes import ONNX_INT8, RUNTIMES, Runtime, create
 from train import command
+from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import DataError, Split, load, read_files, stratified
+from train.data import DataError, Split, batch_of, load, read_files, stratified
 from train.evaluate import Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
 
 IMAGES = 2000
@@ -47,8 +48,9 @@ def sample(split: Split, images: int) -> Split:
 def corrupted(images: Pixels, name: str, severity: int) -> Pixels:
     """``corrupt`` in batches, for memory, with random numbers that depend on the corruption and its severity alone."""
     rng = np.random.default_rng([SEED, list(CORRUPTIONS).index(name), severity])
+    batch = batch_of(images.shape[1:3], BATCH)
     return np.concatenate(
-        [corrupt(images[start : start + BATCH], name, severity, rng) for start in range(0, len(images), BATCH)]
+        [corrupt(images[start : start + batch], name, severity, rng) for start in range(0, len(images), batch)]
     )
 
 
@@ -68,7 +70,7 @@ def robustness(runtime: Runtime, split: Split) -> dict[str, Any]:
         "runtime": runtime.name,
         "images": len(split),
         "seed": SEED,
-        "clean": _mean(_hits(runtime, split.images, split)[None]),
+        "clean": _proportion(int(_hits(runtime, split.images, split).sum()), len(split)),
         **_mean(np.mean(list(by_family.values()), axis=0)),
         "benchmark_15": _mean(np.mean(benchmark, axis=0)),
         "families": {
@@ -168,6 +170,8 @@ def main() -> None:
     parser.add_argument("--runtime", choices=RUNTIMES, default=ONNX_INT8)
     parser.add_argument("--photos", type=Path, metavar="PHOTOGRAPHS", help="folder or tar archive of <class>/*")
     options = parser.parse_args()
+    if options.images < 1:
+        raise CommandError(f"--images {options.images}; expected at least 1")
     artifact = Artifact.load(options.artifact)
     data = load(options.source, artifact.config.input_size)
     require_own_data(artifact, data)
