@@ -2,8 +2,8 @@
 
     python -m train.export runs/flowers SOURCE --out model/pretrained
 
-SOURCE is the data of the run: its training images calibrate INT8, its validation images fit the temperature and decide
-the parity gate. The test images are not touched.
+SOURCE is the data of the run: its training images calibrate INT8 and are what drift is measured against, its validation
+images fit the temperature and decide the parity gate. The test images are not touched.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16
 BANK_IMAGES = 512
 """Training images whose features are kept to tell foreign images."""
+STATISTICS_IMAGES = 4096
+"""Training images that say what is usual: the edges of few would be chance, by which ordinary images seem to drift."""
 BATCH = 250
 LARGE_CONSTANT = 1024
 """Numbers from which on a constant is worth storing in FP16."""
@@ -327,7 +329,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     store_half(out / files.ONNX_INT8)
 
     samples = spread(data.val.images, REFERENCE_IMAGES)
-    limits = edges(data.val.images)
+    limits = edges(spread(data.train.images, STATISTICS_IMAGES))
     references = []
     for name, runtime_name in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8)):
         runtime = OnnxRuntime(out / name, runtime_name)
