@@ -248,7 +248,7 @@ class TestAugmentation:
         changed = (corrupted.views != plain.images).flatten(1).any(dim=1)
         assert not changed[::4].any()
         assert changed[1::4].all()
-        assert (changed[2::4].float().mean(), changed[3::4].float().mean()) >= (0.9, 0.9)
+        assert min(changed[2::4].float().mean(), changed[3::4].float().mean()) >= 0.9
 
         def roughness(images: torch.Tensor) -> torch.Tensor:
             return images.float().diff(dim=2).abs().mean(dim=(1, 2, 3))
