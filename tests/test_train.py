@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.artifact import Artifact
+from model.classifier import fit_temperature
 from model.preprocess import MAX_PIXELS, preprocess
 from tests import toy
 from train import data
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error
-from train.export import BANK_IMAGES, ParityError, fit_temperature, load_run, parity, spread
+from train.export import BANK_IMAGES, ParityError, load_run, parity, spread
 from train.fit import CHECKPOINT, RUN, Fit, Trained, build_config, choose_batch_size, parse_arguments
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE

@@ -31,8 +31,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
-from model.artifact import Artifact, Labels, Outputs, Reference, save_reference, seal
-from model.classifier import calibrated, verdicts, verify
+from model.artifact import Artifact, Outputs, Reference, save_reference, seal
+from model.classifier import fit_temperature, verdicts, verify
 from model.config import ModelConfig
 from model.network import ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
@@ -242,20 +242,6 @@ def quantize(source: Path, target: Path, images: Pixels) -> None:
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
-
-
-def fit_temperature(outputs: Outputs, labels: Labels) -> float:
-    """The temperature with the least negative log-likelihood, to within one per cent.
-
-    As in Platt scaling (Platt, 1999, "Probabilistic outputs for support vector machines") N labels are taken to be
-    right with probability (N + 1) / (N + 2): a network that is right on all of few images is not made sure of all.
-    """
-    candidates = np.geomspace(0.1, 10, 464)
-    count, classes = len(labels), outputs.shape[1] - 1
-    targets = np.full((count, classes), 1 / (count + 2) / (classes - 1))
-    targets[np.arange(count), labels] = (count + 1) / (count + 2)
-    losses = [-(targets * np.log(calibrated(outputs, t) + 1e-12)).sum() for t in candidates]
-    return round(float(candidates[int(np.argmin(losses))]), 4)
 
 
 def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]:
