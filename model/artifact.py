@@ -5,7 +5,8 @@
     model.onnx           the graph for ONNX Runtime, uint8 NHWC in, FP32 out; its weights are those of model.safetensors
     model.int8.onnx      the same, statically quantised
     reference.npz        a few images and the outputs that each format must reproduce on any machine; and its outputs
-                         for the validation images, which calibrate what is said of new ones
+                         for the validation images, which calibrate what is said of new ones; and statistics
+                         of training images
     card.json            metrics, provenance, and the SHA-256 of every file above
 
 No file holds a pickle.
@@ -55,7 +56,7 @@ class Reference(NamedTuple):
     labels: Labels
     """True classes of the validation images."""
     edges: Edges
-    """Quantiles of the statistics of the validation images."""
+    """Quantiles of the statistics of training images."""
 
 
 @dataclass(frozen=True)

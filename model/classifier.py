@@ -46,6 +46,31 @@ def calibrated(outputs: Outputs, temperature: float) -> Probabilities:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
 
+def fit_temperature(outputs: Outputs, labels: Labels) -> float:
+    """The temperature with the least negative log-likelihood, to within one per cent.
+
+    As in Platt scaling (Platt, 1999, "Probabilistic outputs for support vector machines") N labels are taken to be
+    right with probability (N + 1) / (N + 2): a network that is right on all of few images is not made sure of all.
+    """
+    candidates = np.geomspace(0.1, 10, 464)
+    count, classes = len(labels), outputs.shape[1] - 1
+    targets = np.full((count, classes), 1 / (count + 2) / (classes - 1))
+    targets[np.arange(count), labels] = (count + 1) / (count + 2)
+    logits = outputs[:, :-1].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+
+    def loss(index: int) -> float:
+        scaled = logits / candidates[index]
+        return float(np.log(np.exp(scaled).sum(axis=1)).sum() - (targets * scaled).sum())
+
+    # Convex in 1 / temperature, so that halving finds the least: a service fits one for an ensemble at its start.
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loss(middle) <= loss(middle + 1) else (middle + 1, high)
+    return round(float(candidates[low]), 4)
+
+
 def verdicts(outputs: Outputs) -> Labels:
     """The likeliest class of each row."""
     return np.asarray(outputs[:, :-1].argmax(axis=1), np.int64)

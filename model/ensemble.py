@@ -1,15 +1,16 @@
-"""One artifact, or several that answer together by the mean of their calibrated probabilities."""
+"""One artifact, or several that answer together by the mean of their calibrated probabilities, calibrated again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import runtimes
 from model.artifact import Artifact, Outputs, Reference
-from model.classifier import calibrated
+from model.classifier import calibrated, fit_temperature
 from model.config import ModelConfig
 from model.preprocess import Pixels
 from model.runtimes import Runtime
@@ -43,11 +44,15 @@ class Ensemble:
         if ours != theirs:
             raise EnsembleError(f"the shadow has classes and input size {theirs}; expected those of the model, {ours}")
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         """How the combined outputs are to be read."""
         config = self.artifacts[0].config
-        return config if len(self.artifacts) == 1 else config.model_copy(update={"temperature": 1.0})
+        if len(self.artifacts) == 1:
+            return config
+        # A mean of honest probabilities is less sure than it is right. As in an export, FP32 decides for every format.
+        reference = self.reference(runtimes.ONNX)
+        return config.model_copy(update={"temperature": fit_temperature(reference.validation, reference.labels)})
 
     def reference(self, runtime_name: str) -> Reference:
         references = [a.reference(runtime_name == runtimes.ONNX_INT8) for a in self.artifacts]

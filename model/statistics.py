@@ -10,7 +10,7 @@ from model.preprocess import Pixels
 
 STATISTICS = ("brightness", "contrast", "sharpness", "colour")
 BINS = 10
-"""As many images of the validation split fall into each."""
+"""As many training images fall into each."""
 
 Edges = NDArray[np.float32]
 

@@ -78,7 +78,7 @@ DRIFT_IMAGES = Counter(
 )
 EXPECTED_SHARE = Gauge(
     "classifier_drift_expected_share",
-    "Share of the validation images in that bin.",
+    "Share of images like those of the training in that bin.",
     ["feature", "bin"],
     multiprocess_mode="livemax",
 )

@@ -1,4 +1,4 @@
-"""What test_parallel.py starts in several processes: the gradients of the first batch, and a step that overflows.
+"""What test_parallel.py starts in several processes: the gradients of the first batch, a step that overflows, an epoch.
 
 torchrun --nproc-per-node=2 -m tests.first_step SOURCE OUT     # OUT/<rank>.safetensors, from each process
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from train import data
 from train.fit import Fit, build_config
@@ -44,6 +45,22 @@ def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
     return torch.tensor(fit.scaler.get_scale())
 
 
+def running_statistics(fit: Fit) -> dict[str, Tensor]:
+    """Of BatchNorm after an epoch: ``alone.<name>`` of this process, and ``averaged.<name>`` of all."""
+
+    def copies(prefix: str) -> dict[str, Tensor]:
+        return {f"{prefix}.{n}": b.clone() for n, b in fit.network.named_buffers() if "running_" in n}
+
+    def average() -> None:
+        found.update(copies("alone"))
+        Fit._average_statistics(fit)
+
+    found: dict[str, Tensor] = {}
+    fit._average_statistics = average
+    fit._epoch(tqdm(disable=True))
+    return found | copies("averaged")
+
+
 def main() -> None:
     source, out = sys.argv[1:]
     with join() as (group, _):
@@ -52,6 +69,7 @@ def main() -> None:
         before = fit.network.head.weight.detach().clone()
         tensors["scale"] = scale_after_overflow(fit, group.rank == 1)
         tensors["moved"] = (fit.network.head.weight.detach() - before).abs().sum()
+        tensors |= running_statistics(build(source, group))
         save_file(tensors, Path(out) / f"{group.rank}.safetensors")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.artifact import Artifact, Reference, seal
-from model.classifier import Classifier, calibrated, least_familiarity
+from model.classifier import Classifier, calibrated, least_familiarity, verdicts
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
 from model.runtimes import ONNX, ONNX_INT8
@@ -98,15 +98,26 @@ class TestEnsemble:
         return seal(path, {key: value for key, value in toy_artifact.card.items() if key != "files"})
 
     @pytest.mark.parametrize("name", [ONNX, ONNX_INT8])
-    def test_its_probabilities_are_the_mean_of_its_members(
+    def test_its_outputs_are_the_mean_of_its_members_as_logarithms(
         self, name: str, toy_artifact: Artifact, other: Artifact
     ) -> None:
         ensemble = Ensemble([toy_artifact, other])
         images = toy_artifact.reference(quantised=False).images
-        together = calibrated(ensemble.engine(name)(images), ensemble.config.temperature)
+        together = calibrated(ensemble.engine(name)(images), 1.0)
         alone = [calibrated(Ensemble([a]).engine(name)(images), a.config.temperature) for a in (toy_artifact, other)]
         assert np.abs(alone[0] - alone[1]).max() > 0.1
         assert np.abs(together - np.mean(alone, axis=0)).max() < 1e-4
+
+    def test_its_mean_is_calibrated_again(self, toy_artifact: Artifact, other: Artifact) -> None:
+        """One member is far less sure than it is right, and so is the mean."""
+        ensemble = Ensemble([toy_artifact, other])
+        reference = ensemble.reference(ONNX)
+        alone = calibrated(reference.validation, 1.0).max(axis=1).mean()
+        together = calibrated(reference.validation, ensemble.config.temperature).max(axis=1).mean()
+        right = (verdicts(reference.validation) == reference.labels).mean()
+        assert alone < 0.9
+        assert abs(together - right) < abs(alone - right) / 2
+        assert Ensemble([toy_artifact]).config == toy_artifact.config
 
     def test_it_is_verified_and_calibrated_as_one(self, toy_artifact: Artifact, other: Artifact) -> None:
         ensemble = Ensemble([toy_artifact, other])

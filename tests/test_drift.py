@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import requests
 
-from model.artifact import Artifact
+from model.artifact import SHIPPED, Artifact
+from model.preprocess import Pixels
 from model.statistics import BINS, STATISTICS, edges, histogram, measure
-from serving.drift import GATHER_SECONDS
+from serving import metrics
+from serving.drift import GATHER_SECONDS, Drift
 from tests import toy
 from tests.live import Server, encode, picture, samples, total
+from train import data
 
 
 def test_statistics_of_known_images() -> None:
@@ -29,14 +32,14 @@ def test_statistics_of_known_images() -> None:
         assert measured[:, index] == pytest.approx(expected[name], abs=1e-4)
 
 
+def draw(count: int, seed: int) -> Pixels:
+    rng = np.random.default_rng(seed)
+    return np.stack([toy.draw(str(rng.choice(toy.CLASSES)), rng) for _ in range(count)])
+
+
 def test_images_like_the_reference_fill_every_bin_alike_and_others_do_not() -> None:
-    rng = np.random.default_rng(0)
-
-    def batch(scale: float) -> np.ndarray:
-        return np.stack([toy.draw(str(rng.choice(toy.CLASSES)), rng) * scale for _ in range(600)]).astype(np.uint8)
-
-    limits = edges(batch(1.0))
-    same, darker = histogram(batch(1.0), limits), histogram(batch(0.3), limits)
+    limits = edges(draw(600, seed=0))
+    same, darker = histogram(draw(600, seed=1), limits), histogram((draw(600, seed=2) * 0.3).astype(np.uint8), limits)
     assert same.sum(axis=1).tolist() == darker.sum(axis=1).tolist() == [600] * 4
     assert (np.abs(same - 600 / BINS) < 50).all()
     assert darker[0, 0] > 300  # brightness: most lie in the lowest tenth
@@ -69,8 +72,36 @@ def test_a_server_counts_what_it_sees_and_says(server: Server) -> None:
 
 
 def test_ordinary_images_do_not_look_drifted(toy_artifact: Artifact, toy_folder: Path) -> None:
-    """The index of the training images against the validation images, by the same bins."""
+    """The training images make the bins; of the twelve validation images those would be chance."""
     limits = toy_artifact.reference(quantised=True).edges
-    images = np.stack([cv2.imread(str(p), cv2.IMREAD_COLOR_RGB) for p in sorted(toy_folder.glob("*/0[1-6]*.png"))])
-    shares = histogram(images, limits) / len(images)
-    assert shares.max() < 0.45  # twelve validation images tell ten bins only roughly
+    assert np.array_equal(limits, edges(data.load(str(toy_folder)).train.images))
+    shares = histogram(draw(600, seed=1), limits) / 600
+    indices = ((shares - 1 / BINS) * np.log(shares * BINS)).sum(axis=1)
+    assert indices.max() < 0.25  # of the alert
+
+
+def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> None:
+    """Their colour is 0: nine edges tie, and all images would for ever fall into a bin meant for a tenth of them."""
+    gray = np.repeat(draw(100, seed=0)[..., :1], 3, axis=-1)
+    shipped = Artifact.load(SHIPPED)
+
+    def counted() -> dict[str, float]:
+        (family,) = metrics.DRIFT_IMAGES.collect()
+        found = dict.fromkeys(STATISTICS, 0.0)
+        for sample in family.samples:
+            if sample.name.endswith("_total") and sample.labels["feature"] in found:
+                found[sample.labels["feature"]] += sample.value
+        return found
+
+    async def see() -> None:
+        drift.see(gray)
+        await asyncio.sleep(5 * GATHER_SECONDS)
+
+    metrics.EXPECTED_SHARE.clear()
+    drift = Drift(shipped.config, shipped.reference(quantised=True)._replace(edges=edges(gray)))
+    (family,) = metrics.EXPECTED_SHARE.collect()
+    assert {sample.labels["feature"] for sample in family.samples} == {"class", "confidence", *STATISTICS[:-1]}
+    before = counted()
+    asyncio.run(see())
+    grown = {name: count - before[name] for name, count in counted().items()}
+    assert grown == {**dict.fromkeys(STATISTICS, 100), "colour": 0}

@@ -62,9 +62,18 @@ def test_a_batch_too_small_for_the_processes_is_one_clear_line(toy_folder: Path)
         Augmented(data.load(str(toy_folder)).train, Recipe(batch_size=32), torch.device("cpu"), Group(0, 17))
 
 
-def test_gradients_are_those_of_one_process_and_an_overflow_is_skipped_by_all(toy_folder: Path, tmp_path: Path) -> None:
-    finish(start("tests.first_step", toy_folder, tmp_path), code=0)
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+@pytest.fixture(scope="module")
+def first_steps(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    """What each of two processes wrote."""
+    out = tmp_path_factory.mktemp("steps")
+    finish(start("tests.first_step", toy_folder, out), code=0)
+    return [load_file(out / f"{rank}.safetensors") for rank in range(2)]
+
+
+def test_gradients_are_those_of_one_process_and_an_overflow_is_skipped_by_all(
+    toy_folder: Path, first_steps: list[dict[str, torch.Tensor]]
+) -> None:
+    first, second = first_steps
     expected = first_step.gradients(first_step.build(str(toy_folder), ALONE))
     for name, gradient in expected.items():
         assert torch.equal(first[name], second[name])
@@ -72,6 +81,17 @@ def test_gradients_are_those_of_one_process_and_an_overflow_is_skipped_by_all(to
         assert float((first[name] - gradient).norm() / gradient.norm()) < 0.01, name
     for tensors in (first, second):
         assert (float(tensors["scale"]), float(tensors["moved"])) == (512, 0)
+
+
+def test_running_statistics_are_averaged_after_an_epoch(first_steps: list[dict[str, torch.Tensor]]) -> None:
+    first, second = first_steps
+    names = [name.removeprefix("averaged.") for name in first if name.startswith("averaged.")]
+    assert names
+    for name in names:
+        alone = [tensors[f"alone.{name}"] for tensors in first_steps]
+        assert not torch.equal(*alone), name
+        assert torch.equal(first[f"averaged.{name}"], second[f"averaged.{name}"]), name
+        assert torch.allclose(first[f"averaged.{name}"], (alone[0] + alone[1]) / 2), name
 
 
 def test_two_processes_resume_after_a_kill_and_end_where_one_does(

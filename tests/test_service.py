@@ -756,7 +756,7 @@ def test_unusable_settings_stop_the_start_with_one_line(
 
 def test_pictures_of_the_tests_are_told_apart() -> None:
     """Otherwise comparing replies with predictions would prove little."""
-    assert len({predict(encode(picture(i))).index for i in range(48)}) > 1
+    assert len({predict(encode(picture(i))).class_index for i in range(48)}) > 1
 
 
 def test_a_finished_request_leaves_nothing_behind(server: Server) -> None:

@@ -29,6 +29,8 @@ class Store(NamedTuple):
     good: str
     poor: str
     images: list[bytes]
+    temperature: float
+    """Of both as an ensemble."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ def stored(toy_folder: Path, toy_artifact: Artifact, tmp_path_factory: pytest.Te
         for path in (toy_artifact.path, root / "poor")
     ]
     images = [path.read_bytes() for path in sorted(toy_folder.glob("*/00?.png"))]
-    return Store(root / "home", tags[0], tags[1], images)
+    together = Ensemble([toy_artifact, Artifact.load(root / "poor")])
+    return Store(root / "home", tags[0], tags[1], images, together.config.temperature)
 
 
 def probabilities(url: str, images: list[bytes]) -> np.ndarray:
@@ -58,7 +61,7 @@ def probabilities(url: str, images: list[bytes]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("topology", ["embedded", "runner"])
-def test_an_ensemble_answers_with_the_mean_and_a_shadow_is_counted(
+def test_an_ensemble_answers_with_the_calibrated_mean_and_a_shadow_is_counted(
     topology: str, stored: Store, tmp_path: Path
 ) -> None:
     home = shutil.copytree(stored.home, tmp_path / "home")
@@ -90,7 +93,9 @@ def test_an_ensemble_answers_with_the_mean_and_a_shadow_is_counted(
         answer = requests.post(f"{url}/classify", files={"image": stored.images[0]}, timeout=60).json()
         explained = requests.post(f"{url}/explain", files={"image": stored.images[0]}, timeout=60)
     assert np.abs(good - poor).max() > 0.1
-    np.testing.assert_allclose(together, (good + poor) / 2, atol=1e-5)
+    expected = ((good + poor) / 2) ** (1 / stored.temperature)
+    np.testing.assert_allclose(together, expected / expected.sum(axis=1, keepdims=True), atol=1e-4)
+    assert np.abs(together - (good + poor) / 2).max() > 0.01
     assert [member["name"] for member in card["members"]] == ["toy", "poor"]
     assert answer["model"] == both
     assert explained.status_code == 200

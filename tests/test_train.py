@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from model.artifact import CONFIG, Artifact, Outputs
+from model.classifier import fit_temperature
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from train import data
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error, run_runtime
-from train.export import BANK_IMAGES, Calibration, ParityError, fit_temperature, load_run, parity, spread
+from train.export import BANK_IMAGES, Calibration, ParityError, load_run, parity, spread
 from train.fit import (
     CHECKPOINT,
     RUN,
@@ -79,9 +80,9 @@ class TestData:
         assert np.allclose(mean, pixels.mean(0), atol=0.001)
         assert np.allclose(std, pixels.std(0), atol=0.001)
         assert loaded.sha256() == data.load(loaded.source).sha256()
-        loaded.train.images[0, 0, 0, 0] ^= 1
-        assert loaded.sha256() != data.load(loaded.source).sha256()
-        loaded.train.images[0, 0, 0, 0] ^= 1
+        images = loaded.train.images.copy()
+        images[0, 0, 0, 0] ^= 1
+        assert replace(loaded, train=replace(loaded.train, images=images)).sha256() != loaded.sha256()
 
     def test_a_folder_of_validation_images_is_the_validation_split(self, toy_folder: Path, tmp_path: Path) -> None:
         for split in ("train", "val", "test"):
@@ -259,7 +260,7 @@ class TestAugmentation:
         changed = (corrupted.views != plain.images).flatten(1).any(dim=1)
         assert not changed[::4].any()
         assert changed[1::4].all()
-        assert (changed[2::4].float().mean(), changed[3::4].float().mean()) >= (0.9, 0.9)
+        assert min(changed[2::4].float().mean(), changed[3::4].float().mean()) >= 0.9
 
         def roughness(images: torch.Tensor) -> torch.Tensor:
             return images.float().diff(dim=2).abs().mean(dim=(1, 2, 3))
@@ -394,10 +395,11 @@ def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, to
     process.communicate()
     printed = toy.run("train.fit", *arguments, "--resume")
     assert "epoch 2 " not in printed
-    resumed, whole = (json.loads((run / RUN).read_text())["history"] for run in (tmp_path, toy_run))
-    assert [epoch["epoch"] for epoch in resumed] == [1, 2, 3, 4, 5, 6]
-    assert resumed[-1]["loss"] == pytest.approx(whole[-1]["loss"], abs=0.05)
-    assert resumed[-1]["val_accuracy"] == pytest.approx(whole[-1]["val_accuracy"], abs=0.1)
+    assert [epoch["epoch"] for epoch in json.loads((tmp_path / RUN).read_text())["history"]] == [1, 2, 3, 4, 5, 6]
+    resumed, whole = (load_file(run / CHECKPOINT) for run in (tmp_path, toy_run))
+    assert resumed.keys() == whole.keys()
+    for name, tensor in whole.items():  # weights and momentum, to the bit
+        assert torch.equal(resumed[name], tensor), name
 
 
 def test_a_kill_in_validation_costs_no_epoch(
@@ -690,10 +692,12 @@ class TestEvaluate:
         assert "error: http://127.0.0.1:9: " in printed
         assert "Traceback" not in printed
 
-    def test_every_runtime_is_measured_and_the_card_keeps_it(self, toy_artifact: Artifact) -> None:
-        folder = toy_artifact.path.parent / "folder"
-        printed = toy.run("train.evaluate", toy_artifact.path, folder)
-        metrics = Artifact.load(toy_artifact.path).card["metrics"]
+    def test_every_runtime_is_measured_and_the_card_keeps_it(
+        self, toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
+    ) -> None:
+        path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+        printed = toy.run("train.evaluate", path, toy_folder)
+        metrics = Artifact.load(path).card["metrics"]
         assert set(metrics) == {"torch", "onnx", "onnx-int8"}
         for name, figures in metrics.items():
             assert figures["images"] == 24

@@ -2,8 +2,8 @@
 
     python -m train.export runs/flowers SOURCE --out model/pretrained
 
-SOURCE is the data of the run: its training images calibrate INT8, its validation images fit the temperature and decide
-the parity gate. The test images are not touched.
+SOURCE is the data of the run: its training images calibrate INT8 and are what drift is measured against, its validation
+images fit the temperature and decide the parity gate. The test images are not touched.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
-from model.artifact import Artifact, Labels, Outputs, Reference, save_reference, seal
-from model.classifier import calibrated, verdicts, verify
+from model.artifact import Artifact, Outputs, Reference, save_reference, seal
+from model.classifier import fit_temperature, verdicts, verify
 from model.config import ModelConfig
 from model.network import BANK_BATCH, ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
@@ -47,6 +47,8 @@ CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16
 BANK_IMAGES = 512
 """Training images whose features are kept to tell foreign images."""
+STATISTICS_IMAGES = 4096
+"""Training images that say what is usual: the edges of few would be chance, by which ordinary images seem to drift."""
 BATCH = 250
 LARGE_CONSTANT = 1024
 """Numbers from which on a constant is worth storing in FP16."""
@@ -244,20 +246,6 @@ def quantize(source: Path, target: Path, images: Pixels) -> None:
         )
 
 
-def fit_temperature(outputs: Outputs, labels: Labels) -> float:
-    """The temperature with the least negative log-likelihood, to within one per cent.
-
-    As in Platt scaling (Platt, 1999, "Probabilistic outputs for support vector machines") N labels are taken to be
-    right with probability (N + 1) / (N + 2): a network that is right on all of few images is not made sure of all.
-    """
-    candidates = np.geomspace(0.1, 10, 464)
-    count, classes = len(labels), outputs.shape[1] - 1
-    targets = np.full((count, classes), 1 / (count + 2) / (classes - 1))
-    targets[np.arange(count), labels] = (count + 1) / (count + 2)
-    losses = [-(targets * np.log(calibrated(outputs, t) + 1e-12)).sum() for t in candidates]
-    return round(float(candidates[int(np.argmin(losses))]), 4)
-
-
 def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]:
     """Accuracy of both formats and how often they agree; raises ``ParityError`` when INT8 loses too much."""
     said = verdicts(fp32), verdicts(int8)
@@ -329,7 +317,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     store_half(out / files.ONNX_INT8)
 
     samples = spread(data.val.images, REFERENCE_IMAGES)
-    limits = edges(data.val.images)
+    limits = edges(spread(data.train.images, STATISTICS_IMAGES))
     references = []
     for name, runtime_name in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8)):
         runtime = OnnxRuntime(out / name, runtime_name)

@@ -214,7 +214,7 @@ MODEL = [
         "Input drift, by feature",
         "short",
         ("{{feature}} (PSI)", "classifier:input_drift:psi"),
-        about="The last hour against the validation images of the artifact; 0.25 is the usual mark of a major shift.",
+        about="The last hour against the data of the artifact; 0.25 is the usual mark of a major shift.",
         min=0,
     ),
     panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH, height=4),

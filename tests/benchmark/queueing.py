@@ -7,7 +7,6 @@ M/D/1. Its mean is known in closed form, its percentiles are not in a useful one
 from __future__ import annotations
 
 from functools import cache
-from math import factorial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +15,6 @@ ARRIVALS = 1_000_000
 WARM_UP = ARRIVALS // 10
 STEPS = 12
 """Of the search for a utilisation: 1 in 4,096."""
-
-
-def erlang_c(servers: int, load: float) -> float:
-    """Probability that a request waits in M/M/c; ``load`` is arrivals times service time."""
-    assert load < servers
-    waiting = load**servers / factorial(servers) * servers / (servers - load)
-    return waiting / (sum(load**k / factorial(k) for k in range(servers)) + waiting)
-
-
-def mean_wait(utilisation: float) -> float:
-    """Of M/D/1, in service times (Pollaczek and Khinchine)."""
-    return utilisation / (2 * (1 - utilisation))
 
 
 def waits(utilisation: float, services: NDArray[np.float64], gaps: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import requests
 
 from model.store import SHIPPED
 from tests import live
-from tests.benchmark.results import BUNDLE, EMBEDDED, ONE_REPLICA, ONE_WORKER, RUNNER, STACK, TWO_REPLICAS
+from tests.benchmark.results import BUNDLE, DEPENDS, EMBEDDED, ONE_REPLICA, ONE_WORKER, RUNNER, STACK, TWO_REPLICAS
 from tests.benchmark.workloads import SAMPLE, VERDICT, Body, Pack, multipart, v2
 
 PEERS = "tests.benchmark.peers"
@@ -122,7 +122,7 @@ ALL = (
     _peer("Ray Serve", ("ray",), f"{PEERS}.rayserve_app", "{port}"),
     _mlserver(),
     _bentoml("BentoML, documented", "Single", multipart("images")),
-    _bentoml("BentoML, documented depends", "Depends", MULTIPART),
+    _bentoml(DEPENDS, "Depends", MULTIPART),
 )
 
 
