@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
