@@ -118,8 +118,8 @@ new: ## make this checkout that of your own classifier: train NAME on DATA, eval
 check-new: $(VENV)/.dev ## make new in a copy of this checkout, then its tests, build and server; minutes
 	$(BIN)/python -m pytest tests/new
 
-store: $(VENV)/.serve ## put the artifact of NAME into the model store; the first of a name is promoted
-	$(BIN)/python -m model.store import $(RUN)/artifact
+store: $(VENV)/.serve ## put the artifact of NAME, or ARTIFACT, into the model store; the first of a name is promoted
+	$(BIN)/python -m model.store import $(or $(ARTIFACT),$(RUN)/artifact)
 
 models: $(VENV)/.serve ## list the model store: figures, what is served, promotions
 	@$(BIN)/python -m model.store list

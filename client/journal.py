@@ -101,7 +101,7 @@ def opened(out: Path | None, resume: bool, asked: dict[str, Any]) -> Iterator[Jo
         return
     path = beside(out)
     if path.exists() and not resume:
-        raise ClientError(f"{path} is of a run that did not end: go on with --resume, or remove it")
+        raise ClientError(f"{path} is of a run that did not end: expected --resume, or no such file")
     if out.exists() and not path.exists():
         raise ClientError(f"{out} is there already: remove it, or name another")
     with path.open("a+b") as file:

@@ -27,6 +27,8 @@ API_KEY = "CLASSIFIER_API_KEY"
 SECONDS = httpx.Timeout(60, connect=10)
 NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 """A wrong address or certificate, unless it has worked before: nothing to wait for."""
+SMALLER = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.GATEWAY_TIMEOUT)
+"""Of a batch: fewer images at once may do, where large ones are not decoded within the deadline of one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the second attempt, doubled each time, where the service does not say how long."""
 
@@ -36,7 +38,9 @@ class Remote:
 
     def __init__(self, url: str, query: Mapping[str, Any], cacert: Path | None, patience: float) -> None:
         self._url, self._query, self._patience = url, query, patience
-        key = os.environ.get(API_KEY)
+        key = os.environ.get(API_KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ClientError(f"{API_KEY}: has characters that no key has; expected one line of ASCII")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         try:
@@ -60,8 +64,8 @@ class Remote:
         parts = [("images", (str(number), image)) for number, image in enumerate(images)]
         request = self._client.build_request("POST", "/classify/batch", params=self._query, files=parts)
         request.read()  # one piece of bytes: it can be sent again, and in one write
-        response = self._send(request)
-        if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        response = self._send(request, is_one=len(images) == 1)
+        if response.status_code in SMALLER:
             if len(images) == 1:
                 return [{"error": _problem(response)}]
             half = len(images) // 2
@@ -71,14 +75,16 @@ class Remote:
             raise ClientError(f"{self._url}: {len(results)} results for {len(images)} images: is this the classifier?")
         return results
 
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        """The first reply that is neither 429 nor a failure of the server's."""
+    def _send(self, request: httpx.Request, is_one: bool) -> httpx.Response:
+        """The first reply that is neither 429 nor a failure of the server's, of which fewer images may be no remedy."""
         until = time.monotonic() + self._patience
         for attempt in itertools.count():
             pause = None
             try:
                 response = self._client.send(request)
                 self._was_reached = True
+                if response.status_code in SMALLER and not is_one:
+                    return response
                 if response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error:
                     return response
                 trouble, pause = _problem(response)["message"], _retry_after(response)
@@ -105,6 +111,8 @@ def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:
     """The document of a reply 200; raises ``ClientError`` with what the service says."""
     if response.status_code != HTTPStatus.OK:
         problem = _problem(response)
+        if response.status_code == HTTPStatus.UNAUTHORIZED:
+            problem["message"] += f" (the variable {API_KEY})"
         raise ClientError(f"{url}: {response.status_code} {problem['code']}: {problem['message']}")
     try:
         document = response.json()

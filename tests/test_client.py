@@ -276,6 +276,13 @@ class TestTrouble:
             assert server.images == 100
         assert [row["class_name"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["frame"] * 100
 
+    def test_a_batch_that_takes_longer_than_a_request_may_is_halved(self, folder: Path) -> None:
+        with trouble(answer(504)) as (server, url):
+            run(folder / "00?.png", "--url", url, "--batch", 10)
+            assert len(server.asked) == 3
+        with trouble(answer(504)) as (server, url):  # which one image alone cannot be
+            assert "trouble 504; trying again" in run(folder / "000.png", "--url", url)
+
     def test_a_status_of_no_standard_is_told(self, folder: Path) -> None:
         with trouble(saying(524, "a page of Cloudflare's")) as (_, url):
             shown = run(folder / "000.png", "--url", url, "--patience", 0, code=2)
@@ -295,7 +302,7 @@ class TestTrouble:
         assert "trouble 503; given up" in shown
         assert "--resume goes on" in shown
         assert not out.exists()
-        assert "of a run that did not end: go on with --resume" in run(*options, "--url", url, code=2)
+        assert "of a run that did not end: expected --resume" in run(*options, "--url", url, code=2)
         with trouble() as (server, url):
             run(*options, "--url", url, "--resume")
             assert server.images == 90
@@ -378,7 +385,13 @@ class TestKeysAndOverload:
         for variables in ({}, {API_KEY: key[:-1]}):
             shown = run(folder, "--url", url, "--out", tmp_path / "out.csv", code=2, **variables)
             assert "401 unauthorized" in shown
+            assert API_KEY in shown
             assert not list(tmp_path.iterdir())
+
+    def test_a_key_that_is_none_is_one_line_without_it(self, folder: Path) -> None:
+        shown = run(folder, code=2, **{API_KEY: "pass\u00e9"})
+        assert f"error: {API_KEY}: has characters that no key has" in shown
+        assert "pass" not in shown
 
 
 class TestMistakes:

@@ -49,8 +49,14 @@ export async function send(path, options = {}) {
   }
 }
 
-/** @param {Blob} body */
-export const json = async (body) => JSON.parse(await body.text());
+/** Raises ServiceError: something between the service and this page may have answered, such as a page to sign in. @param {Blob} body */
+export async function json(body) {
+  try {
+    return JSON.parse(await body.text());
+  } catch {
+    throw new ServiceError({ code: "unknown", message: "the reply is not JSON" });
+  }
+}
 
 /** @param {string} path @param {Options} options */
 async function attemptOnce(path, { form, signal }) {
@@ -69,7 +75,7 @@ async function attemptOnce(path, { form, signal }) {
     if (signal?.aborted) throw error;
     throw new ServiceError({ code: "unreachable", message: String(error) });
   }
-  if ([401, 403].includes(response.status)) document.dispatchEvent(new Event("key-wanted"));
+  if (response.status === 401) document.dispatchEvent(new Event("key-wanted"));
   if (!response.ok) throw await failure(response, body);
   return { body, timing: stages(response), roundTrip: performance.now() - started };
 }

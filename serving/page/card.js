@@ -68,7 +68,7 @@ function mistakes(matrix) {
   const names = classNames();
   const chips = matrix
     .flatMap((row, truth) => row.map((count, taken) => ({ truth, taken, share: count / row.reduce((a, b) => a + b, 0) })))
-    .filter(({ truth, taken }) => truth !== taken)
+    .filter(({ truth, taken, share }) => truth !== taken && share > 0)
     .sort((a, b) => b.share - a.share)
     .slice(0, 6)
     .map(({ truth, taken, share }) => make("li", { className: "figures" }, `${names[truth]}, taken for ${names[taken]}: ${percent(share)}`));

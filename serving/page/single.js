@@ -109,6 +109,7 @@ evidence.addEventListener("click", async () => {
   try {
     const { body } = await send("explain", { form: formOf(shown), signal: controller.signal, onWait: wait });
     if (shown !== picture) return;
+    reveal("verdict"); // unless it is hidden by the news of a wait
     overlay.src = URL.createObjectURL(body);
     overlay.alt = `Where the evidence for ${byId("class-name", HTMLElement).textContent} lies: the bright places`;
     overlay.hidden = false;
