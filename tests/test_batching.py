@@ -246,7 +246,7 @@ def test_a_full_queue_refuses_with_a_retry_after_and_harms_nobody() -> None:
         await settle()
         waiting = asyncio.create_task(batcher(images(2, 3, 4)))
         await settle()
-        with pytest.raises(QueueFullError, match="3 images are waiting; expected at most 4") as refusal:
+        with pytest.raises(QueueFullError, match="3 images are waiting, and 2 come; expected at most 4") as refusal:
             await batcher(images(5, 6))
         assert type(refusal.value.retry_after) is int
         assert refusal.value.retry_after >= 1

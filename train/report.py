@@ -23,7 +23,7 @@ from model.artifact import Artifact
 from model.classifier import calibrated, verdicts
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
-from model.runtimes import ONNX_INT8, RUNTIMES, create
+from model.runtimes import ONNX_INT8, create
 from model.tuning import images_per_second
 from train import command, plots, sections
 from train.command import CommandError
@@ -192,12 +192,6 @@ def labels(artifacts: list[Artifact]) -> dict[str, Artifact]:
     return result
 
 
-def require_measured(artifact: Artifact) -> None:
-    """Raise ``CommandError`` unless some runtime was measured on test images: the page is about what it found."""
-    if not set(RUNTIMES) & set(artifact.card.get("metrics", {})):
-        raise CommandError(f"{artifact.path}: its card has no accuracy; expected a measured one: make evaluate")
-
-
 def of_the_same_data(first: Artifact, others: list[Artifact]) -> Iterator[Artifact]:
     """Those of ``others`` that can be told beside ``first``; each that is left out is printed."""
     expected = first.card["training"]["data_sha256"]
@@ -223,7 +217,7 @@ def main() -> None:
     require_own_data(first, data)
     artifacts = labels([first, *of_the_same_data(first, others)])
     for artifact in artifacts.values():
-        require_measured(artifact)
+        sections.measured(artifact)  # raises before anything is drawn
     page = Page(options.out)
     about = "Written by `python -m train.report` from the figures in `card.json`: measure again, and do not edit."
     cards = {label: artifact.card for label, artifact in artifacts.items()}
