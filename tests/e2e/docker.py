@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -27,7 +28,10 @@ def has_image(name: str) -> bool:
 def process_statuses(identity: str) -> list[dict[str, str]]:
     """/proc/PID/status of each process of a container."""
     pids = docker("top", identity, "-o", "pid").split()[1:]
-    texts = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    texts = []
+    for pid in pids:
+        with suppress(FileNotFoundError):  # a health check that has ended meanwhile
+            texts.append(Path(f"/proc/{pid}/status").read_text())
     return [dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line) for text in texts]
 
 
