@@ -34,8 +34,8 @@ def _prepare(folder: Path) -> None:
 
 def _has_counted(file: Path) -> bool:
     with suppress(FileNotFoundError):  # another worker starts too
-        values = MmapedDict.read_all_values_from_file(file)  # type: ignore[no-untyped-call]
-        return any(value for _, value, *_ in values)
+        series = MmapedDict.read_all_values_from_file(file)  # type: ignore[no-untyped-call]
+        return any(value for _, value, *_ in series)
     return False
 
 
