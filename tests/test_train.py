@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from model.artifact import CONFIG, Artifact, Outputs
 from model.classifier import fit_temperature
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
-from train import data
+from train import data, precision
 from train.augment import Augmented
 from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error, run_runtime
 from train.export import BANK_IMAGES, Calibration, ParityError, load_run, parity, spread
@@ -284,10 +285,18 @@ def test_no_batch_is_larger_than_asked_for(loaded: data.Data) -> None:
     assert [batch.size for batch in batches.epoch(0)] == [102, 102]
 
 
+def test_half_precision_only_where_the_processor_has_it() -> None:
+    instructions = re.findall(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+    assert precision.compute_dtype(torch.device("cpu")) is (torch.bfloat16 if instructions else torch.float32)
+    assert precision.compute_dtype(torch.device("cuda")) is torch.float16
+
+
 def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(8, 36)
+    unchanged = matrix.clone()
     values = torch.linalg.svdvals(orthogonalize(matrix).float())
+    assert torch.equal(matrix, unchanged)
     assert 0.5 < values.min() <= values.max() < 1.3
     assert torch.equal(orthogonalize(matrix.T), orthogonalize(matrix).T)
     weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3))

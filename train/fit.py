@@ -44,6 +44,7 @@ from train.check import check, print_findings
 from train.data import MIN_SIDE, Data, DataError, Split, batch_of, load
 from train.muon import Muon
 from train.parallel import Group, join
+from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
@@ -115,11 +116,6 @@ def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
             hits += (network(images).argmax(1) == labels).sum()
     network.train()
     return hits
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """FP16 on CUDA, bfloat16 elsewhere."""
-    return torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16)
 
 
 class Trained(NamedTuple):
@@ -412,6 +408,7 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "device": torch.cuda.get_device_name()
         if fit.device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
+        "precision": str(compute_dtype(fit.device)).removeprefix("torch."),
         "processes": fit.group.size,
         "torch": torch.__version__,
         "wall_seconds": round(time.time() - started, 1),

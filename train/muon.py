@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from train.precision import has_bfloat16
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen by its author for a steep slope at zero."""
 ITERATIONS = 3
@@ -21,8 +23,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """The (semi-)orthogonal matrix nearest to ``matrix`` (rows, columns), roughly: singular values come near 1."""
     a, b, c = NEWTON_SCHULZ
     wide = matrix.size(0) <= matrix.size(1)
-    x: Tensor = (matrix if wide else matrix.T).bfloat16()
-    x /= x.norm() + 1e-7
+    x: Tensor = (matrix if wide else matrix.T).to(torch.bfloat16 if has_bfloat16(matrix.device) else torch.float32)
+    x = x / (x.norm() + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
