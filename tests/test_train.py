@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -28,7 +30,15 @@ from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from train import data, precision
 from train.augment import Augmented
-from train.evaluate import accuracy_interval, confusion_matrix, expected_calibration_error, run_runtime
+from train.evaluate import (
+    Reliability,
+    accuracy_interval,
+    calibration_error_by_chance,
+    confusion_matrix,
+    cpu_name,
+    expected_calibration_error,
+    run_runtime,
+)
 from train.export import BANK_IMAGES, Calibration, ParityError, load_run, parity, spread
 from train.fit import (
     CHECKPOINT,
@@ -695,6 +705,24 @@ class TestEvaluate:
         sure = np.array([[0.8, 0.2]] * 10, np.float32)
         assert expected_calibration_error(sure, np.array([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
         assert expected_calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
+
+    def test_the_calibration_error_by_chance_is_that_of_all_outcomes(self) -> None:
+        images, confidence = np.array([1, 0, 7, 20, 3]), np.array([0.25, 0.0, 0.6, 0.8, 1.0])
+        deviation = sum(
+            math.comb(n, hits) * p**hits * (1 - p) ** (n - hits) * abs(hits - n * p)
+            for n, p in zip(images.tolist(), confidence.tolist(), strict=True)
+            for hits in range(n + 1)
+        )
+        found = Reliability(images, confidence, confidence)
+        assert calibration_error_by_chance(found) == pytest.approx(deviation / images.sum())
+
+    def test_the_processor_is_named_with_what_makes_int8_fast(self) -> None:
+        x86 = (
+            "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512_vnni sse\nbugs\t\t: amx_int8\n"
+        )
+        assert cpu_name(x86) == "Some CPU @ 2 GHz (avx512_vnni)"
+        assert cpu_name(x86.replace("avx512_vnni", "")) == "Some CPU @ 2 GHz (avx2)"
+        assert cpu_name("processor\t: 0\nFeatures\t: fp asimddp\n") == f"{platform.machine()} (asimddp)"
 
     def test_a_service_that_is_not_there_is_one_clear_line(self, toy_artifact: Artifact) -> None:
         folder = toy_artifact.path.parent / "folder"

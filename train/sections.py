@@ -16,7 +16,7 @@ from model.artifact import WEIGHTS, Artifact
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
 from train import plots
 from train.command import CommandError
-from train.evaluate import accuracy_interval
+from train.evaluate import Reliability, accuracy_interval, calibration_error_by_chance
 
 FILES = {TORCH: WEIGHTS, ONNX: ONNX_FILE, ONNX_INT8: ONNX_INT8_FILE}
 
@@ -136,12 +136,14 @@ def calibration(page: Page, label: str, artifact: Artifact) -> str:
     figures = artifact.card["metrics"][detailed(artifact)]
     if "reliability" not in figures:
         return ""
-    bins = len(figures["reliability"]["images"])
+    found = Reliability(*(np.asarray(figures["reliability"][name]) for name in Reliability._fields))
     return "\n\n".join(
         [
             "### Calibration",
-            f"Expected calibration error (ECE) {percent(figures['ece'])} in {bins} bins; {percent(figures['ece_raw'])} "
-            f"before scaling by the temperature {artifact.config.temperature}, which was fitted on validation images.",
+            f"Expected calibration error (ECE) {percent(figures['ece'])} in {len(found.images)} bins, where exact "
+            f"confidence would have {percent(calibration_error_by_chance(found))} by chance; "
+            f"{percent(figures['ece_raw'])} before scaling by the temperature {artifact.config.temperature}, which was "
+            "fitted on validation images.",
             page.picture(plots.reliability(figures["reliability"]), f"{label}-reliability", "Reliability diagram"),
         ]
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.live import REPOSITORY
+from train.evaluate import cpu_name
 
 LIBRARIES = ("onnxruntime", "opencv-python-headless", "numpy", "uvicorn", "starlette")
 
@@ -22,7 +23,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "processor": _match(r"model name\s*: (.*)", "/proc/cpuinfo"),
+        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": int(_match(r"MemTotal:\s*(\d+)", "/proc/meminfo")) / 2**20,
         "kernel": platform.release(),

@@ -33,8 +33,8 @@ def conditions(results: Results) -> Iterator[str]:
     libraries = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
     state = ", with uncommitted changes" if raw["modified"] else ""
     yield f"{raw['date']}, commit `{raw['commit'][:12]}`{state}."
-    yield f"{raw['processor']}, {raw['cores']} cores, {raw['memory_gib']:.0f} GiB, Linux {raw['kernel']}, Python "
-    yield f"{raw['python']}; load average at the start {raw['load_average']:.2f}. {libraries}; {raw['wrk']}."
+    yield f"{raw['processor']}, {raw['cores']} cores, {raw['memory_gib']:.0f} GiB, Linux {raw['kernel']}, "
+    yield f"Python {raw['python']}; load average at the start {raw['load_average']:.2f}. {libraries}; {raw['wrk']}."
     options = ", ".join(f"`{name} {value}`" for name, value in raw["options"].items() if name not in ("only", "photos"))
     yield f"Options: {options}."
     yield ""
