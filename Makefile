@@ -167,7 +167,7 @@ check-faults: $(VENV)/.dev ## kill, starve, fill and restart the service under l
 	$(BIN)/python -m pytest tests/faults
 
 check-gpu: $(VENV)/.dev ## the torch engine on an NVIDIA GPU: right at every batch size, and its images/s with CUDA graphs and without
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest --confcutdir=tests/gpu tests/gpu
 
 soak: $(VENV)/.dev ## SOAK_SECONDS (3600) at 70 % load: memory, descriptors, latency into docs/soak.json and a plot; needs wrk
 	$(BIN)/python -m tests.soak --seconds $(or $(SOAK_SECONDS),3600)

@@ -14,10 +14,11 @@ import gc
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import bentoml
 import numpy as np
@@ -37,7 +38,7 @@ from model import runtimes, store
 from model.artifact import Artifact, ArtifactError, Outputs
 from model.batching import Batcher
 from model.classifier import Classifier as Calibrated
-from model.classifier import Scores, VerificationError, check
+from model.classifier import Scores, VerificationError, check, verify
 from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
@@ -67,10 +68,13 @@ from serving.visits import Visits
 logger = logging.getLogger("classifier.service")
 
 settings = configuration.load()
+CORES = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system())))
+"""Of those that this process may use, in whole ones: a container may have a share of them, or some of them alone."""
+WORKERS = CORES if settings.workers == "cpu_count" else settings.workers
 IS_WORKER = bentoml.server_context.worker_index is not None
 if IS_WORKER:
     connections.install()
-    connections.Connection.stand_back = settings.workers != 1
+    connections.Connection.stand_back = WORKERS != 1
 else:
     supervision.install()
 MEASURED = "RUNTIME_MEASURED"
@@ -113,16 +117,15 @@ if USAGE:
     os.environ["USAGE_FILE"] = str(USAGE.file)
 TOPOLOGY = settings.resolved_topology()
 GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
+if RUNTIME == runtimes.TORCH and not GPUS and not IS_WORKER:
+    logger.warning("RUNTIME='torch' finds no GPU and computes on the CPU, slower than the other runtimes")
 
 DEFAULT_BATCH = 32
 """Until the best one has been measured; and of a hop to the runner."""
-RUNNER_BATCH = runtimes.GRAPHED_IMAGES if GPUS else DEFAULT_BATCH
-"""Images of one batch of the runner, gathered over all workers: on a GPU what there is a CUDA graph for."""
 PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
 BODIES = 5
 """Of the largest size that one worker holds at once."""
-CORES = min(len(os.sched_getaffinity(0)), math.ceil(CpuResource.from_system()))
-CONCURRENCY = 1 if settings.workers == "cpu_count" or settings.workers >= CORES else 2
+CONCURRENCY = 1 if WORKERS >= CORES else 2
 """Batches on their way to an engine. Where workers are fewer than cores, it need not wait for the event loop; elsewhere
 batches half as large cost more than that gains."""
 VERIFY_SECONDS = 10.0
@@ -181,10 +184,18 @@ class Runner:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.configure(settings, f"runner-{worker}")
-        self._host = Local(*start_engine(worker, *load_models()))
+        served, shadow = load_models()
+        engine, answer = start_engine(worker, served, shadow)
+        try:
+            verify(engine, served.reference(RUNTIME))
+        except VerificationError as error:
+            leave_to_others(error)
+        self._host = Local(engine, answer)
+        # Gathered over all workers: on a GPU what there is a CUDA graph for.
+        most = runtimes.graphed_images(served.config.input_size) if GPUS else DEFAULT_BATCH
         self._queue = Batcher(
             self._host.infer,
-            max_batch=RUNNER_BATCH if settings.max_batch == "auto" else settings.max_batch,
+            max_batch=most if settings.max_batch == "auto" else settings.max_batch,
             observe=metrics.BATCH_IMAGES.observe,
         )
 
@@ -195,6 +206,17 @@ class Runner:
     async def evidence(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, h, w, K) float32 evidence."""
         return _array_response(await self._host.evidence(await _pixels(request)))
+
+
+def leave_to_others(error: VerificationError) -> NoReturn:
+    """End a runner whose GPU computes wrongly, before it accepts anything: a worker asks whichever is free.
+
+    Not at once, for it is started again, and may then be right.
+    """
+    logger.critical("not ready", extra={"reason": str(error)})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(WRONG_SECONDS)
+    os._exit(1)
 
 
 async def _pixels(request: Request) -> Pixels:
@@ -272,7 +294,7 @@ class ClassifierService(LeanService):
 
 @bentoml.service(  # type: ignore[operator]  # as above
     name="classifier",
-    workers=settings.workers,
+    workers=WORKERS,
     service_class=ClassifierService,
     image=IMAGE,
     envs=[{"name": "MODEL", "value": TAG}],  # of a Bento, which holds no other

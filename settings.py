@@ -6,6 +6,7 @@ A setting is an environment variable of the field's name in capitals: ``RUNTIME=
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -121,7 +122,7 @@ class Settings(BaseSettings):
         """The runtime that is meant; ``fastest`` is left to be measured."""
         if self.runtime != "auto":
             return self.runtime
-        return runtimes.TORCH if runtimes.cuda_devices() and find_spec("torch") else runtimes.ONNX_INT8
+        return runtimes.TORCH if runtimes.cuda_devices() else runtimes.ONNX_INT8
 
     def resolved_topology(self) -> str:
         if self.topology != "auto":
@@ -131,12 +132,16 @@ class Settings(BaseSettings):
 
 def load(**overrides: Any) -> Settings:
     """The settings; ``overrides`` take precedence over the environment. Raises ``SettingsError`` naming the value."""
+    if sys.platform != "linux":
+        raise SettingsError(f"error: platform {sys.platform!r}; expected Linux, of which a container will do")
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise SettingsError("error: " + "; ".join(_explain(error))) from None
     if settings.runtime == runtimes.TORCH and not find_spec("torch"):
         raise SettingsError("error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime")
+    if settings.runtime == runtimes.TORCH and runtimes.has_gpu() and not runtimes.cuda_devices():
+        raise SettingsError("error: RUNTIME='torch'; expected a GPU that PyTorch can use, or another runtime")
     if (settings.smtp_host is None) != (settings.smtp_to is None):
         raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")
     if settings.max_queue < settings.max_request_images:

@@ -94,12 +94,19 @@ class ConvNet(nn.Module):
         return logits.float() * LOGIT_SCALE
 
     @torch.no_grad()
-    def init_whitening(self, images: Tensor, eps: float = 5e-4) -> None:
-        """Set the stem to the whitening transform of 2x2 patches of ``images`` (N, H, W, 3) and freeze its weight."""
+    def init_whitening(self, images: Tensor, batch: int, eps: float = 5e-4) -> None:
+        """Set the stem to the whitening transform of 2x2 patches of ``images`` (N, H, W, 3) and freeze its weight.
+
+        ``batch`` images at a time, for the patches take sixteen times their bytes.
+        """
         k = WHITENING_KERNEL
-        patches = F.unfold(self.normalize(images), k).transpose(1, 2).reshape(-1, CHANNELS * k * k)
-        covariance = patches.T @ patches / len(patches)
-        values, vectors = torch.linalg.eigh(covariance)
+        covariance = torch.zeros((CHANNELS * k * k,) * 2, device=images.device)
+        count = 0
+        for part in torch.split(images, batch):
+            patches = F.unfold(self.normalize(part), k).transpose(1, 2).reshape(-1, CHANNELS * k * k)
+            covariance += patches.T @ patches
+            count += len(patches)
+        values, vectors = torch.linalg.eigh(covariance / count)
         filters = (vectors / (values + eps).sqrt()).T.reshape(-1, CHANNELS, k, k)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
         assert self.whiten.bias is not None
@@ -136,7 +143,7 @@ class ServedNet(nn.Module):
         return torch.cat([self.network.logits(features), familiarity], dim=1)
 
     def evidence(self, maps: Tensor) -> Tensor:
-        """(N, h, w, K) float32: what each place adds to each logit; over all places it sums to the logits exactly.
+        """(N, h, w, K) float32: what each place adds to each logit; over all places it sums to the logits.
 
         A class activation map (Zhou et al., 2016, arXiv:1512.04150) of a global maximum: of each feature map, only the
         place of the maximum counts.
@@ -154,9 +161,9 @@ class ServedNet(nn.Module):
 
 
 def halve(network: ServedNet) -> ServedNet:
-    """``network`` with FP16 convolutions and head; BatchNorm and normalisation stay FP32, where FP16 loses digits."""
-    network.half()
+    """``network`` with FP16 convolutions, head and bank; BatchNorm and normalisation stay FP32, for their digits."""
     for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, Normalize)):
-            module.float()
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.half()
+    network.bank = network.bank.half()
     return network

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +24,23 @@ from model.preprocess import Pixels
 TORCH, ONNX, ONNX_INT8 = "torch", "onnx", "onnx-int8"
 RUNTIMES = (TORCH, ONNX, ONNX_INT8)
 GRAPHED_IMAGES = 256
-"""Of the largest batch that a CUDA graph is recorded for, a power of two."""
+"""Of the largest batch that a CUDA graph is recorded for, a power of two; fewer of images above ``GRAPHED_PIXELS``."""
+GRAPHED_PIXELS = 64 * 64
+"""Activations of 256 images of 224x224 pixels would take 6 GB."""
+PROBED = "CUDA_DEVICES_PROBED"
+"""Variable by which a process tells those that it starts how many GPUs it has found."""
+PROBE = "import torch; torch.zeros(1, device='cuda').add(1).cpu(); print(torch.cuda.device_count())"
+PROBE_SECONDS = 120.0
 
 logger = logging.getLogger("classifier.runtimes")
 
 
 class RuntimeUnavailableError(RuntimeError):
     """A runtime whose name, library or hardware is missing here."""
+
+
+class EngineLostError(RuntimeError):
+    """The device has failed, and so will every later call of this process."""
 
 
 class Runtime(Protocol):
@@ -87,16 +101,13 @@ class TorchRuntime:
             raise RuntimeUnavailableError(f"runtime 'torch' needs the packages of requirements.txt: {error}") from error
         from model.network import ServedNet, halve
 
-        if cuda_devices() and not torch.cuda.is_available():
-            raise RuntimeUnavailableError(
-                f"torch {torch.__version__} cannot use this machine's GPU: is its driver too old?"
-            )
         torch.set_num_threads(threads)
         self._torch = torch
-        self._device = torch.device(f"cuda:{device_index}" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(f"cuda:{device_index}" if cuda_devices() else "cpu")
         network = ServedNet(artifact.config)
         network.load_state_dict(load_file(artifact.weights))
         self._network = (halve(network) if self._device.type == "cuda" else network).to(self._device).eval()
+        self._graphed = graphed_images(artifact.config.input_size)
         self._graphs = self._record((*artifact.config.input_size, 3)) if self._device.type == "cuda" else None
 
     def _record(self, shape: tuple[int, int, int]) -> Callable[[Pixels], Any] | None:
@@ -104,38 +115,72 @@ class TorchRuntime:
         from model.graphs import Graphs
 
         try:
-            return Graphs(self._network, shape, GRAPHED_IMAGES, self._device)
+            return Graphs(self._network, shape, self._graphed, self._device)
         except RuntimeError as error:
             logger.warning("no CUDA graphs", extra={"reason": str(error)})
             return None
 
     def __call__(self, images: Pixels) -> Outputs:
-        if self._graphs and len(images) <= GRAPHED_IMAGES:
-            return np.asarray(self._graphs(images), np.float32)
-        return self._run(self._network, images)
+        if self._graphs and len(images) <= self._graphed:
+            return self._run(self._graphs, images)
+        return self._run(partial(self._eagerly, self._network), images)
 
     def evidence(self, images: Pixels) -> NDArray[np.float32]:
-        return self._run(self._network.explain, images)
+        return self._run(partial(self._eagerly, self._network.explain), images)
 
-    def _run(self, function: Callable[[Any], Any], images: Pixels) -> NDArray[np.float32]:
+    def _eagerly(self, function: Callable[[Any], Any], images: Pixels) -> Any:
         with self._torch.inference_mode():
-            result = function(self._torch.from_numpy(images).to(self._device))
-        return np.asarray(result.cpu(), np.float32)
+            return function(self._torch.from_numpy(images).to(self._device)).cpu()
+
+    def _run(self, function: Callable[[Pixels], Any], images: Pixels) -> NDArray[np.float32]:
+        """Raises ``EngineLostError`` when CUDA fails, but not for want of memory: a smaller batch may find some."""
+        try:
+            return np.asarray(function(images), np.float32)
+        except self._torch.AcceleratorError as error:
+            raise EngineLostError(str(error)) from error
+
+
+def graphed_images(size: tuple[int, int]) -> int:
+    """Images of ``size`` (height, width) in the largest batch that a CUDA graph is recorded for, a power of two."""
+    most = max(1, GRAPHED_IMAGES * GRAPHED_PIXELS // (size[0] * size[1]))
+    return min(GRAPHED_IMAGES, 1 << (most.bit_length() - 1))
 
 
 def cuda_devices() -> int:
-    """How many NVIDIA GPUs this process may use; asks the driver, so that torch need not be loaded to find none."""
+    """How many NVIDIA GPUs torch can use. The driver is asked first, so that torch need not be loaded to find none.
+
+    That a GPU is there does not say that it can be used: it may be too old for this torch, or its driver, or it may be
+    divided (MIG). So a process of its own tries, once for this one and all that it starts.
+    """
+    if PROBED not in os.environ:
+        os.environ[PROBED] = str(_probe() if find_spec("torch") and has_gpu() else 0)
+    return int(os.environ[PROBED])
+
+
+def has_gpu() -> bool:
+    """Whether the driver knows of an NVIDIA GPU that this process may see."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        count = int(pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError:
+        return bool(pynvml.nvmlDeviceGetCount()) and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return False
+    except pynvml.NVMLError as error:  # an update of the driver before the next reboot, for one
+        logger.warning("the NVIDIA driver does not answer: %s", error)
+        return False
+
+
+def _probe() -> int:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
+        )
+        return int(done.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        logger.warning("torch cannot use the GPU of this machine: %s", told.strip().splitlines()[-1])
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return count
-    return min(count, sum(device.strip() not in ("", "-1") for device in visible.split(",")))
 
 
 def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from threading import Lock
+from threading import Lock, Thread, Timer
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
@@ -17,7 +19,7 @@ import numpy as np
 
 from model.artifact import Outputs
 from model.preprocess import Pixels
-from model.runtimes import Runtime
+from model.runtimes import EngineLostError, Runtime
 from model.tuning import seconds_of
 from serving import arrays, metrics
 from serving.errors import ApiError
@@ -27,9 +29,24 @@ logger = logging.getLogger("classifier.hosts")
 
 AT_ONCE_SECONDS = 0.004
 """For which the event loop of a worker may stand still."""
+HANG_SECONDS = 60.0
+"""For one batch: what takes longer will not come back."""
+LOOKS = 10
+"""In that time, at what is computed."""
+GRACE_SECONDS = 15.0
+"""For a process to end by itself, which a thread that hangs may keep it from."""
 PROBE_SECONDS = 5.0
 """For the runner's word that it is ready."""
 Answer = TypeVar("Answer")
+
+
+def give_up(reason: str) -> None:
+    """End this process: nothing that it can do brings its engine back, and the supervisor starts another one."""
+    logger.critical("the engine is lost", extra={"reason": reason})
+    end = Timer(GRACE_SECONDS, os._exit, (1,))
+    end.daemon = True
+    end.start()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Host(Protocol):
@@ -49,14 +66,28 @@ class Local:
 
     It has a thread of its own, but for a few images that take no longer than ``AT_ONCE_SECONDS``: going to the thread
     and back would cost a lone request a tenth of its time.
+
+    When the engine is lost, or hangs for ``patience`` seconds, ``give_up`` is called with the reason, once.
     """
 
-    def __init__(self, engine: Runtime, answer: Callable[[Pixels], Outputs], concurrency: int = 1) -> None:
+    def __init__(
+        self,
+        engine: Runtime,
+        answer: Callable[[Pixels], Outputs],
+        concurrency: int = 1,
+        patience: float = HANG_SECONDS,
+        give_up: Callable[[str], None] = give_up,
+    ) -> None:
         """With a ``concurrency`` of 2 the next batch waits at the engine, which then never waits for the event loop."""
         self._engine, self._answer, self.concurrency = engine, answer, concurrency
+        self._patience, self._give_up = patience, give_up
         self._thread = ThreadPoolExecutor(1, "engine")
         self._in_use = Lock()  # an engine is called from one thread at a time
+        self._batch: object | None = None
+        """Another one for each batch that is computed, None between them."""
+        self._is_lost = False
         self._seconds_per_image = math.inf
+        Thread(target=self._watch, name="watch", daemon=True).start()
 
     async def is_ready(self) -> bool:
         return True
@@ -65,7 +96,7 @@ class Local:
         is_short = len(images) * self._seconds_per_image < AT_ONCE_SECONDS
         if is_short and self._in_use.acquire(blocking=False):
             try:
-                return self._timed(images)
+                return self._watched(self._timed, images)
             finally:
                 self._in_use.release()
         return await self._in_thread(self._timed, images)
@@ -87,9 +118,32 @@ class Local:
     async def _in_thread(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
         def alone() -> Answer:
             with self._in_use:
-                return function(*arguments)
+                return self._watched(function, *arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, alone)
+
+    def _watched(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        self._batch = object()
+        try:
+            return function(*arguments)
+        except EngineLostError as error:
+            self._lose(str(error))
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine is lost") from error
+        finally:
+            self._batch = None
+
+    def _watch(self) -> None:
+        looks, batch = 0, None
+        while looks < LOOKS:  # counted, for a process that was paused meanwhile, as by `docker pause`, does not hang
+            time.sleep(self._patience / LOOKS)
+            looks = looks + 1 if self._batch and self._batch is batch else 0
+            batch = self._batch
+        self._lose(f"a batch takes more than {self._patience:g} s")
+
+    def _lose(self, reason: str) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            self._give_up(reason)
 
 
 class Remote:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from model import explain
 from model.batching import Batcher
-from model.classifier import Classifier, Scores
+from model.classifier import Classifier, Prediction, Scores
 from model.preprocess import Header, ImageError, Pixels, inspect, read_header, render
 from model.sandbox import DecoderError, Sandbox
 from serving import metrics, visits
@@ -53,18 +53,8 @@ class Pipeline:
 
     async def classify(self, request: Request) -> Response:
         options = read_options(request)
-        self._infer.admit(1)  # who will be refused is so before anything is done for them
         stages = metrics.Stages()
-        with stages.timed("read"):
-            data = await read_image(request, self._settings)
-            header = self._inspect(data)
-        self._infer.admit(1)
-        self._admit_decoding([data], [header])
-        await visits.admit([data])
-        with stages.timed("decode"):
-            image = await self._decode(data, header)
-        prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
-        visits.judge([data], [prediction])
+        _, _, prediction = await self._classify_one(request, stages, self._admit_one)
         with stages.timed("reply"):
             document = orjson.dumps(self._replies(prediction, options))
         return Response(document, headers=stages.headers(), media_type=JSON)
@@ -96,17 +86,7 @@ class Pipeline:
         """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
         options = read_options(request)
         stages = metrics.Stages()
-        with stages.timed("read"):
-            data = await read_image(request, self._settings)
-            header = self._inspect(data)
-        self._infer.admit(1)
-        self._evidence.admit(explain.VIEWS)
-        self._admit_decoding([data], [header])
-        await visits.admit([data])
-        with stages.timed("decode"):
-            image = await self._decode(data, header)
-        prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
-        visits.judge([data], [prediction])
+        data, image, prediction = await self._classify_one(request, stages, self._admit_explanation)
         views = await asyncio.to_thread(explain.views, image)
         evidence = await self._evidence(views, client_waits())
         stride = self._classifier.config.stride
@@ -118,6 +98,30 @@ class Pipeline:
         original = await self._contained(self._sandbox.shrink, data, explain.MAX_SIDE)
         picture = await asyncio.to_thread(explain.overlay, original, heat)
         return Response(picture, headers=stages.headers(), media_type=PNG)
+
+    async def _classify_one(
+        self, request: Request, stages: metrics.Stages, admit: Callable[[], None]
+    ) -> tuple[bytes, Pixels, Prediction]:
+        """The image of a request, as it was sent and decoded, and its prediction."""
+        admit()  # who will be refused is so before anything is done for them
+        with stages.timed("read"):
+            data = await read_image(request, self._settings)
+            header = self._inspect(data)
+        admit()
+        self._admit_decoding([data], [header])
+        await visits.admit([data])
+        with stages.timed("decode"):
+            image = await self._decode(data, header)
+        prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
+        visits.judge([data], [prediction])
+        return data, image, prediction
+
+    def _admit_one(self) -> None:
+        self._infer.admit(1)
+
+    def _admit_explanation(self) -> None:
+        self._infer.admit(1)
+        self._evidence.admit(explain.VIEWS)
 
     async def _scores(self, images: Pixels, stages: metrics.Stages) -> Scores:
         with stages.timed("classify"):

@@ -5,6 +5,7 @@
 - Meanwhile it keeps a port open on which nobody accepts: here, a proxy is refused at once and turns to another replica.
 - A second server with the same home empties the metrics of the first: here, each has a folder of its own.
 - Any user of the machine may command it, over a TCP port: here, over a socket in a private folder.
+- It does not start where the driver of a GPU does not answer, even without need of it: here, there is no GPU then.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from typing import Any
 
 from _bentoml_impl.server.serving import API_SERVER_NAME
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.resource import NvidiaGpuResource
 from bentoml._internal.utils import circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
 from circus.watcher import Watcher
+
+from model.runtimes import cuda_devices
 
 CHECK_SECONDS = 0.5
 WORKERS = "service"
@@ -93,10 +97,15 @@ def _metrics_folder() -> Path:
     return Path(BentoMLContainer.bentoml_home.get(), "prometheus_multiproc_dir", str(os.getpid()))
 
 
+def _usable_gpus() -> list[int]:
+    return list(range(cuda_devices()))
+
+
 def install() -> None:
     """Let ``bentoml serve`` in this process, which has not started any worker yet, use ``Supervisor``.
 
     BentoML empties the folder of the metrics at its start: that of each server is its own.
     """
     BentoMLContainer.prometheus_multiproc_dir.set(str(_metrics_folder()))
+    NvidiaGpuResource.from_system = _usable_gpus  # type: ignore[method-assign, assignment]
     circus.Arbiter = Supervisor  # type: ignore[misc]  # the name under which BentoML looks it up

@@ -48,7 +48,8 @@ def free_port() -> int:
 
 def environment(home: Path, **settings: Any) -> dict[str, str]:
     """The caller's environment without any setting of the service in it, and with ``settings``."""
-    inherited = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME", "LANG", "TMPDIR"}}
+    kept = {"PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES"}
+    inherited = {name: value for name, value in os.environ.items() if name in kept}
     chosen = {name: str(value) for name, value in settings.items()}
     return {**inherited, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", **chosen}
 

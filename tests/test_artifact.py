@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model.artifact import CARD, HASHED, Artifact, ArtifactError, seal
 from model.classifier import TOLERANCE, VerificationError, check, verify
 from model.config import ConfigError, ModelConfig
-from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, RuntimeUnavailableError, create
+from model.runtimes import (
+    ONNX,
+    ONNX_INT8,
+    RUNTIMES,
+    EngineLostError,
+    OnnxRuntime,
+    RuntimeUnavailableError,
+    TorchRuntime,
+    create,
+)
 from tests import toy
 
 
@@ -86,6 +97,28 @@ def test_the_evidence_of_all_places_sums_to_the_logits(name: str, toy_artifact: 
     assert evidence.shape[3] == 3
     assert np.abs(evidence.sum(axis=(1, 2)) - runtime(images)[:, :-1]).max() < 1e-3
     assert np.abs(evidence).std(axis=(1, 2)).min() > 0  # it tells places apart
+
+
+def test_an_error_of_cuda_is_a_lost_engine_and_want_of_memory_is_none(toy_artifact: Artifact) -> None:
+    """As they come out of a network on a GPU."""
+    runtime = TorchRuntime(toy_artifact)
+
+    def fail(error: Exception) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            raise error
+
+        return hook
+
+    images = toy_artifact.reference(quantised=False).images
+    for error, expected in (
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), EngineLostError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ):
+        hook = runtime._network.register_forward_pre_hook(fail(error))
+        with pytest.raises(expected, match="CUDA"):
+            runtime(images)
+        hook.remove()
+    runtime(images)
 
 
 def test_an_unknown_runtime_names_the_known_ones(toy_artifact: Artifact) -> None:

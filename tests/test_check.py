@@ -14,7 +14,7 @@ import pytest
 from tests import toy
 from train.check import check, near_duplicates, perceptual_hashes
 from train.data import Data, DataError, Split, load
-from train.fit import RUN
+from train.runs import RUN
 
 
 @pytest.fixture(scope="module")

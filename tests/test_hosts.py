@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,8 +19,10 @@ from prometheus_client import REGISTRY
 from model.artifact import Outputs
 from model.batching import Batcher
 from model.preprocess import Pixels
+from model.runtimes import EngineLostError
 from serving.errors import ApiError
 from serving.hosts import AT_ONCE_SECONDS, Local, Remote
+from tests.live import REPOSITORY
 
 IMAGE = np.zeros((1, 4, 4, 3), np.uint8)
 
@@ -110,6 +114,71 @@ def test_the_next_batch_waits_at_the_engine_where_two_may_be_under_way() -> None
         return waiting
 
     assert [asyncio.run(left_waiting(concurrency)) for concurrency in (1, 2)] == [2, 1]
+
+
+class Broken:
+    """A GPU after an error from which its process does not recover."""
+
+    name = "broken"
+
+    def __call__(self, images: Pixels) -> Outputs:
+        raise EngineLostError("CUDA error: an illegal memory access was encountered")
+
+    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+        return self(images)
+
+
+def test_a_lost_engine_is_503_and_its_process_gives_up_once() -> None:
+    reasons: list[str] = []
+
+    async def ask() -> None:
+        local = Local(Broken(), Broken(), give_up=reasons.append)
+        for ask in (local.infer, local.infer, local.evidence):
+            with pytest.raises(ApiError) as caught:
+                await ask(IMAGE)
+            assert caught.value.status == 503
+
+    asyncio.run(ask())
+    assert reasons == ["CUDA error: an illegal memory access was encountered"]
+
+
+def test_an_engine_that_hangs_is_given_up_and_one_that_is_busy_is_not() -> None:
+    reasons: list[str] = []
+
+    async def ask(seconds: float, times: int) -> None:
+        engine = Engine(seconds)
+        local = Local(engine, engine, patience=0.5, give_up=reasons.append)
+        for _ in range(times):
+            await local.infer(IMAGE)
+
+    asyncio.run(ask(seconds=0.2, times=5))
+    assert reasons == []
+    asyncio.run(ask(seconds=2, times=1))
+    assert reasons == ["a batch takes more than 0.5 s"]
+
+
+HANGING = """
+import signal, time
+from concurrent.futures import ThreadPoolExecutor
+from serving import hosts
+hosts.GRACE_SECONDS = 0.5
+class End(BaseException): pass
+def stop(*_): raise End
+signal.signal(signal.SIGTERM, stop)
+hung = ThreadPoolExecutor(1).submit(time.sleep, 60)
+try:
+    hosts.give_up("it hangs")
+    time.sleep(5)
+except End:
+    print("told to stop", flush=True)
+"""
+
+
+def test_a_process_that_gives_up_ends_although_a_thread_hangs() -> None:
+    """Told to stop first: what it holds is answered, and a mail is sent."""
+    done = subprocess.run([sys.executable, "-c", HANGING], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "told to stop\n")
+    assert "the engine is lost" in done.stderr
 
 
 async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from model.runtimes import cuda_devices
+from model.runtimes import PROBED, cuda_devices
 from settings import SettingsError, load
+from tests.live import environment, serve
+
+DRIVER = """
+class NVMLError(Exception): pass
+class NVMLError_LibraryNotFound(NVMLError): pass
+class NVMLError_DriverNotLoaded(NVMLError): pass
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): {answer}
+"""
+"""A driver as ``pynvml`` tells of it, where no torch can compute on a GPU."""
 
 
 def test_defaults_follow_the_hardware() -> None:
@@ -28,6 +40,53 @@ def test_a_runtime_that_is_not_installed_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime\n"
+
+
+def driver(folder: Path, answer: str) -> str:
+    """A folder for ``PYTHONPATH``."""
+    (folder / "pynvml.py").write_text(DRIVER.format(answer=answer))
+    return str(folder)
+
+
+def loaded(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """``code`` after ``import settings``, on a machine with a GPU of which its torch can make nothing."""
+    env = environment(folder, PYTHONPATH=driver(folder, "return 1"))
+    del env["CUDA_VISIBLE_DEVICES"]
+    command = [sys.executable, "-c", f"import settings; {code}"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_and_the_cpu_serves(tmp_path: Path) -> None:
+    done = loaded(tmp_path, "s = settings.load(); print(s.resolved_runtime(), s.resolved_topology())")
+    assert done.stdout == "onnx-int8 embedded\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("torch cannot use the GPU of this machine: ")
+    assert len(line) > 60, "which says why"
+
+
+def test_torch_asked_for_by_name_does_not_start_on_such_a_gpu(tmp_path: Path) -> None:
+    done = loaded(tmp_path, "settings.load(runtime='torch')")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == [
+        "error: RUNTIME='torch'; expected a GPU that PyTorch can use, or another runtime"
+    ]
+
+
+def test_those_that_are_started_need_not_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROBED, "3")
+    assert cuda_devices() == 3
+
+
+def test_a_driver_that_does_not_answer_keeps_no_cpu_from_serving(tmp_path: Path) -> None:
+    path = driver(tmp_path, "raise NVMLError('Driver/library version mismatch')")
+    with serve("embedded", tmp_path, PYTHONPATH=path, RUNTIME="auto", CUDA_VISIBLE_DEVICES="0", WORKERS=1):
+        pass  # it is ready
+
+
+def test_there_are_no_more_workers_than_processors_that_they_may_use(tmp_path: Path) -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import service; print(service.WORKERS)"
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path), text=True, timeout=120)
+    assert printed == "1\n"
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from model.artifact import CONFIG, Artifact, Outputs
 from model.classifier import fit_temperature
+from model.network import ConvNet
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from train import data, precision
@@ -40,21 +42,12 @@ from train.evaluate import (
     run_runtime,
 )
 from train.export import BANK_IMAGES, Calibration, ParityError, load_run, parity, spread
-from train.fit import (
-    CHECKPOINT,
-    RUN,
-    Fit,
-    Trained,
-    build_config,
-    choose_batch_size,
-    parse_arguments,
-    read_story,
-    read_weights,
-)
+from train.fit import Fit, build_config, choose_batch_size, parse_arguments
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
+from train.runs import CHECKPOINT, RUN, Trained, read_story, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -589,6 +582,28 @@ def test_a_corrected_command_finds_no_run_of_the_wrong_one(toy_folder: Path, tmp
     common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE)
     assert "expected a finished run" in toy.run("train.fit", *common, "--teacher", tmp_path / "typo", code=1)
     assert not (out / CHECKPOINT).exists()
+
+
+def test_a_run_begun_on_a_cpu_is_resumed_on_a_gpu(loaded: data.Data, tmp_path: Path) -> None:
+    """Where there is a scale of the loss, of which the checkpoint knows nothing; here it is one for the CPU."""
+    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
+    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    fit.save()
+    fit.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fit.resume()
+    assert fit.scaler.get_scale() == 1024
+
+
+def test_whitening_is_the_same_in_parts(loaded: data.Data) -> None:
+    """Of which each takes a bounded memory."""
+    images = torch.from_numpy(loaded.train.images)
+    whole, parts = (ConvNet(build_config("toy", loaded, Recipe())) for _ in range(2))
+    whole.init_whitening(images, len(images))
+    parts.init_whitening(images, 7)
+    assert torch.allclose(whole.whiten.weight.abs(), parts.whiten.weight.abs(), rtol=1e-3, atol=1e-4)
+    patches = F.unfold(whole.normalize(images), 2).transpose(1, 2).reshape(-1, 12)
+    white = patches @ whole.whiten.weight[:12].reshape(12, -1).T
+    assert torch.allclose(white.T @ white / len(white), torch.eye(12), atol=0.05)
 
 
 @pytest.mark.parametrize("option", ["--start", "--teacher"])

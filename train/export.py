@@ -38,7 +38,7 @@ from model.network import BANK_BATCH, ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
 from model.statistics import edges
-from train import command, fit
+from train import command, runs
 from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load
 from train.evaluate import int8_tolerance, run_runtime
@@ -66,7 +66,7 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
     """
     config = ModelConfig.load(run / files.CONFIG)
     network = ConvNet(config).eval()
-    state = fit.read_weights(run)
+    state = runs.read_weights(run)
     network.load_state_dict(
         {name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     )
@@ -294,9 +294,9 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
 
 
 def _write(run: Path, data: Data, out: Path) -> Artifact:
-    if not (run / fit.RUN).exists():
-        raise DataError(f"{run}: not a finished run, for it has no {fit.RUN}; go on with --resume")
-    training = fit.read_story(run)
+    if not (run / runs.RUN).exists():
+        raise DataError(f"{run}: not a finished run, for it has no {runs.RUN}; go on with --resume")
+    training = runs.read_story(run)
     config, network = load_run(run)
     if config.classes != data.classes:
         raise DataError(

@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import hashlib
 import json
+import math
 import re
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model.artifact import CARD, CONFIG, WEIGHTS
+from model.artifact import CONFIG
 from model.config import ModelConfig
 from model.network import ConvNet
 from train import command
@@ -46,8 +45,8 @@ from train.muon import Muon
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
+from train.runs import CHECKPOINT, RUN, Trained, open_weights, read_story
 
-CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
 WHITENING_IMAGES = 5000
@@ -118,27 +117,6 @@ def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
     return hits
 
 
-class Trained(NamedTuple):
-    """A finished run or an artifact, which another run starts from or has as a teacher."""
-
-    path: Path
-    weights: dict[str, Tensor]
-    story: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> Trained:
-        """Raises ``DataError`` unless ``path`` is a finished run or an artifact."""
-        return cls(path, read_weights(path), read_story(path))
-
-    def sha256(self) -> str:
-        """Of the weights: what is in a folder may be another network tomorrow."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(name.encode())
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
-
-
 class Fit:
     """One training run: a network, its optimiser, and where in the schedule it stands."""
 
@@ -149,7 +127,8 @@ class Fit:
         self.recipe, self.data, self.out, self.device, self.group = recipe, data, out, device, group
         self.network = ConvNet(config).to(device)
         self.network.init_whitening(
-            torch.from_numpy(data.train.images[:: max(1, len(data.train) // WHITENING_IMAGES)]).to(device)
+            torch.from_numpy(data.train.images[:: math.ceil(len(data.train) / WHITENING_IMAGES)]).to(device),
+            batch_of(data.input_size, VALIDATION_BATCH),
         )
         self.teachers: list[ConvNet] = []
         self.learned_from: dict[str, list[str]] = {"start": [], "teacher": []}
@@ -298,7 +277,7 @@ class Fit:
             if f"momentum.{name}" in tensors:
                 state["momentum_buffer"] = tensors[f"momentum.{name}"].to(self.device)
         self.epochs_done, self.history = position["epochs_done"], position["history"]
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and position["scaler"]:  # a run that was begun without a GPU has none
             self.scaler.load_state_dict(position["scaler"])
 
     def save(self) -> None:
@@ -345,7 +324,7 @@ class Fit:
         path = self.out / CHECKPOINT
         if not path.exists():
             raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
-        with _open_weights(path) as checkpoint:
+        with open_weights(path) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
         if position["recipe"] != self.recipe.model_dump():
@@ -359,37 +338,6 @@ class Fit:
                     f"{path}: on record for --{option} are weights {_short(recorded)}; expected {_short(given)}"
                 )
         self.restore(tensors, position)
-
-
-def read_weights(trained: Path) -> dict[str, Tensor]:
-    """The state of the network of a run or of an artifact, on the CPU."""
-    path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
-    if not path.exists():
-        raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
-    with _open_weights(path) as checkpoint:
-        names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
-        return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
-
-
-def _open_weights(path: Path) -> safe_open:
-    """Raises ``DataError`` for a file that is damaged, such as one that is cut off."""
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise DataError(f"{path}: {error}; expected whole weights, not a damaged file") from error
-
-
-def read_story(trained: Path) -> dict[str, Any]:
-    """What a finished run, or the card of an artifact, tells of its training."""
-    path = trained / (RUN if (trained / RUN).exists() else CARD)
-    if not path.exists():
-        raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
-    try:
-        told = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
-    story: dict[str, Any] = told if path.name == RUN else told["training"]
-    return story
 
 
 def _short(digests: list[str]) -> str:

@@ -1,0 +1,68 @@
+"""What a training leaves behind, and another one, an export or a report reads: a finished run, or an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.artifact import CARD, WEIGHTS
+from train.data import DataError
+
+CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
+
+
+class Trained(NamedTuple):
+    """A finished run or an artifact, which another run starts from or has as a teacher."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    story: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Trained:
+        """Raises ``DataError`` unless ``path`` is a finished run or an artifact."""
+        return cls(path, read_weights(path), read_story(path))
+
+    def sha256(self) -> str:
+        """Of the weights: what is in a folder may be another network tomorrow."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_weights(trained: Path) -> dict[str, Tensor]:
+    """The state of the network of a run or of an artifact, on the CPU."""
+    path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
+    if not path.exists():
+        raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
+    with open_weights(path) as checkpoint:
+        names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
+
+
+def open_weights(path: Path) -> safe_open:
+    """Raises ``DataError`` for a file that is damaged, such as one that is cut off."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise DataError(f"{path}: {error}; expected whole weights, not a damaged file") from error
+
+
+def read_story(trained: Path) -> dict[str, Any]:
+    """What a finished run, or the card of an artifact, tells of its training."""
+    path = trained / (RUN if (trained / RUN).exists() else CARD)
+    if not path.exists():
+        raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
+    story: dict[str, Any] = told if path.name == RUN else told["training"]
+    return story
