@@ -19,11 +19,13 @@ Exit status: 0 all classified; 1 some images were not, and their rows say why; 2
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -36,7 +38,7 @@ from client.rows import Classify, Row, columns, row
 SOME_FAILED, COULD_NOT_WORK, INTERRUPTED = 1, 2, 130
 
 
-def backend(options: argparse.Namespace) -> AbstractContextManager[Classify]:
+def backend(options: argparse.Namespace) -> Classify:
     """Who classifies."""
     if options.local is None:
         query = {} if options.prediction_set is None else {"prediction_set": options.prediction_set}
@@ -84,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
     with journal.opened(options.out, options.resume, asked) as kept:
         todo = {name: path for name, path in images.items() if name not in kept}
         bar = tqdm(total=len(images), initial=len(images) - len(todo), unit="image", disable=None)
-        with bar, backend(options) as classify:
-            answers = in_flight(classify, batches(todo, options.batch), wanted, options.in_flight)
+        with bar:
+            answers = in_flight(backend(options), batches(todo, options.batch), wanted, options.in_flight)
             with closing(answers):
                 for rows in answers:
                     kept.add(rows)
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             formats.write(options.out, wanted, kept.rows(images))
             journal.beside(options.out).unlink()
         else:
-            print(formats.table(wanted, kept.rows(images)))
+            print(formats.table(wanted, kept.rows(images)), flush=True)
         return conclude(len(images), kept.failures(images))
 
 
@@ -142,11 +144,15 @@ def main() -> int:
             formats.check(options.out)
         return run(options)
     except KeyboardInterrupt:
-        print("interrupted" + _continuation(options), file=sys.stderr)
-        return INTERRUPTED
+        _stop("interrupted" + _continuation(options), INTERRUPTED)
     except (ClientError, OSError) as error:
-        print(f"error: {error}{_continuation(options)}", file=sys.stderr)
-        return COULD_NOT_WORK
+        _stop(f"error: {error}{_continuation(options)}", COULD_NOT_WORK)
+
+
+def _stop(reason: str, status: int) -> NoReturn:
+    """At once: an interpreter that ends waits for its threads, and they for replies that nobody will read."""
+    print(reason, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _continuation(options: argparse.Namespace) -> str:

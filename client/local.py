@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Self
 
 import numpy as np
 
@@ -47,12 +46,6 @@ class Local:
         verify(self._engine, reference)
         self._classifier = Classifier(served.config, reference, self._settings.foreign_rate)
         self._replies = Replies(",".join(tags), self._classifier, Drift(served.config, reference))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
     def __call__(self, images: list[bytes]) -> list[Reply]:
         decoded = [self._decode(image) for image in images]

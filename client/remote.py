@@ -7,14 +7,13 @@ import os
 import random
 import ssl
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 from tqdm import tqdm
@@ -50,15 +49,8 @@ class Remote:
             raise ClientError(f"{cacert}: {error}") from None
         except httpx.InvalidURL as error:
             raise ClientError(f"{url}: {error}") from None
-        self._leaving = threading.Event()
         self._told = ""
         self._was_reached = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._leaving.set()
 
     def __call__(self, images: list[bytes]) -> list[Reply]:
         parts = [("images", (str(number), image)) for number, image in enumerate(images)]
@@ -103,8 +95,7 @@ class Remote:
         if trouble != self._told:
             self._told = trouble
             tqdm.write(f"{self._url}: {trouble}; trying again", file=sys.stderr)
-        if self._leaving.wait(pause):
-            raise ClientError("stopped")
+        time.sleep(pause)
 
 
 def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:

@@ -121,7 +121,8 @@ class Answer(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append(time.monotonic())
             status, headers, *said = self.server.script.pop(0)() if self.server.script else (200, {})
-        time.sleep(self.server.seconds)
+            seconds = self.server.seconds
+        time.sleep(seconds)
         if status is None:
             self.close_connection = True
             return
@@ -150,6 +151,16 @@ def answer(status: int | None, retry_after: str | None = None) -> Callable[[], t
 
 def saying(status: int, document: Any) -> Callable[[], tuple[int, dict[str, str], Any]]:
     return lambda: (status, {}, document)
+
+
+def taking(server: Trouble, seconds: float, status: int) -> Callable[[], tuple[int, dict[str, str]]]:
+    """Of a script: what is asked from now on takes ``seconds``."""
+
+    def taken() -> tuple[int, dict[str, str]]:
+        server.seconds = seconds
+        return status, {}
+
+    return taken
 
 
 def in_three_seconds() -> tuple[int, dict[str, str]]:
@@ -329,18 +340,33 @@ class TestTrouble:
         assert [row["path"] for row in rows] == paths(folder)[:PICTURES]
         assert not beside(out).exists()
 
-    def test_an_interrupt_says_how_to_go_on(self, folder: Path, tmp_path: Path) -> None:
+    def test_an_interrupt_ends_it_at_once_and_says_how_to_go_on(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.jsonl"
+        options = (folder / "*.png", "--batch", 4, "--out", out)
         with trouble(seconds=0.2) as (server, url):
-            process = begin(folder, "--batch", 4, "--out", out, "--url", url)
+            process = begin(*options, "--url", url)
             while server.images < 20:
                 time.sleep(0.01)
+            server.seconds = 50  # of which nobody knows how much is over
+            time.sleep(1)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
-        assert process.returncode == 130, errors
-        assert "interrupted; --resume goes on" in errors
-        assert "Traceback" not in errors
-        assert len(beside(out).read_bytes().splitlines()) > 4
+            _, errors = process.communicate(timeout=10)
+            assert process.returncode == 130, errors
+            assert errors == "interrupted; --resume goes on from what has been answered\n"
+            kept = len(beside(out).read_bytes().splitlines()) - 1
+            assert 20 <= kept <= server.images
+            server.seconds, server.images = 0, 0
+            run(*options, "--url", url, "--resume")
+            assert server.images == PICTURES - kept
+        assert [row["path"] for row in read_jsonl(out)] == paths(folder)[:PICTURES]
+
+    def test_an_error_does_not_wait_for_other_requests(self, folder: Path) -> None:
+        with trouble() as (server, url):
+            server.script = [*[taking(server, 50, 200)] * 3, taking(server, 0, 401)]
+            process = begin(folder / "*.png", "--batch", 4, "--in-flight", 4, "--url", url)
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 2, errors
+        assert "401 trouble" in errors
 
     def test_a_journal_of_other_columns_is_refused(self, folder: Path, tmp_path: Path) -> None:
         options = (folder / "00*.png", "--out", tmp_path / "out.csv", "--batch", 1, "--in-flight", 1, "--patience", 0)
