@@ -7,7 +7,8 @@
 
 One row for each image, in the order of the arguments, those of a folder by path; an image that is broken is a row with
 an error. What has been answered is kept in OUT.part at once, and becomes OUT in the end. A folder gives its files with
-the suffix of a known format; a file that is named itself is taken whatever its name.
+the suffix of a known format, and those of folders that links in it lead to; a file that is named itself is taken
+whatever its name.
 
 The variable CLASSIFIER_API_KEY holds the API key, where the service asks for one. With --local, the settings of the
 service count: MODEL, RUNTIME and so on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -44,14 +45,53 @@ def _expand(argument: str) -> Iterator[Path]:
     elif path.exists():
         yield path
     else:
-        for match in sorted(glob.iglob(argument, recursive=True)):  # noqa: PTH207 # Path.glob takes no absolute pattern
+        for match in sorted(_matches(argument)):
             yield from _walk(Path(match)) if Path(match).is_dir() else (Path(match),)
 
 
+def _matches(pattern: str) -> Iterator[str]:
+    """As by ``glob``, whose ``**`` would go round and round where a link leads back."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.iglob(pattern)  # noqa: PTH207 # Path.glob takes no absolute pattern
+        return
+    place = parts.index("**")
+    rest = parts[place + 1 :]
+    for root in _matches(str(Path(*parts[:place]))):
+        if not rest:
+            yield root  # where it is a folder, all in it is taken anyway
+        elif Path(root).is_dir():
+            for folder, _ in _folders(Path(root), with_hidden=False):
+                yield from _matches(str(Path(glob.escape(str(folder)), *rest)))
+
+
 def _walk(folder: Path) -> Iterator[Path]:
-    for directory, folders, files in os.walk(folder, onerror=_refuse):
-        folders.sort()
-        yield from (Path(directory, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+    for directory, files in _folders(folder):
+        yield from (Path(directory, name) for name in files if Path(name).suffix.lower() in SUFFIXES)
+
+
+def _folders(root: Path, with_hidden: bool = True) -> Iterator[tuple[Path, list[str]]]:
+    """``root`` and every folder in it with the names of its files, then those that links in it lead to.
+
+    Each comes once, and those that ``root`` lies in do not: no link leads round and round, or to all of a disk.
+    """
+    seen = {_identity(parent) for parent in root.resolve().parents}
+    waiting = [root]
+    for start in waiting:
+        for directory, folders, files in os.walk(start, onerror=_refuse):
+            if _identity(Path(directory)) in seen:
+                folders.clear()
+                continue
+            seen.add(_identity(Path(directory)))
+            folders[:] = sorted(name for name in folders if with_hidden or not name.startswith("."))
+            waiting += [path for name in folders if (path := Path(directory, name)).is_symlink()]
+            yield Path(directory), sorted(files)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same by whatever path."""
+    about = folder.stat()
+    return about.st_dev, about.st_ino
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -88,6 +128,8 @@ def _size(path: Path) -> int:
 def read(path: Path) -> bytes | Reply:
     """The content of a file, or the error that stands for it."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for whoever writes into it
+            return failure("unreadable", "a pipe, a socket or a device; expected a file")
         with path.open("rb") as file:
             content = file.read(FILE_BYTES + 1)
     except OSError as error:

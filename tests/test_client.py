@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -250,6 +251,44 @@ class TestRows:
         assert told["gone.png"]["error_code"] == "unreadable"
         assert told["huge.png"]["error_code"] == "too_large"
         assert told["\\xff.png"]["class_name"] == "frame"
+
+    def test_what_is_no_file_is_a_row_and_is_not_waited_for(self, tmp_path: Path) -> None:
+        images = tmp_path / "images"
+        (images / "folder.png").mkdir(parents=True)
+        (images / "folder.png" / "inside.png").write_bytes(encode(picture()))
+        os.mkfifo(images / "pipe.png")
+        (images / "endless.png").symlink_to("/dev/zero")
+        (images / "itself.png").symlink_to("itself.png")
+        with socket.socket(socket.AF_UNIX) as listener, trouble() as (_, url):
+            listener.bind(str(images / "socket.png"))
+            run(images, images / "pipe.png", "--url", url, "--out", tmp_path / "out.jsonl", code=1)
+        told = {Path(row["path"]).name: row["error_message"] for row in read_jsonl(tmp_path / "out.jsonl")}
+        assert told.pop("inside.png") is None
+        assert told.pop("itself.png") == "Too many levels of symbolic links"
+        refused = "a pipe, a socket or a device; expected a file"
+        assert told == dict.fromkeys(("endless.png", "pipe.png", "socket.png"), refused)
+
+    def test_links_to_folders_are_followed_and_never_round_and_round(self, tmp_path: Path) -> None:
+        """With glob's own ``**``, two links that lead back are 2 to the 40th paths."""
+        root, other = tmp_path / "root", tmp_path / "other"
+        for file in (root / "a" / "1.png", root / "b" / "2.png", root / ".hidden" / "4.png", other / "3.png"):
+            file.parent.mkdir(parents=True)
+            file.write_bytes(encode(picture()))
+        links = {root / "a" / "to": root / "b", root / "b" / "to": root / "a", root / "away": other}
+        back = {root / "a" / "back": root, root / "b" / "back": root, other / "back": root, root / "above": tmp_path}
+        for link, target in {**links, **back, root / "disk": Path("/")}.items():
+            link.symlink_to(target)
+        shown = ["a/1.png", "b/2.png", "away/3.png"]
+        wanted = {
+            root: [".hidden/4.png", *shown],
+            root / "**" / "*.png": sorted(shown),
+            root / "**" / "a" / "**": ["a/1.png", "a/to/2.png"],
+        }
+        with trouble() as (_, url):
+            for number, (argument, names) in enumerate(wanted.items()):
+                run(argument, "--url", url, "--out", tmp_path / f"{number}.jsonl")
+                rows = read_jsonl(tmp_path / f"{number}.jsonl")
+                assert [row["path"] for row in rows] == [str(root / name) for name in names]
 
     def test_a_batch_that_is_too_large_is_halved(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
         """The server takes 64 images in a request, and no image above 1 MB."""
