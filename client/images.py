@@ -26,15 +26,17 @@ FILE_BYTES = 64 * 2**20
 def find(arguments: Iterable[str]) -> dict[str, Path]:
     """Every image of files, folders and globs by its name, in the order of the arguments, those of a folder by path.
 
-    Each path comes once. Raises ``ClientError`` for an argument that gives none, and ``OSError`` for a folder that
-    cannot be read, at any depth: its images would be missing in silence.
+    Each path comes once. Raises ``ClientError`` for an argument that gives none and for two paths of one name, and
+    ``OSError`` for a folder that cannot be read, at any depth: images would be missing in silence.
     """
     found: dict[str, Path] = {}
     for argument in arguments:
         paths = list(_expand(argument))
         if not paths:
             raise ClientError(f"{argument}: expected a file, a folder of images, or a pattern that some match")
-        found.update((_name(path), path) for path in paths)
+        for path in paths:
+            if found.setdefault(_name(path), path) != path:
+                raise ClientError(f"{_name(path)}: expected one file that is written so, found two: rename one of them")
     return found
 
 

@@ -497,6 +497,12 @@ class TestMistakes:
         assert "error: [Errno 36] File name too long" in shown
         assert "Traceback" not in shown
 
+    def test_files_of_the_same_name_in_the_output_are_refused(self, tmp_path: Path) -> None:
+        for name in (b"\xff.png", b"\\xff.png"):
+            (tmp_path / os.fsdecode(name)).write_bytes(encode(picture()))
+        with trouble() as (_, url):
+            assert f"{tmp_path}/\\xff.png: expected one file" in run(tmp_path, "--url", url, code=2)
+
     def test_an_output_is_never_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "out.csv").write_text("precious")
         assert "is there already" in run("README.md", "--out", tmp_path / "out.csv", "--resume", code=2)
