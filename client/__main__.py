@@ -20,6 +20,7 @@ Exit status: 0 all classified; 1 some images were not, and their rows say why; 2
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -139,6 +140,8 @@ def _positive(text: str) -> int:
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may have characters that its encoding lacks
     options = parse_arguments()
     try:
         if options.out:

@@ -17,6 +17,8 @@ from model.tables import table as aligned
 ROW_GROUP = 10_000
 """Rows of a Parquet file that are in memory at once."""
 NOT_IN_TABLE = {"predicted_class", "model", "error_code", "error_message"}
+CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+"""Escapes of characters that a terminal obeys; a name may have them."""
 
 
 def check(out: Path) -> None:
@@ -62,7 +64,8 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> N
         "probabilities": pa.list_(pa.float64()),
     }
     schema = pa.schema([(column, kinds.get(column, pa.string())) for column in columns])
-    with pq.ParquetWriter(path, schema) as writer:
+    # Opened here: pyarrow takes no path that is not UTF-8.
+    with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
         for group in _groups(rows):
             writer.write_table(pa.Table.from_pylist(group, schema))
 
@@ -84,7 +87,7 @@ def table(columns: Sequence[str], rows: Iterable[Row]) -> str:
     """What a person looks for, in aligned columns."""
     shown = [column for column in columns if column not in NOT_IN_TABLE]
     lines = [[*(_cell(row[column]) for column in shown), _error(row)] for row in rows]
-    return aligned([[*shown, "error"], *lines])
+    return aligned([[*shown, "error"], *([cell.translate(CONTROLS) for cell in line] for line in lines)])
 
 
 def _cell(value: object) -> str:

@@ -290,6 +290,24 @@ class TestRows:
                 rows = read_jsonl(tmp_path / f"{number}.jsonl")
                 assert [row["path"] for row in rows] == [str(root / name) for name in names]
 
+    def test_names_are_shown_in_any_encoding(self, tmp_path: Path) -> None:
+        images = tmp_path / "images"
+        images.mkdir()
+        for name in (b"1\xff.png", "2\u00e9.png".encode(), b"3\n\x1b[7m.png"):
+            (images / os.fsdecode(name)).write_bytes(encode(picture()))
+        with trouble() as (_, url):
+            for encoding, name in (("ascii", r"2\xe9.png"), ("utf-8", "2\u00e9.png")):
+                shown = run(images, "--url", url, PYTHONIOENCODING=encoding)
+                told = [Path(line.split()[0]).name for line in shown.splitlines()[1:-1]]
+                assert told == [r"1\xff.png", name, r"3\n\x1b[7m.png"]
+
+    def test_an_output_may_have_any_name(self, folder: Path, tmp_path: Path) -> None:
+        with trouble() as (_, url):
+            for suffix in (b".csv", b".jsonl", b".parquet"):
+                out = tmp_path / os.fsdecode(b"\xff" + suffix)
+                run(folder / "000.png", "--url", url, "--out", out)
+                assert out.exists()
+
     def test_a_batch_that_is_too_large_is_halved(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
         """The server takes 64 images in a request, and no image above 1 MB."""
         images = tmp_path / "images"
