@@ -47,7 +47,7 @@ class Remote:
             self._client = httpx.Client(base_url=url, headers=headers, verify=verify, timeout=SECONDS, limits=limits)
         except OSError as error:
             raise ClientError(f"{cacert}: {error}") from None
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise ClientError(f"{url}: {error}") from None
         self._told = ""
         self._was_reached = False
@@ -62,9 +62,11 @@ class Remote:
                 return [{"error": _problem(response)}]
             half = len(images) // 2
             return self(images[:half]) + self(images[half:])
-        results: list[Reply] = _expect_ok(response, self._url).get("results", [])
-        if len(results) != len(images):
-            raise ClientError(f"{self._url}: {len(results)} results for {len(images)} images: is this the classifier?")
+        results = _expect_ok(response, self._url).get("results")
+        if not (
+            isinstance(results, list) and len(results) == len(images) and all(isinstance(r, dict) for r in results)
+        ):
+            raise ClientError(f"{self._url}: expected {len(images)} results in the reply: is this the classifier?")
         return results
 
     def _send(self, request: httpx.Request, is_one: bool) -> httpx.Response:
@@ -80,7 +82,9 @@ class Remote:
                 if response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error:
                     return response
                 trouble, pause = _problem(response)["message"], _retry_after(response)
-            except httpx.TransportError as error:
+            except UnicodeError as error:  # of the name of the host
+                raise ClientError(f"{self._url}: {error}") from None
+            except httpx.RequestError as error:
                 trouble = str(error) or type(error).__name__
                 if isinstance(error, NOT_REACHED) and not self._was_reached:
                     raise ClientError(f"{self._url}: {trouble}") from None
@@ -118,7 +122,7 @@ def _problem(response: httpx.Response) -> dict[str, str]:
     """``{"code", "message"}``, also of what stands in front of the service and has errors of another form."""
     try:
         problem: dict[str, str] = response.json()["error"]
-        return {"code": problem["code"], "message": problem["message"]}
+        return {"code": str(problem["code"]), "message": str(problem["message"])}
     except (ValueError, LookupError, TypeError):
         return _by_status(response.status_code)
 

@@ -356,11 +356,32 @@ class TestTrouble:
             shown = run(folder / "000.png", "--url", url, "--patience", 0, code=2)
         assert "error: " + url + ": HTTP status 524; given up" in shown
 
-    def test_a_reply_of_another_form_is_one_line(self, folder: Path) -> None:
-        with trouble(saying(200, [])) as (_, url):
+    @pytest.mark.parametrize(
+        ("status", "document", "message"),
+        [
+            (200, [], "the reply is not an object"),
+            (200, {"results": None}, "expected 1 results in the reply: is this the classifier?"),
+            (200, {"results": []}, "expected 1 results in the reply: is this the classifier?"),
+            (200, {"results": [None]}, "expected 1 results in the reply: is this the classifier?"),
+            (401, {"error": {"code": 16, "message": None}}, "401 16: None"),
+        ],
+    )
+    def test_a_reply_of_another_form_is_one_line(self, folder: Path, status: int, document: Any, message: str) -> None:
+        with trouble(saying(status, document)) as (_, url):
             shown = run(folder / "000.png", "--url", url, code=2)
-        assert "error: " + url + ": the reply is not an object" in shown
+        assert f"error: {url}: {message}" in shown
         assert "Traceback" not in shown
+
+    def test_an_error_in_the_form_of_others_is_a_row(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.parquet"
+        with trouble(saying(413, {"error": {"code": 413, "message": "too much"}})) as (_, url):
+            run(folder / "000.png", "--url", url, "--out", out, code=1)
+        assert pq.read_table(out).to_pylist()[0]["error_code"] == "413"
+
+    def test_a_reply_that_cannot_be_decoded_is_asked_for_again(self, folder: Path) -> None:
+        with trouble(lambda: (200, {"Content-Encoding": "gzip"})) as (server, url):
+            assert "; trying again" in run(folder / "000.png", "--url", url)
+            assert len(server.asked) == 2
 
     def test_patience_ends_and_what_was_answered_stays(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
@@ -485,6 +506,8 @@ class TestMistakes:
             (["README.md", "--out", "x.txt"], "x.txt: expected a name that ends in one of .csv, .jsonl, .parquet"),
             (["README.md", "--out", "nowhere/x.csv"], "there is no folder nowhere"),
             (["README.md", "--url", "ftp://x"], "unsupported protocol"),
+            (["README.md", "--url", "http://a..b"], "error: http://a..b: "),
+            (["README.md", "--url", "http://a/\udcff"], "error: http://a/\\udcff: "),
             (["README.md", "--resume"], "--resume needs --out"),
             (["README.md", "--prediction-set", "2"], "expected a number between 0 and 1"),
             (["README.md", "--batch", "0"], "expected a whole number above 0"),
