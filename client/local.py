@@ -29,6 +29,7 @@ class Local:
     """What ``MODEL=model`` would serve; the other settings are those of the service, from the environment."""
 
     def __init__(self, model: str | None, prediction_set: float | None) -> None:
+        store.set_environment()
         try:
             self._settings = configuration.load(**({"model": model} if model else {}))
             self._load()

@@ -13,6 +13,7 @@ changes nothing that is served. A version may be shortened to what tells it from
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -31,12 +32,23 @@ from model.tables import Row, table
 
 BENTO = Path(__file__).parents[2]
 """The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
+CHECKOUT = Path(__file__).parents[1]
 SHOWN_PROMOTIONS = 10
 """Of each name, by ``list``."""
 
 
 class StoreError(RuntimeError):
     """A model that the store does not hold, or a promotion that it refuses."""
+
+
+def set_environment() -> None:
+    """What `make` exports, for a command of ours that runs without it: the same store, and no usage statistics.
+
+    Not for `bentoml serve`: by the time that it imports anything from here it has chosen its own.
+    """
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+    if not (BENTO / "bento.yaml").exists():
+        os.environ.setdefault("BENTOML_HOME", str(CHECKOUT / ".bentoml"))
 
 
 def put(directory: Path) -> str:
@@ -242,7 +254,9 @@ def main() -> None:
     promoting.add_argument("model", metavar="NAME:VERSION")
     promoting.add_argument("--force", action="store_true", help="whatever speaks against it")
     commands.add_parser("rollback").add_argument("name")
-    run(parser.parse_args())
+    options = parser.parse_args()
+    set_environment()
+    run(options)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -268,6 +268,29 @@ def test_what_speaks_against_a_promotion_stops_it_unless_forced(
     assert served(home) == bad
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("model.store", "import", "model/pretrained"),
+        ("client", toy.ROOT / "tests" / "images" / "dog.jpg", "--local"),
+    ],
+)
+def test_a_command_without_make_has_the_store_of_make_and_tells_nobody(
+    command: tuple[object, ...], tmp_path: Path
+) -> None:
+    checkout, user = tmp_path / "checkout", tmp_path / "user"
+    for name in ("client", "model", "serving"):
+        shutil.copytree(toy.ROOT / name, checkout / name)
+    shutil.copy(toy.ROOT / "settings.py", checkout)
+    # Statistics are shown, not sent; but who sends them has an identity in the store.
+    env = environment(tmp_path, HOME=user, __BENTOML_DEBUG_USAGE=True)
+    del env["BENTOML_HOME"], env["BENTOML_DO_NOT_TRACK"]
+    subprocess.run([sys.executable, "-m", *map(str, command)], cwd=checkout, env=env, check=True, timeout=300)
+    assert (checkout / ".bentoml" / "models" / SHIPPED_NAME).is_dir()
+    assert not (checkout / ".bentoml" / "client_id").exists()
+    assert not user.exists()
+
+
 class TestComparison:
     def test_the_interval_of_a_difference_is_that_of_its_publication(self) -> None:
         """56/70 against 48/80: table II of Newcombe (1998), method 10."""
