@@ -1,11 +1,11 @@
 """The processes that decode for ``model.sandbox``; they are native code on bytes of strangers, and may die of it.
 
-    python -m model.decoder    with a socket as standard input
+    python -m model.decoder MAX_PIXELS    with a socket as standard input
 
 A fork server: for each byte that it receives it forks, and sends back a socket to the new decoder. It has imported
 everything and never sees an image, so that the next decoder is there within milliseconds of the death of one. A decoder
 answers one image after another until its socket is closed. It may compute for ``SECONDS`` on each, last ``PATIENCE``
-and take ``MEMORY`` in all; the kernel ends what takes more.
+and take ``memory_for`` its largest image in all; the kernel ends what takes more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,17 +24,24 @@ import orjson
 from PIL import Image
 
 from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
-from model.preprocess import Pixels, render, shrink
+from model.preprocess import MAX_PIXELS, Pixels, render, shrink
 
 SECONDS = 5.0
-"""Of processor time for one image: several times what the largest takes on a slow processor."""
+"""Of processor time for one image, more where ``MAX_PIXELS`` is raised: the largest takes 3 on a slow processor."""
 PATIENCE = 2 * SECONDS
 """Of time as it passes, on a machine with other work."""
-MEMORY = 448 * 2**20
-"""Of a decoder, with the interpreter and the libraries: enough for the largest image that the default limits admit."""
+BASE_MEMORY = 128 * 2**20
+"""Of a decoder, in bytes: the interpreter and the libraries, and something to spare."""
+PIXEL_MEMORY = 8
+"""Bytes for a pixel of an opaque image, of which a GIF takes most."""
 ERRORS = {error.__name__: error for error in (ImageError, TooManyPixelsError, UnsupportedFormatError)}
 Work = Callable[[bytes, dict[str, Any]], Pixels]
 """From an image and a task to pixels."""
+
+
+def memory_for(max_pixels: int) -> int:
+    """Bytes that a decoder may take, of images of up to ``max_pixels``."""
+    return BASE_MEMORY + PIXEL_MEMORY * max_pixels
 
 
 def work(data: bytes, task: dict[str, Any]) -> Pixels:
@@ -44,6 +52,8 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
 
 def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE) -> None:
     """Fork a decoder that does ``work`` for each byte received, until the worker has gone."""
+    max_pixels = int(sys.argv[1])
+    memory, slower = memory_for(max_pixels), max(1, max_pixels / MAX_PIXELS)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks what a decoder died of: the kernel may forget it
     for stop in (signal.SIGINT, signal.SIGTERM):  # to the whole group: what the worker has accepted is still decoded
         signal.signal(stop, signal.SIG_IGN)
@@ -55,16 +65,16 @@ def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE
         if os.fork() == 0:
             control.close()
             ours.close()
-            _decode(Connection(theirs.detach()), work, seconds, patience)
+            _decode(Connection(theirs.detach()), work, memory, seconds * slower, patience * slower)
         socket.send_fds(control, [b"\0"], [ours.fileno()])
         ours.close()
         theirs.close()
 
 
-def _decode(connection: Connection, work: Work, seconds: float, patience: float) -> None:
+def _decode(connection: Connection, work: Work, memory: int, seconds: float, patience: float) -> None:
     """Answer until the worker has gone; never returns."""
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # which would hold somebody's image
         while True:
             task, data = orjson.loads(connection.recv_bytes()), connection.recv_bytes()

@@ -27,7 +27,7 @@ import orjson
 
 from model.decoder import ERRORS
 from model.headers import ImageError
-from model.preprocess import Pixels
+from model.preprocess import MAX_PIXELS, Pixels
 
 ROOT = Path(__file__).parent.parent
 """Where the package is, in a Bento as in a checkout."""
@@ -41,10 +41,13 @@ class DecoderError(ImageError):
 
 
 class Sandbox:
-    """One decoder, followed up by another after its death. Belongs to one thread."""
+    """One decoder, followed up by another after its death. Belongs to one thread.
 
-    def __init__(self, command: Sequence[str] = COMMAND) -> None:
-        self._command = command
+    It has memory for images of up to ``max_pixels``.
+    """
+
+    def __init__(self, max_pixels: int = MAX_PIXELS, command: Sequence[str] = COMMAND) -> None:
+        self._command = (*command, str(max_pixels))
         self._decoder: Connection | None = None
         self._start()
 

@@ -16,7 +16,8 @@ import orjson
 import pytest
 from PIL import Image
 
-from model.decoder import MEMORY
+from model.decoder import memory_for
+from model.preprocess import MAX_PIXELS
 from tests import hostile, seeds
 from tests.live import LOG, Server, encode, picture, processes, samples, serve, total
 
@@ -172,7 +173,7 @@ def test_the_largest_images_and_bodies_at_once_stay_within_the_memory(server: Se
     assert_sound(server, pid, before)
     peaks = [status_of(decoder)["VmHWM"] for decoder in members(server, "model.decoder")]
     assert peaks
-    assert max(peaks) <= MEMORY + LIBRARIES
+    assert max(peaks) <= memory_for(MAX_PIXELS) + LIBRARIES
 
 
 RAW = {

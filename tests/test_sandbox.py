@@ -26,9 +26,9 @@ from model import runtimes
 from model.artifact import Artifact
 from model.batching import Batcher
 from model.classifier import Classifier, Scores
-from model.decoder import MEMORY
+from model.decoder import BASE_MEMORY, memory_for
 from model.headers import FORMATS, ImageError, UnsupportedFormatError
-from model.preprocess import MAX_PIXELS, Pixels, preprocess, read_header, shrink
+from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess, read_header, shrink
 from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import metrics
@@ -52,7 +52,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[Sandbox]:
-    with closing(Sandbox(FAULTY)) as sandbox:
+    with closing(Sandbox(command=FAULTY)) as sandbox:
         yield sandbox
 
 
@@ -106,13 +106,15 @@ def test_killed_processes_are_replaced_and_no_image_pays_for_it() -> None:
             np.testing.assert_array_equal(sandbox.render(WEBP, SIZE), preprocess(WEBP, SIZE))
 
 
-def test_a_decoder_has_a_limit_on_its_memory(sandbox: Sandbox) -> None:
-    sandbox.render(WEBP, SIZE)
-    _, decoder = family(sandbox._server.pid)
-    limits = dict(
-        re.findall(r"^Max (.+?)  +(\d+|unlimited)", Path(f"/proc/{decoder}/limits").read_text(), re.MULTILINE)
-    )
-    assert limits["data size"] == str(MEMORY)
+@pytest.mark.parametrize("max_pixels", [MAX_PIXELS, 4 * MAX_PIXELS])
+def test_a_decoder_has_a_limit_on_its_memory_that_follows_from_the_setting(max_pixels: int) -> None:
+    with closing(Sandbox(max_pixels)) as sandbox:
+        sandbox.render(WEBP, SIZE)
+        _, decoder = family(sandbox._server.pid)
+        limits = dict(
+            re.findall(r"^Max (.+?)  +(\d+|unlimited)", Path(f"/proc/{decoder}/limits").read_text(), re.MULTILINE)
+        )
+    assert limits["data size"] == str(memory_for(max_pixels))
     assert limits["core file size"] == "0"
 
 
@@ -121,12 +123,15 @@ def test_the_libraries_leave_a_decoder_its_memory_however_many_processors_there_
     sandbox.render(WEBP, SIZE)
     _, decoder = family(sandbox._server.pid)
     (kilobytes,) = re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{decoder}/status").read_text(), re.MULTILINE)
-    assert int(kilobytes) * 1024 < MEMORY / 4
+    assert int(kilobytes) * 1024 < BASE_MEMORY * 0.75
 
 
-def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox) -> None:
-    side = int(MAX_PIXELS**0.5)
-    assert sandbox.render(encode(Image.new("RGB", (side, side))), SIZE).shape == (*SIZE, 3)
+@pytest.mark.parametrize(("mode", "kind", "share"), [("RGB", "PNG", 1), ("P", "GIF", 1), ("RGBA", "PNG", ALPHA_COST)])
+def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox, mode: str, kind: str, share: int) -> None:
+    side = int((MAX_PIXELS / share) ** 0.5)
+    data = encode(Image.new(mode, (side, side)), kind)
+    inspect(data)
+    assert sandbox.render(data, SIZE).shape == (*SIZE, 3)
 
 
 @pytest.fixture
