@@ -38,11 +38,16 @@ function listenForDrops(take) {
   });
 }
 
-/** @param {FileSystemEntry | File | null} found @returns {Promise<File[]>} of a folder all, at any depth */
+/** @param {FileSystemEntry | File | null} found @returns {Promise<File[]>} of a folder all, at any depth, named by their paths */
 async function filesIn(found) {
   if (found === null || found.name.startsWith(".")) return [];
   if (found instanceof File) return [found];
-  if (found.isFile) return [await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (found).file(resolve, reject))];
+  const path = found.fullPath.slice(1);
+  if (found.isFile) {
+    /** @type {File} */
+    const file = await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (found).file(resolve, reject));
+    return [new File([file], path, { type: file.type })];
+  }
   const reader = /** @type {FileSystemDirectoryEntry} */ (found).createReader();
   /** @type {FileSystemEntry[]} */
   const entries = [];

@@ -108,11 +108,11 @@ def test_a_drop_without_files_is_explained(page: Page) -> None:
 
 
 def test_a_folder_becomes_a_table_to_sort_and_a_csv(page: Page, url: str, tmp_path: Path, broken: Path) -> None:
-    folder = tmp_path / "folder"
+    folder = tmp_path / "=folder"
     (folder / "deep").mkdir(parents=True)
     for file in [*PICTURES, broken]:
         (folder / file.name).write_bytes(file.read_bytes())
-        (folder / "deep" / f"2-{file.name}").write_bytes(file.read_bytes())
+        (folder / "deep" / file.name).write_bytes(file.read_bytes())
     drop(page, folder)
     finish(page)
     expect(page.locator("#batch-summary")).to_have_text("20 of 22 classified, 2 failed")
@@ -132,16 +132,17 @@ def test_a_folder_becomes_a_table_to_sort_and_a_csv(page: Page, url: str, tmp_pa
         page.get_by_role("button", name="Download CSV").click()
     with saved.value.path().open(newline="") as file:
         lines = {line["file"]: line for line in csv.DictReader(file)}
+    assert set(lines) == {f"'=folder/{path}{file.name}" for path in ("", "deep/") for file in [*PICTURES, broken]}
     for file, said in zip(PICTURES, ask(url, PICTURES, prediction_set=0.95), strict=True):
-        line = lines[file.name]
+        line = lines[f"'=folder/deep/{file.name}"]
         assert (line["class_name"], line["model"]) == (said["class_name"], said["model"])
         assert float(line["confidence"]) == said["confidence"]
         assert line["prediction_set"].split() == said["prediction_set"]
         assert float(line["probability cat"]) == said["all_probabilities"]["3"]
-    assert lines["'=broken.jpg"]["error_code"] == "invalid_image"
-    assert re.fullmatch("[0-9a-f]{32}", lines["'=broken.jpg"]["request_id"])
+    assert lines["'=folder/=broken.jpg"]["error_code"] == "invalid_image"
+    assert re.fullmatch("[0-9a-f]{32}", lines["'=folder/=broken.jpg"]["request_id"])
 
-    page.get_by_role("button", name="frog.jpg", exact=True).click()
+    page.get_by_role("button", name="=folder/deep/frog.jpg", exact=True).click()
     assert verdict(page) == "frog"
 
 
