@@ -16,7 +16,7 @@ from tests.toy import ROOT
 
 FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 TEXTS = [path for path in FILES if path.suffix not in {".jpg", ".png"}]
-OURS = {"no_file", "unknown", "unreachable"}
+OURS = {"no_file", "unknown", "unreachable", "unreadable"}
 """Codes that the page itself makes."""
 
 

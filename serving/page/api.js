@@ -49,6 +49,9 @@ export async function send(path, options = {}) {
   }
 }
 
+/** Whether it can be sent: of one that was deleted meanwhile fetch would say that the service is out of reach. @param {File} file */
+export const isReadable = (file) => file.slice(0, 1).arrayBuffer().then((start) => start.byteLength > 0, () => false);
+
 /** Raises ServiceError: something between the service and this page may have answered, such as a page to sign in. @param {Blob} body */
 export async function json(body) {
   try {

@@ -1,6 +1,6 @@
 // Many pictures: sent in portions, a table that can be sorted, a CSV file.
 
-import { json, send, ServiceError } from "./api.js";
+import { isReadable, json, send, ServiceError } from "./api.js";
 import { classNames } from "./card.js";
 import { announce, byId, make, percent, whole } from "./dom.js";
 import { inWords } from "./errors.js";
@@ -69,7 +69,7 @@ export async function resume() {
   drawProgress(true);
   try {
     for (const portion of portions(rows.filter((row) => row.again))) {
-      await classify(portion, signal);
+      await classify(await readable(portion), signal);
       if (signal.aborted) return;
       drawBody();
       drawProgress(true);
@@ -100,8 +100,18 @@ function* portions(some) {
   if (portion.length) yield portion;
 }
 
+/** Those that can be read; the others are told now. @param {Row[]} portion */
+async function readable(portion) {
+  const can = await Promise.all(portion.map(({ file }) => isReadable(file)));
+  return portion.filter((row, i) => {
+    if (!can[i]) settle(row, { error: { code: "unreadable", message: "the browser could not read it", request_id: "" } });
+    return can[i];
+  });
+}
+
 /** @param {Row[]} portion @param {AbortSignal} signal @returns {Promise<void>} */
 async function classify(portion, signal) {
+  if (!portion.length) return;
   const form = new FormData();
   for (const { file } of portion) form.append("images", file, "image");
   try {

@@ -43,19 +43,27 @@ async function filesIn(found) {
   if (found === null || found.name.startsWith(".")) return [];
   if (found instanceof File) return [found];
   const path = found.fullPath.slice(1);
-  if (found.isFile) {
-    /** @type {File} */
-    const file = await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (found).file(resolve, reject));
-    return [new File([file], path, { type: file.type })];
+  try {
+    if (found.isFile) {
+      /** @type {File} */
+      const file = await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (found).file(resolve, reject));
+      return [new File([file], path, { type: file.type })];
+    }
+    return (await Promise.all((await entriesOf(/** @type {FileSystemDirectoryEntry} */ (found))).map(filesIn))).flat();
+  } catch {
+    return [new File([], path)]; // an empty file is told as one that cannot be read
   }
-  const reader = /** @type {FileSystemDirectoryEntry} */ (found).createReader();
+}
+
+/** @param {FileSystemDirectoryEntry} folder */
+async function entriesOf(folder) {
+  const reader = folder.createReader();
   /** @type {FileSystemEntry[]} */
   const entries = [];
   for (;;) {
     /** @type {FileSystemEntry[]} */
     const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!some.length) break; // they come in portions
+    if (!some.length) return entries; // they come in portions
     entries.push(...some);
   }
-  return (await Promise.all(entries.map(filesIn))).flat();
 }

@@ -173,6 +173,45 @@ def test_a_batch_can_be_stopped_and_gone_on_with(page: Page) -> None:
     expect(page.locator("#batch-summary")).to_have_text("10 of 10 classified")
 
 
+def test_a_file_that_is_deleted_meanwhile_spoils_no_others(page: Page, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("1.jpg", "2.jpg", "deleted.jpg"):
+        (folder / name).write_bytes(CAT.read_bytes())
+    page.route("**/classify/batch*", lambda route: None)  # held, until it is stopped
+    drop(page, folder)
+    page.get_by_role("button", name="Stop").click()
+    (folder / "deleted.jpg").unlink()
+    page.unroute("**/classify/batch*")
+    page.get_by_role("button", name="Try the failed again").click()
+    expect(page.locator("#batch-summary")).to_have_text("2 of 3 classified, 1 failed")
+    assert sorted(column(page, 2)) == ["folder/1.jpg", "folder/2.jpg"]
+    expect(page.locator("#rows .failed")).to_contain_text("This file cannot be read (unreadable)")
+    page.get_by_role("button", name="folder/deleted.jpg").click()
+    expect(page.get_by_role("alert")).to_contain_text("This file cannot be read")
+
+
+def test_what_a_dropped_folder_does_not_give_away_spoils_no_others(page: Page) -> None:
+    page.evaluate(
+        """() => {
+            const { webkitGetAsEntry } = DataTransferItem.prototype;
+            const fail = (_, reject) => reject(new DOMException("said by a test", "NotReadableError"));
+            DataTransferItem.prototype.webkitGetAsEntry = function () {
+                const lost = { name: "lost.jpg", fullPath: "/folder/lost.jpg", isFile: true, file: fail };
+                const locked = { name: "locked", fullPath: "/folder/locked", createReader: () => ({ readEntries: fail }) };
+                const portions = [[lost, locked, webkitGetAsEntry.call(this)], []];
+                const createReader = () => ({ readEntries: (resolve) => resolve(portions.shift()) });
+                return { name: "folder", fullPath: "/folder", createReader };
+            };
+        }"""
+    )
+    drop(page, CAT)
+    finish(page)
+    expect(page.locator("#batch-summary")).to_have_text("1 of 3 classified, 2 failed")
+    names = page.locator("#rows .failed > :nth-child(2)").all_inner_texts()
+    assert names == ["folder/lost.jpg", "folder/locked"]
+
+
 def test_a_broken_image_is_explained(page: Page, broken: Path) -> None:
     with page.expect_response("**/classify*") as answered:
         choose(page, broken)
