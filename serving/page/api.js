@@ -21,6 +21,9 @@ export function useKey(value) {
   else sessionStorage.removeItem(STORED);
 }
 
+/** @returns {boolean} */
+export const hasKey = () => sessionStorage.getItem(STORED) !== null;
+
 /**
  * @typedef {object} Options
  * @property {FormData} [form] posted; without it the request is a GET

@@ -1,6 +1,6 @@
 // One picture: what it is, how sure that is, and why.
 
-import { isReadable, json, send, ServiceError } from "./api.js";
+import { hasKey, isReadable, json, send, ServiceError } from "./api.js";
 import { classNames } from "./card.js";
 import { announce, byId, duration, make, percent, whole, withShare } from "./dom.js";
 import { explainError, inWords } from "./errors.js";
@@ -186,6 +186,8 @@ function drawTiming({ timing, roundTrip }) {
 
 /** @param {string} path */
 function curl(path) {
-  const file = `'image=@${picture?.name.replaceAll("'", "'\\''")}'`;
-  return `curl -F ${file} '${new URL(path, location.href)}'`;
+  // In quotes for curl, which would take a name apart at commas and semicolons, and in those of the shell.
+  const form = `image=@"${picture?.name.replace(/[\\"]/g, "\\$&")}"`.replaceAll("'", "'\\''");
+  const key = hasKey() ? '-H "Authorization: Bearer $API_KEY" ' : "";
+  return `curl ${key}-F '${form}' '${new URL(path, location.href)}'`;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 import time
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_a_foreign_image_is_told(page: Page, url: str, tmp_path: Path) -> None:
     choose(page, black)
     verdict(page)
     expect(page.locator("#familiar")).to_contain_text("do not rely on this answer")
+
+
+@pytest.mark.parametrize("name", ["a,b.jpg", "a;b.jpg", "the cat's.jpg", 'a "cat".jpg', "back\\slash.jpg", " cat.jpg"])
+def test_the_command_to_copy_works_for_any_file(page: Page, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(CAT.read_bytes())
+    choose(page, tmp_path / name)
+    verdict(page)
+    page.locator("summary").click()
+    run = subprocess.run(
+        ["sh", "-c", page.locator("#curl").inner_text()], cwd=tmp_path, capture_output=True, check=False, timeout=60
+    )
+    assert (run.returncode, json.loads(run.stdout)["class_name"]) == (0, "cat"), run.stderr
 
 
 @pytest.mark.parametrize("bring", [drop, paste, choose])
@@ -301,6 +314,9 @@ def test_an_api_key_is_asked_for_and_its_rate_held(blank: Page, tmp_path: Path) 
         expect(field).to_be_hidden()
         blank.get_by_role("button", name="Sample: cat").click()
         assert verdict(blank) == "cat"
+        command = blank.locator("#curl").text_content() or ""
+        assert command.startswith('curl -H "Authorization: Bearer $API_KEY" -F ')
+        assert key not in command
         blank.get_by_role("button", name="Sample: dog").click()
         expect(blank.locator(".waiting")).to_contain_text("Too many pictures at once for this API key")
         expect(blank.locator("#class-name")).to_have_text("dog")
