@@ -52,9 +52,6 @@ export async function send(path, options = {}) {
   }
 }
 
-/** Whether it can be sent: of one that was deleted meanwhile fetch would say that the service is out of reach. @param {File} file */
-export const isReadable = (file) => file.slice(0, 1).arrayBuffer().then((start) => start.byteLength > 0, () => false);
-
 /** Raises ServiceError: something between the service and this page may have answered, such as a page to sign in. @param {Blob} body */
 export async function json(body) {
   try {
@@ -79,11 +76,23 @@ async function attemptOnce(path, { form, signal }) {
     body = await response.blob();
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ServiceError({ code: "unreachable", message: String(error) });
+    // Of a file that was deleted meanwhile it says the same as of a service that is out of reach.
+    const code = (await canBeRead(form)) ? "unreachable" : "unreadable";
+    throw new ServiceError({ code, message: String(error) });
   }
   if (response.status === 401) document.dispatchEvent(new Event("key-wanted"));
   if (!response.ok) throw await failure(response, body);
   return { body, timing: stages(response), roundTrip: performance.now() - started };
+}
+
+/** @param {FormData} [form] whose values are files */
+async function canBeRead(form) {
+  try {
+    for (const file of form?.values() ?? []) await /** @type {File} */ (file).slice(0, 1).arrayBuffer();
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 /** @param {Response} response @param {Blob} body */

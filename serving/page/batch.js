@@ -1,6 +1,6 @@
 // Many pictures: sent in portions, a table that can be sorted, a CSV file.
 
-import { isReadable, json, send, ServiceError } from "./api.js";
+import { json, send, ServiceError } from "./api.js";
 import { classNames } from "./card.js";
 import { announce, byId, make, percent, whole } from "./dom.js";
 import { inWords } from "./errors.js";
@@ -8,13 +8,17 @@ import { level } from "./single.js";
 
 const PORTION = 16; // pictures of one request
 const PORTION_BYTES = 8 * 2 ** 20;
+const SHOWN = 200; // rows; more on request: a browser lays out all of a table anew for every answer
+const COLLATOR = new Intl.Collator("en", { numeric: true });
 /** Errors that the next portion would meet as well. */
 const FINAL = new Set(["unauthorized", "forbidden", "quota_exceeded", "unreachable"]);
+/** Errors that fewer files at once may not meet, and that the same file will meet again. */
+const OF_A_FILE = new Set(["too_large", "unreadable"]);
 
 /**
  * @typedef {object} Row
  * @property {File} file
- * @property {string} picture URL
+ * @property {string} [picture] URL, once the row is shown
  * @property {HTMLTableRowElement} element
  * @property {any} [result] the service's, of this picture
  * @property {{code: string, message: string, request_id: string}} [error] in its place
@@ -23,6 +27,7 @@ const FINAL = new Set(["unauthorized", "forbidden", "quota_exceeded", "unreachab
 
 /** @type {Row[]} */
 let rows = [];
+let shown = SHOWN;
 let controller = new AbortController();
 /** @type {{column: number, descending: boolean} | null} */
 let order = null;
@@ -45,16 +50,20 @@ export function prepare(opened) {
   byId("stop", HTMLButtonElement).onclick = () => controller.abort();
   byId("retry", HTMLButtonElement).onclick = resume;
   byId("csv", HTMLButtonElement).onclick = download;
+  byId("rest", HTMLButtonElement).onclick = () => {
+    shown += SHOWN;
+    drawBody();
+  };
 }
 
 /** @param {File[]} files */
 export async function start(files) {
   controller.abort();
-  for (const row of rows) URL.revokeObjectURL(row.picture);
+  for (const { picture } of rows) if (picture) URL.revokeObjectURL(picture);
   asked = level();
   order = null;
-  rows = files.map((file) => ({ file, picture: URL.createObjectURL(file), element: make("tr"), again: true }));
-  rows.forEach(drawRow);
+  shown = SHOWN;
+  rows = files.map((file) => ({ file, element: make("tr"), again: true }));
   drawHead();
   drawBody();
   byId("batch", HTMLElement).hidden = false;
@@ -69,15 +78,15 @@ export async function resume() {
   drawProgress(true);
   try {
     for (const portion of portions(rows.filter((row) => row.again))) {
-      await classify(await readable(portion), signal);
+      await classify(portion, signal);
       if (signal.aborted) return;
-      drawBody();
       drawProgress(true);
     }
   } catch (error) {
     if (!(error instanceof ServiceError) && !signal.aborted) throw error;
   } finally {
     if (controller.signal === signal) {
+      if (order) drawBody(); // not after every portion: nobody can read rows that keep moving
       drawProgress(false);
       announce(byId("batch-summary", HTMLElement).textContent ?? "");
     }
@@ -100,18 +109,8 @@ function* portions(some) {
   if (portion.length) yield portion;
 }
 
-/** Those that can be read; the others are told now. @param {Row[]} portion */
-async function readable(portion) {
-  const can = await Promise.all(portion.map(({ file }) => isReadable(file)));
-  return portion.filter((row, i) => {
-    if (!can[i]) settle(row, { error: { code: "unreadable", message: "the browser could not read it", request_id: "" } });
-    return can[i];
-  });
-}
-
 /** @param {Row[]} portion @param {AbortSignal} signal @returns {Promise<void>} */
 async function classify(portion, signal) {
-  if (!portion.length) return;
   const form = new FormData();
   for (const { file } of portion) form.append("images", file, "image");
   try {
@@ -120,14 +119,14 @@ async function classify(portion, signal) {
     portion.forEach((row, i) => settle(row, results[i].error ? { error: results[i].error } : { result: results[i] }));
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
-    if (error.code === "too_large" && portion.length > 1) {
-      // The service may take less at once than this page sends.
+    if (OF_A_FILE.has(error.code) && portion.length > 1) {
+      // The service may take less at once than this page sends, and one file that cannot be read spoils no others.
       const half = Math.ceil(portion.length / 2);
       await classify(portion.slice(0, half), signal);
       return classify(portion.slice(half), signal);
     }
     const said = { code: error.code, message: error.message, request_id: error.requestId };
-    portion.forEach((row) => settle(row, { error: said, again: error.code !== "too_large" }));
+    portion.forEach((row) => settle(row, { error: said, again: !OF_A_FILE.has(error.code) }));
     if (FINAL.has(error.code)) throw error;
   }
 }
@@ -135,7 +134,7 @@ async function classify(portion, signal) {
 /** @param {Row} row @param {Partial<Row>} outcome */
 function settle(row, outcome) {
   Object.assign(row, { result: undefined, error: undefined, again: false }, outcome);
-  drawRow(row);
+  if (row.element.isConnected) drawRow(row);
 }
 
 /** @param {number} seconds @param {ServiceError} error */
@@ -184,19 +183,29 @@ function sorted() {
   return rows.toSorted((one, other) => {
     const [a, b] = [column.value(one), column.value(other)];
     if (a === undefined || b === undefined) return Number(a === undefined) - Number(b === undefined);
-    return sign * (typeof a === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+    return sign * (typeof a === "number" ? a - b : COLLATOR.compare(String(a), String(b)));
   });
 }
 
 function drawBody() {
-  byId("rows", HTMLElement).replaceChildren(...sorted().map((row) => row.element));
+  const focused = /** @type {HTMLElement | null} */ (document.activeElement);
+  const some = sorted().slice(0, shown);
+  some.forEach(drawRow);
+  byId("rows", HTMLElement).replaceChildren(...some.map((row) => row.element));
+  focused?.focus({ preventScroll: true }); // which it has lost where its row has moved
+  byId("rest", HTMLElement).hidden = rows.length <= shown;
 }
 
 /** @param {Row} row */
-function drawRow({ file, picture, element, result, error }) {
-  const image = make("img", { src: picture, alt: "", width: 40, height: 40, loading: "lazy", decoding: "async" });
-  image.onerror = () => image.removeAttribute("src");
-  const name = make("button", { className: "link", title: file.name, onclick: () => open(file) }, file.name);
+function drawRow(row) {
+  const { file, element, result, error } = row;
+  if (!row.picture) {
+    row.picture = URL.createObjectURL(file);
+    const image = make("img", { alt: "", width: 40, height: 40, loading: "lazy", decoding: "async", src: row.picture });
+    image.onerror = () => image.removeAttribute("src");
+    const name = make("button", { className: "link", onclick: () => open(file) }, file.name);
+    element.append(make("td", {}, image), make("th", { scope: "row" }, name));
+  }
   const outcome = error ? `${inWords(error.code)[0]} (${error.code})` : "…";
   const narrow = result
     ? [make("td", {}, result.class_name), make("td", {}, percent(result.confidence))]
@@ -205,12 +214,8 @@ function drawRow({ file, picture, element, result, error }) {
   element.className = error ? "failed" : "";
   element.dataset.familiar = result?.in_distribution ?? "";
   element.title = error ? `${error.message}; request ${error.request_id}` : "";
-  element.replaceChildren(
-    make("td", {}, image),
-    make("th", { scope: "row" }, name),
-    ...narrow,
-    ...wide.map((cell) => make("td", { className: "wide" }, cell)),
-  );
+  for (const cell of [...element.cells].slice(2)) cell.remove(); // the others stay: one may have the focus
+  element.append(...narrow, ...wide.map((cell) => make("td", { className: "wide" }, cell)));
 }
 
 function download() {

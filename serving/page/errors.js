@@ -26,7 +26,7 @@ const WORDS = {
   disconnected: ["The connection ended too early", "Try again."],
   internal: ["Something went wrong inside the service", "It has been logged. Tell whoever runs the service the request's id."],
   unreachable: ["The service cannot be reached", "Check your connection; the service may also be down."],
-  unreadable: ["This file cannot be read", "It is empty, was moved, changed or deleted meanwhile, or may not be read by you. Choose it again."],
+  unreadable: ["This file cannot be read", "It was moved, changed or deleted meanwhile, or you may not read it. Choose it again."],
   no_file: ["There was no picture in that", "Save the picture as a file, then drop or choose that file."],
   unknown: ["The service gave an answer this page does not know", "Something between this page and the service may have answered instead."],
 };

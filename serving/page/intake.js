@@ -47,11 +47,11 @@ async function filesIn(found) {
     if (found.isFile) {
       /** @type {File} */
       const file = await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (found).file(resolve, reject));
-      return [new File([file], path, { type: file.type })];
+      return [Object.defineProperty(file, "name", { value: path })];
     }
     return (await Promise.all((await entriesOf(/** @type {FileSystemDirectoryEntry} */ (found))).map(filesIn))).flat();
   } catch {
-    return [new File([], path)]; // an empty file is told as one that cannot be read
+    return [new File([], path)]; // which the service refuses, and nothing else
   }
 }
 

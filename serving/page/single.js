@@ -1,6 +1,6 @@
 // One picture: what it is, how sure that is, and why.
 
-import { hasKey, isReadable, json, send, ServiceError } from "./api.js";
+import { hasKey, json, send, ServiceError } from "./api.js";
 import { classNames } from "./card.js";
 import { announce, byId, duration, make, percent, whole, withShare } from "./dom.js";
 import { explainError, inWords } from "./errors.js";
@@ -35,7 +35,6 @@ export async function classify() {
   const { signal } = controller;
   answer.ariaBusy = "true";
   try {
-    if (!(await isReadable(picture))) throw new ServiceError({ code: "unreadable", message: "the browser could not read it" });
     const path = `classify?prediction_set=${level()}`;
     const reply = await send(path, { form: formOf(picture), signal, onWait: wait });
     const said = await json(reply.body);

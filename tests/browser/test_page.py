@@ -159,6 +159,45 @@ def test_a_folder_becomes_a_table_to_sort_and_a_csv(page: Page, url: str, tmp_pa
     assert verdict(page) == "frog"
 
 
+def test_a_large_folder_is_shown_in_parts_and_answered_whole(page: Page, tmp_path: Path) -> None:
+    """A browser lays out a table of thousands of rows anew for every answer; with all of them it would stand still."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(205):
+        (folder / f"{number}.jpg").write_bytes(PICTURES[number % len(PICTURES)].read_bytes())
+    drop(page, folder)
+    finish(page)
+    expect(page.locator("#batch-summary")).to_have_text("205 of 205 classified")
+    rows = page.locator("#rows tr")
+    expect(rows).to_have_count(200)
+    sort_by(page, "File")
+    sort_by(page, "File")
+    assert column(page, 2)[0] == "folder/204.jpg"
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download CSV").click()
+    with saved.value.path().open(newline="") as file:
+        assert len([line for line in csv.DictReader(file) if line["class_name"]]) == 205
+    more = page.get_by_role("button", name="Show more")
+    more.click()
+    expect(rows).to_have_count(205)
+    expect(more).to_be_hidden()
+
+
+def test_who_reads_the_table_keeps_the_place_while_answers_come(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/classify/batch*", lambda route: held.append(route))
+    choose(page, *PICTURES, *PICTURES)
+    sort_by(page, "Confidence")
+    name = page.locator("#rows button").first.element_handle()
+    name.focus()
+    for portion in range(2):
+        while len(held) == portion:
+            page.wait_for_timeout(20)
+        held[portion].continue_()
+    finish(page)
+    assert name.evaluate("element => element === document.activeElement")
+
+
 def test_portions_that_the_service_finds_too_large_are_halved(page: Page, tmp_path: Path) -> None:
     files = [tmp_path / f"{index}.bmp" for index in range(6)]
     for index, file in enumerate(files):
