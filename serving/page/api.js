@@ -1,7 +1,7 @@
 // Talks to the service: its one form of errors, its wish to be asked later, its times by stage.
 
 const ATTEMPTS = 4;
-const LONGEST_WAIT = 30; // seconds; whoever is told to wait longer is told so
+export const LONGEST_WAIT = 30; // seconds; whoever is told to wait longer is told so
 const NOT_READY_WAIT = 2; // seconds; a 503 of the service itself names none
 const STORED = "api-key";
 

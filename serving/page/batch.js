@@ -1,6 +1,6 @@
 // Many pictures: sent in portions, a table that can be sorted, a CSV file.
 
-import { json, send, ServiceError } from "./api.js";
+import { json, LONGEST_WAIT, send, ServiceError } from "./api.js";
 import { classNames } from "./card.js";
 import { announce, byId, make, percent, whole } from "./dom.js";
 import { inWords } from "./errors.js";
@@ -127,7 +127,7 @@ async function classify(portion, signal) {
     }
     const said = { code: error.code, message: error.message, request_id: error.requestId };
     portion.forEach((row) => settle(row, { error: said, again: !OF_A_FILE.has(error.code) }));
-    if (FINAL.has(error.code)) throw error;
+    if (FINAL.has(error.code) || Number(error.wait) > LONGEST_WAIT) throw error;
   }
 }
 

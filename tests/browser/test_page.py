@@ -317,6 +317,20 @@ def test_the_page_gives_up_when_the_wait_is_long(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("The service asks to wait 2 hours")
 
 
+def test_a_batch_ends_when_the_wait_is_long(page: Page) -> None:
+    requests: list[Route] = []
+
+    def refuse(route: Route) -> None:
+        requests.append(route)
+        route.fulfill(**error(429, "rate_limited", **{"Retry-After": "60"}))  # type: ignore[arg-type]
+
+    page.route("**/classify/batch*", refuse)
+    choose(page, *PICTURES * 4)
+    finish(page)
+    expect(page.locator("#batch-summary")).to_have_text("0 of 40 classified, 16 failed")
+    assert len(requests) == 1
+
+
 def test_without_a_service_the_page_says_so_and_tries_again(page: Page) -> None:
     page.context.set_offline(True)
     choose(page, CAT)
