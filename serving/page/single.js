@@ -16,6 +16,7 @@ const evidence = byId("explain", HTMLButtonElement);
 /** @type {File | null} */
 let picture = null;
 let controller = new AbortController();
+let explaining = new AbortController();
 
 /** @returns {string} of the prediction set */
 export const level = () => new FormData(byId("level", HTMLFormElement)).get("level")?.toString() ?? "0.95";
@@ -95,31 +96,35 @@ preview.addEventListener("error", () => {
 });
 
 function hideEvidence() {
+  explaining.abort();
   URL.revokeObjectURL(overlay.src);
   overlay.hidden = true;
   overlay.removeAttribute("src");
-  evidence.ariaPressed = "false";
+  evidence.ariaPressed = evidence.ariaBusy = "false";
 }
 
 evidence.addEventListener("click", async () => {
-  if (evidence.ariaPressed === "true") return hideEvidence();
-  const shown = picture;
-  if (!shown) return;
+  if (evidence.ariaPressed === "true") {
+    hideEvidence();
+    return reveal("verdict"); // unless it is hidden by the news of a wait
+  }
+  if (!picture) return;
+  explaining = new AbortController();
+  const { signal } = explaining;
   evidence.ariaPressed = evidence.ariaBusy = "true";
   try {
-    const { body } = await send("explain", { form: formOf(shown), signal: controller.signal, onWait: wait });
-    if (shown !== picture) return;
-    reveal("verdict"); // unless it is hidden by the news of a wait
+    const { body } = await send("explain", { form: formOf(picture), signal, onWait: wait });
+    if (signal.aborted) return;
+    reveal("verdict");
     overlay.src = URL.createObjectURL(body);
     overlay.alt = `Where the evidence for ${byId("class-name", HTMLElement).textContent} lies: the bright places`;
     overlay.hidden = false;
+    evidence.ariaBusy = "false";
     announce("The evidence is shown over the picture; bright places count most.");
   } catch (error) {
-    if (shown !== picture || controller.signal.aborted) return;
+    if (signal.aborted) return;
     hideEvidence();
     refuse(error);
-  } finally {
-    evidence.ariaBusy = "false";
   }
 });
 

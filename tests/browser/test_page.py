@@ -80,6 +80,29 @@ def test_evidence_lies_over_the_picture(page: Page) -> None:
     expect(button).to_have_attribute("aria-pressed", "false")
 
 
+def test_evidence_is_shown_where_its_button_is_down(page: Page) -> None:
+    """Whatever is pressed before it comes."""
+    held: list[Route] = []
+    page.route("**/explain", lambda route: held.append(route))
+    choose(page, CAT)
+    verdict(page)
+    button, overlay = page.locator("#explain"), page.locator("#overlay")
+    button.click()
+    page.get_by_text("99\u202f%").click()
+    verdict(page)
+    held[0].continue_()
+    overlay.wait_for()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    button.click()
+    expect(overlay).to_be_hidden()
+    button.click()
+    button.click()
+    held[1].continue_()
+    page.wait_for_timeout(500)
+    expect(button).to_have_attribute("aria-pressed", "false")
+    expect(overlay).to_be_hidden()
+
+
 def test_a_foreign_image_is_told(page: Page, url: str, tmp_path: Path) -> None:
     black = tmp_path / "lens-cap.png"
     Image.new("RGB", (32, 32)).save(black)
@@ -250,10 +273,11 @@ def test_what_a_dropped_folder_does_not_give_away_spoils_no_others(page: Page) -
             const fail = (_, reject) => reject(new DOMException("said by a test", "NotReadableError"));
             DataTransferItem.prototype.webkitGetAsEntry = function () {
                 const lost = { name: "lost.jpg", fullPath: "/folder/lost.jpg", isFile: true, file: fail };
-                const locked = { name: "locked", fullPath: "/folder/locked", createReader: () => ({ readEntries: fail }) };
-                const portions = [[lost, locked, webkitGetAsEntry.call(this)], []];
-                const createReader = () => ({ readEntries: (resolve) => resolve(portions.shift()) });
-                return { name: "folder", fullPath: "/folder", createReader };
+                const folder = (name, readEntries) => ({
+                    name, fullPath: `/folder/${name}`, createReader: () => ({ readEntries }),
+                });
+                const portions = [[lost, folder("locked", fail), webkitGetAsEntry.call(this)], []];
+                return folder("", (resolve) => resolve(portions.shift()));
             };
         }"""
     )
