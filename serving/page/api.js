@@ -80,7 +80,7 @@ async function attemptOnce(path, { form, signal }) {
     const code = (await canBeRead(form)) ? "unreachable" : "unreadable";
     throw new ServiceError({ code, message: String(error) });
   }
-  if (response.status === 401) document.dispatchEvent(new Event("key-wanted"));
+  if (response.status === 401 || (key && response.status === 403)) document.dispatchEvent(new Event("key-wanted"));
   if (!response.ok) throw await failure(response, body);
   return { body, timing: stages(response), roundTrip: performance.now() - started };
 }

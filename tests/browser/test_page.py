@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import time
+from datetime import date
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
@@ -383,6 +384,9 @@ def test_an_api_key_is_asked_for_and_its_rate_held(blank: Page, tmp_path: Path) 
     with serve("embedded", tmp_path / "home", API_KEYS=keys, WORKERS=1) as url:
         blank.goto(url)
         field = blank.get_by_label("API key")
+        field.fill("schlüssel…")  # cannot be sent
+        field.press("Enter")
+        assert not field.evaluate("field => field.validity.valid")
         field.fill("wrong")
         field.press("Enter")
         expect(field).to_be_visible()
@@ -398,6 +402,21 @@ def test_an_api_key_is_asked_for_and_its_rate_held(blank: Page, tmp_path: Path) 
         expect(blank.locator(".waiting")).to_contain_text("Too many pictures at once for this API key")
         expect(blank.locator("#class-name")).to_have_text("dog")
         assert blank.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_another_key_can_be_given_where_one_has_expired(blank: Page, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    expired, key = access.add(keys, "alice", expires=date(2020, 1, 1)), access.add(keys, "bob")
+    with serve("embedded", tmp_path / "home", API_KEYS=keys, WORKERS=1) as url:
+        blank.goto(url)
+        field = blank.get_by_label("API key")
+        field.fill(expired)
+        field.press("Enter")
+        blank.get_by_role("button", name="Sample: cat").click()
+        expect(blank.get_by_role("alert")).to_contain_text("This API key may not do that")
+        field.fill(key)
+        field.press("Enter")
+        assert verdict(blank) == "cat"
 
 
 def test_the_card_is_told_in_words(page: Page) -> None:
