@@ -138,8 +138,11 @@ def test_the_chooser_opens_by_keyboard(page: Page) -> None:
 
 
 def test_motion_is_reduced_on_request(page: Page) -> None:
+    choose(page, CAT)
+    verdict(page)
     durations = (
-        "[...document.querySelectorAll('.button, .sample img')].map(e => getComputedStyle(e).transitionDuration)"
+        "[...document.querySelectorAll('.button, .sample img').values().map(e => getComputedStyle(e)), "
+        "getComputedStyle(document.querySelector('.bar'), '::before')].map(style => style.transitionDuration)"
     )
     assert set(page.evaluate(durations)) != {"0s"}
     page.emulate_media(reduced_motion="reduce")
