@@ -1,6 +1,6 @@
 // The model card, for people: what the model knows, how good it is, where it is weak, where it comes from.
 
-import { json, send } from "./api.js";
+import { json, send, ServiceError } from "./api.js";
 import { byId, make, percent, whole, withShare } from "./dom.js";
 
 /** @type {any} */
@@ -9,9 +9,16 @@ let card = {};
 /** @returns {string[]} by index; none until the card is there */
 export const classNames = () => card.classes ?? [];
 
-/** Asks for the card and draws what it has: a model that was never evaluated has no figures. */
+/** Asks for the card, until it is there, and draws what it has: a model that was never evaluated has no figures. */
 export async function load() {
-  card = await json((await send("model")).body);
+  if (card.classes) return;
+  try {
+    card = await json((await send("model")).body);
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    byId("about", HTMLElement).textContent = "What this model knows cannot be told at the moment.";
+    return;
+  }
   const figures = card.metrics?.[card.runtime];
   const accuracy = figures ? `, right on ${percent(figures.accuracy)} of ${whole(figures.images)} test pictures` : "";
   byId("about", HTMLElement).textContent = `${card.name} tells ${whole(card.classes.length)} classes apart${accuracy}.`;

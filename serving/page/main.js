@@ -16,6 +16,7 @@ function take(files) {
   if (!first) return single.refuse(new ServiceError({ code: "no_file", message: "no file came with it" }));
   if (files.length === 1) return look(first);
   repeat = batch.resume;
+  card.load(); // names of classes go into the CSV
   batch.start(files);
 }
 
@@ -24,15 +25,6 @@ function look(file) {
   repeat = single.classify;
   byId("stage", HTMLElement).scrollIntoView({ block: "nearest" });
   single.show(file);
-}
-
-async function loadCard() {
-  try {
-    await card.load();
-  } catch (error) {
-    if (!(error instanceof ServiceError)) throw error;
-    byId("about", HTMLElement).textContent = "What this model knows cannot be told at the moment.";
-  }
 }
 
 async function offerSamples() {
@@ -49,10 +41,15 @@ const className = (path) => path.replace(/^.*\/|\.\w+$/g, "");
 /** @param {string} path */
 function sample(path) {
   const image = make("img", { src: `page/${path}`, alt: `Sample: ${className(path)}`, width: 64, height: 64 });
-  return make("button", { className: "sample", onclick: async () => {
-    const { body } = await send(`page/${path}`);
-    look(new File([body], path.replace(/^.*\//, ""), { type: body.type }));
-  } }, image);
+  const choose = async () => {
+    try {
+      const { body } = await send(`page/${path}`);
+      look(new File([body], path.replace(/^.*\//, ""), { type: body.type }));
+    } catch (error) {
+      single.refuse(error, choose);
+    }
+  };
+  return make("button", { className: "sample", onclick: choose }, image);
 }
 
 document.addEventListener("key-wanted", () => {
@@ -66,13 +63,13 @@ byId("key", HTMLFormElement).addEventListener("submit", async (event) => {
   event.preventDefault();
   useKey(byId("key-value", HTMLInputElement).value.trim());
   byId("key", HTMLElement).hidden = true;
-  await loadCard();
-  await offerSamples();
+  await card.load();
   repeat();
+  await offerSamples();
 });
 byId("level", HTMLElement).addEventListener("change", single.classify);
 
 batch.prepare(look);
 listen(take);
-await loadCard();
+await card.load();
 await offerSamples();

@@ -1,7 +1,7 @@
 // One picture: what it is, how sure that is, and why.
 
 import { hasKey, json, send, ServiceError } from "./api.js";
-import { classNames } from "./card.js";
+import { classNames, load } from "./card.js";
 import { announce, byId, duration, make, percent, whole, withShare } from "./dom.js";
 import { explainError, inWords } from "./errors.js";
 
@@ -37,19 +37,19 @@ export async function classify() {
   answer.ariaBusy = "true";
   try {
     const path = `classify?prediction_set=${level()}`;
-    const reply = await send(path, { form: formOf(picture), signal, onWait: wait });
+    const [reply] = await Promise.all([send(path, { form: formOf(picture), signal, onWait: wait }), load()]);
     const said = await json(reply.body);
     if (!signal.aborted) drawAnswer(said, reply, path);
   } catch (error) {
-    if (!signal.aborted) refuse(error);
+    if (!signal.aborted) refuse(error, classify);
   }
   if (!signal.aborted) answer.ariaBusy = "false";
 }
 
-/** @param {unknown} error */
-export function refuse(error) {
+/** @param {unknown} error @param {(() => void) | null} again what may help */
+export function refuse(error, again = null) {
   if (!(error instanceof ServiceError)) throw error;
-  byId("problem", HTMLElement).replaceChildren(explainError(error, picture && classify));
+  byId("problem", HTMLElement).replaceChildren(explainError(error, again));
   reveal("problem");
   evidence.hidden = true;
 }
@@ -124,7 +124,7 @@ evidence.addEventListener("click", async () => {
   } catch (error) {
     if (signal.aborted) return;
     hideEvidence();
-    refuse(error);
+    refuse(error, classify);
   }
 });
 

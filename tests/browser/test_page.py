@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import date
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -356,9 +357,10 @@ def test_a_batch_ends_when_the_wait_is_long(page: Page) -> None:
     assert len(requests) == 1
 
 
-def test_without_a_service_the_page_says_so_and_tries_again(page: Page) -> None:
+@pytest.mark.parametrize("bring", [choose, lambda page, _: page.get_by_role("button", name="Sample: cat").click()])
+def test_without_a_service_the_page_says_so_and_tries_again(page: Page, bring: Callable[[Page, Path], None]) -> None:
     page.context.set_offline(True)
-    choose(page, CAT)
+    bring(page, CAT)
     expect(page.get_by_role("alert")).to_contain_text("The service cannot be reached")
     page.context.set_offline(False)
     page.get_by_role("button", name="Try again").click()
@@ -430,6 +432,17 @@ def test_the_card_is_told_in_words(page: Page) -> None:
         expect(card.get_by_role("listitem").filter(has_text=name).first).to_contain_text(percent(share))
     about = f"right on {percent(figures['accuracy'])} of {figures['images']:,} test pictures."
     expect(page.locator("#about")).to_contain_text(about)
+
+
+def test_a_card_that_could_not_be_had_is_asked_for_again(blank: Page, url: str) -> None:
+    blank.route("**/model", lambda route: route.fulfill(status=500))
+    blank.goto(url)
+    expect(blank.locator("#about")).to_contain_text("cannot be told at the moment")
+    blank.unroute("**/model")
+    blank.get_by_role("button", name="Sample: cat").click()
+    assert verdict(blank) == "cat"
+    expect(blank.locator("#bars li").first).to_contain_text("cat")
+    expect(blank.locator("#about")).to_contain_text("10 classes")
 
 
 def test_the_policy_is_enforced_and_watched(browser: Browser, url: str) -> None:
