@@ -59,8 +59,9 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 serve: $(VENV)/.serve ## set up and serve the shipped model (MODEL=NAME another) on PORT (default 3000)
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
+# Two processes, each with half of the files in their order, so that most fixtures are made once.
 test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends their coverage
-	$(BIN)/python -m pytest $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
 
 check: $(VENV)/.dev ## lint and types only: Python, YAML, Compose, Nginx
 	$(BIN)/ruff format --check --diff .
