@@ -45,7 +45,7 @@ from model.explain import VIEWS
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.sandbox import Sandbox
-from model.tuning import BATCHES, ROUNDS, best_batch, compare
+from model.tuning import BATCHES, LONG_SECONDS, ROUNDS, best_batch, compare
 from serving import arrays, connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.bodies import Bodies
@@ -406,9 +406,11 @@ class Classifier:
         """Measure batch sizes while no request waits, a batch at a time, and keep to the best."""
         shape = self._reference.images.shape[1:]
         batches = {size: np.resize(self._reference.images, (size, *shape)) for size in BATCHES}
-        fewest = dict.fromkeys(BATCHES, math.inf)
+        fewest: dict[int, float] = {}
         for _ in range(ROUNDS):  # over all sizes each, so that a bad moment hits none of them in all rounds
             for size, images in batches.items():
+                if 2 * fewest.get(size // 2, 0) > LONG_SECONDS:
+                    break
                 while self._queue.waiting:  # noqa: ASYNC110  # an event would cost every request a little
                     await asyncio.sleep(IDLE_SECONDS)
                 try:
@@ -416,7 +418,9 @@ class Classifier:
                 except Exception:
                     logger.exception("batches are not measured")
                     return
-                fewest[size] = min(fewest[size], seconds)  # what else the machine does only ever adds to it
+                fewest[size] = min(
+                    fewest.get(size, math.inf), seconds
+                )  # what else the machine does only ever adds to it
         self._queue.max_batch = best_batch(fewest)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
         rates = {size: round(size / seconds, 1) for size, seconds in fewest.items()}

@@ -53,7 +53,8 @@ class Batcher:
     """Groups the images of concurrent callers into batches of at most ``max_batch`` for ``engine``.
 
     ``concurrency`` batches may be under way at once: one for an engine in this process, more to keep a remote one busy.
-    Images that would wait longer than ``max_wait`` seconds, at the rate at which the queue drained lately, are refused.
+    Images that would wait longer than ``max_wait`` seconds for those before them, waiting or under way, are refused, by
+    the rate of late.
     ``observe`` is told the size of each batch. Belongs to one event loop.
     """
 
@@ -72,6 +73,8 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._images_per_second = 0.0
+        self._under_way = 0
+        """Images in batches that the engine has taken; a remote one may have a queue of its own."""
         self.waiting = 0
         """Images that no engine has taken yet."""
 
@@ -105,7 +108,7 @@ class Batcher:
         """
         limit = self._max_queue
         if self.waiting and self._images_per_second:
-            limit = int(min(limit, self._rate() * self._max_wait))
+            limit = int(min(limit, max(0, self._rate() * self._max_wait - self._under_way)))
         if self.waiting + count > limit:
             raise QueueFullError(self.waiting, limit, self._retry_after(), count)
 
@@ -119,7 +122,7 @@ class Batcher:
     def _retry_after(self) -> int:
         """Seconds until the queue as it stands has drained, at the rate seen lately."""
         rate = self._rate()
-        return max(1, math.ceil(self.waiting / rate)) if rate else 1
+        return max(1, math.ceil((self.waiting + self._under_way) / rate)) if rate else 1
 
     def _rate(self) -> float:
         """Images a second that leave the queue, as seen lately."""
@@ -139,7 +142,12 @@ class Batcher:
                 self._observe(size)
                 # What an engine does that could do more says little of what it can: the first batch of all is cold.
                 is_full = self.waiting > 0
-                if await self._compute(batch):
+                self._under_way += size
+                try:
+                    is_answered = await self._compute(batch)
+                finally:
+                    self._under_way -= size
+                if is_answered:
                     # What passes between two batches of a busy engine is time that images wait, too.
                     now = time.monotonic()
                     rate = size / max(now - started, 1e-6)

@@ -16,6 +16,8 @@ BATCH = 8
 BATCHES = (4, 8, 16, 32, 64)
 ROUNDS = 5
 """Of each measurement."""
+LONG_SECONDS = 0.05
+"""For one batch. Larger ones are not tried: they gain nothing any more, and requests would wait for them."""
 HANDOVER_SECONDS = 0.0005
 """What a batch costs a busy worker besides: its threads wait for a core, for the interpreter and for each other."""
 GOOD_ENOUGH = 0.97

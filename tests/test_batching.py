@@ -500,6 +500,29 @@ def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
     run(scenario())
 
 
+def test_images_at_a_remote_engine_count_as_waiting_for_it() -> None:
+    """Which works on one batch after another, however many it has been sent: 400 images a second."""
+
+    async def scenario() -> None:
+        in_use = asyncio.Lock()
+
+        async def engine(batch: Pixels) -> Outputs:
+            async with in_use:
+                await asyncio.sleep(len(batch) / 400)
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=20, max_queue=1000, max_wait=0.4, concurrency=4)
+        await asyncio.gather(*(batcher(images(0)) for _ in range(600)))
+        busy = [asyncio.create_task(batcher(images(1))) for _ in range(90)]
+        await asyncio.sleep(0.01)  # 80 are under way, and ten wait
+        late = await asyncio.gather(*(batcher(images(2)) for _ in range(200)), return_exceptions=True)
+        await asyncio.gather(*busy)
+        taken = sum(not isinstance(one, QueueFullError) for one in late)
+        assert 0 < taken < 130  # 70 by the engine's rate, which it learns in time; without those at the engine, 160
+
+    run(scenario())
+
+
 def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
     """So few may wait after it that no batch is ever full again, and a full one is what a rate is learned from."""
 

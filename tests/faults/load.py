@@ -7,14 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import uvloop
 
+from model.artifact import SHIPPED, Artifact
+from model.runtimes import ONNX_INT8, create
+from model.tuning import images_per_second
 from tests.benchmark.openloop import UNANSWERED, Load, arrivals
 from tests.benchmark.workloads import SAMPLE, Body
 
-RATE = 200.0
-"""Requests a second."""
+RATE, SHARE = 200.0, 1 / 3
+"""Requests a second; at most that share of what one engine could answer on this machine, for no overload is meant."""
 PATIENCE = 20.0
 """Seconds after the last request in which its reply may come."""
 AROUND_SECONDS = 2.0
@@ -31,9 +35,10 @@ class Traffic:
 
     def __init__(self, url: str) -> None:
         self.load = Load(f"{url}/classify", ONE_IMAGE)
+        self._rate = min(RATE, SHARE * _engine_rate())
 
     def run(self) -> None:
-        uvloop.run(self.load.run(arrivals(RATE, LONGEST_SECONDS), PATIENCE))
+        uvloop.run(self.load.run(arrivals(self._rate, LONGEST_SECONDS), PATIENCE))
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -54,9 +59,16 @@ class Traffic:
         return f"{self.load.sent} sent ({counted})"
 
 
+@cache
+def _engine_rate() -> float:
+    """Images a second of the shipped model, one at a time on one core."""
+    artifact = Artifact.load(SHIPPED)
+    return images_per_second(create(ONNX_INT8, artifact), artifact.reference(quantised=True).images[:1])
+
+
 @contextmanager
 def traffic(url: str) -> Iterator[Traffic]:
-    """``RATE`` requests a second beside what is done meanwhile, and a little before and after; then all are settled."""
+    """Requests at a steady rate beside what is done meanwhile, and a little before and after; then all are settled."""
     running = Traffic(url)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(running.run)
