@@ -140,8 +140,9 @@ class Batcher:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
-                # What an engine does that could do more says little of what it can: the first batch of all is cold.
-                is_full = self.waiting > 0
+                # What an engine does that could do more says little of what it can: the first batch of all is cold. A
+                # remote one is busy when all that may be under way is.
+                is_full = self.waiting > 0 or 1 < self._concurrency == len(self._running)
                 self._under_way += size
                 try:
                     is_answered = await self._compute(batch)

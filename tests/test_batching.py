@@ -523,6 +523,31 @@ def test_images_at_a_remote_engine_count_as_waiting_for_it() -> None:
     run(scenario())
 
 
+def test_a_remote_engine_that_has_become_slow_is_noticed_though_none_waits() -> None:
+    """As many batches are under way as may be: it is busy, and its rate is what it can do."""
+
+    async def scenario() -> None:
+        in_use, seconds = asyncio.Lock(), 0.0
+
+        async def engine(batch: Pixels) -> Outputs:
+            async with in_use:
+                await asyncio.sleep(len(batch) * seconds)
+            return answer(batch)
+
+        async def ask_again_and_again() -> None:
+            for _ in range(30):
+                await batcher(np.concatenate([images(1)] * 4))
+
+        batcher = Batcher(engine, max_batch=4, max_queue=1000, max_wait=0.4, concurrency=4)
+        await asyncio.gather(*(batcher(images(0)) for _ in range(400)))
+        seconds = 1 / 400
+        await asyncio.gather(*(ask_again_and_again() for _ in range(4)))
+        late = await asyncio.gather(*(batcher(images(2)) for _ in range(500)), return_exceptions=True)
+        assert sum(not isinstance(one, QueueFullError) for one in late) < 300  # 160 by its rate
+
+    run(scenario())
+
+
 def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
     """So few may wait after it that no batch is ever full again, and a full one is what a rate is learned from."""
 
