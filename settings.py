@@ -140,7 +140,7 @@ def load(**overrides: Any) -> Settings:
         raise SettingsError("error: " + "; ".join(_explain(error))) from None
     if settings.runtime == runtimes.TORCH and not find_spec("torch"):
         raise SettingsError("error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime")
-    if settings.runtime == runtimes.TORCH and runtimes.has_gpu() and not runtimes.cuda_devices():
+    if settings.runtime == runtimes.TORCH and not runtimes.cuda_devices() and runtimes.has_gpu():
         raise SettingsError("error: RUNTIME='torch'; expected a GPU that PyTorch can use, or another runtime")
     if (settings.smtp_host is None) != (settings.smtp_to is None):
         raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")
