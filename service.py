@@ -418,9 +418,8 @@ class Classifier:
                 except Exception:
                     logger.exception("batches are not measured")
                     return
-                fewest[size] = min(
-                    fewest.get(size, math.inf), seconds
-                )  # what else the machine does only ever adds to it
+                # What else the machine does only ever adds to it.
+                fewest[size] = min(fewest.get(size, math.inf), seconds)
         self._queue.max_batch = best_batch(fewest)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
         rates = {size: round(size / seconds, 1) for size, seconds in fewest.items()}
