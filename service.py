@@ -136,6 +136,8 @@ RETRY_SECONDS = 0.5
 """Between one look at a runner that is starting and the next."""
 IDLE_SECONDS = 0.05
 """Between one look at the queue and the next."""
+GARBAGE = 20_000
+"""Objects made and not freed, before any are looked through: by default 700, which ten requests under way have."""
 HOUR = 3600.0
 """What a worker grants the runner; the deadlines of requests are ours."""
 
@@ -348,6 +350,7 @@ class Classifier:
         # What is there now stays, and need not be looked through for garbage ever again.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(GARBAGE)
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)

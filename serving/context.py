@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import secrets
 from collections.abc import Callable
 from contextvars import ContextVar
 
@@ -22,7 +22,7 @@ def choose_request_id(sent: str | None) -> str:
     """The caller's ``X-Request-ID`` where it is short and harmless in a log, else a fresh one."""
     if sent and _ACCEPTABLE.fullmatch(sent):
         return sent
-    return secrets.token_hex(16)
+    return f"{random.getrandbits(128):032x}"  # no secret: the system's own randomness would take a system call
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -36,6 +36,9 @@ def from_exception(error: Exception) -> ApiError:
     """What ``error`` means to the caller; anything unforeseen is a 500 that tells nothing."""
     match error:
         case ApiError():
+            # Its frames hold the request and, where it was raised by name, itself: a ring that keeps both in memory
+            # until the garbage collector finds it.
+            error.__traceback__ = None
             return error
         case TooManyPixelsError():
             return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_many_pixels", str(error))
