@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 PORT ?= 3000
 SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained/config.json)
 ALSO_SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained_*/config.json 2>/dev/null)
+ACCURATE := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained_accurate/config.json 2>/dev/null)
 NAME ?= $(SHIPPED)
 OVERLAY ?= cpu
 DATA ?= cifar10
@@ -135,14 +136,15 @@ rollback: $(VENV)/.serve ## serve the version of NAME promoted before, from the 
 	@$(BIN)/python -m model.store rollback $(NAME)
 
 build: $(VENV)/.dev ## build a Bento from this checkout
-	$(BIN)/bentoml build
+	MODEL="$${MODEL:-$(or $(ACCURATE),$(SHIPPED))}" $(BIN)/bentoml build
 
 image-cpu: $(VENV)/.serve ## build the image IMAGE_CPU (classifier:cpu), which serves on a CPU and has no torch
 	$(BIN)/bentoml build -f deploy/bentofile.cpu.yaml
 	$(BIN)/bentoml containerize classifier-cpu:latest -t "$$IMAGE_CPU" $(CONTAINERIZE_FLAGS)
 
+# The machine that builds may have no GPU, and another default.
 image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with the CUDA that torch's wheels bring
-	$(BIN)/bentoml build
+	MODEL="$${MODEL:-$(or $(ACCURATE),$(SHIPPED))}" $(BIN)/bentoml build
 	$(BIN)/bentoml containerize classifier:latest -t "$$IMAGE_GPU" $(CONTAINERIZE_FLAGS)
 
 secrets: ## make what is missing in deploy/secrets: a self-signed certificate and placeholders

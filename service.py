@@ -91,8 +91,9 @@ def load_models() -> tuple[Ensemble, Ensemble | None]:
 
 
 RUNTIME = settings.resolved_runtime()
+MODEL = settings.resolved_model()
 try:
-    TAGS = [store.resolve(reference.strip()) for reference in settings.model.split(",")]
+    TAGS = [store.resolve(reference.strip()) for reference in MODEL.split(",")]
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None
     if not IS_WORKER:
         # One clear line now instead of a traceback from every worker.
@@ -100,7 +101,7 @@ try:
     KEYS = Keys(settings.api_keys, is_running=IS_WORKER) if settings.api_keys else None
     USAGE = Usage(settings.usage_file) if KEYS else None
 except (store.StoreError, ArtifactError, ConfigError, EnsembleError, OSError) as error:  # of the disk, too
-    asked = f"MODEL={settings.model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
+    asked = f"MODEL={MODEL!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
     raise configuration.SettingsError(f"error: {asked}: {error}") from None
 except AccessError as error:
     raise configuration.SettingsError(f"error: {error}") from None

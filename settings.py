@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model import runtimes
-from model.artifact import CONFIG, SHIPPED
+from model.artifact import ACCURATE, CONFIG, SHIPPED
 from model.config import ModelConfig
 from model.preprocess import MAX_PIXELS
 
@@ -46,9 +46,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
 
-    model: str = ModelConfig.load(SHIPPED / CONFIG).name
-    """``name`` or ``name:version`` in the model store; without a version the promoted one; by default the first
-    shipped one. Several, with commas between, answer together as an ensemble."""
+    model: str | None = None
+    """``name`` or ``name:version`` in the model store; without a version the promoted one. Several, with commas in
+    between, answer together as an ensemble. By default a shipped one: the fast on a CPU, the accurate on a GPU."""
     shadow: str | None = None
     """``name:version`` of a model that sees the same images; its disagreement is counted, its answer never sent."""
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)
@@ -127,7 +127,16 @@ class Settings(BaseSettings):
     def resolved_topology(self) -> str:
         if self.topology != "auto":
             return self.topology
-        return "runner" if self.resolved_runtime() == runtimes.TORCH and runtimes.cuda_devices() else "embedded"
+        return "runner" if self._computes_on_gpu() else "embedded"
+
+    def resolved_model(self) -> str:
+        if self.model:
+            return self.model
+        is_accurate = (ACCURATE / CONFIG).exists() and self._computes_on_gpu()
+        return ModelConfig.load((ACCURATE if is_accurate else SHIPPED) / CONFIG).name
+
+    def _computes_on_gpu(self) -> bool:
+        return self.resolved_runtime() == runtimes.TORCH and runtimes.cuda_devices() > 0
 
 
 def load(**overrides: Any) -> Settings:

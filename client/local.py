@@ -39,7 +39,7 @@ class Local:
         self._engine_is_free = threading.Lock()
 
     def _load(self) -> None:
-        tags = [store.resolve(reference.strip()) for reference in self._settings.model.split(",")]
+        tags = [store.resolve(reference.strip()) for reference in self._settings.resolved_model().split(",")]
         served = Ensemble([store.get(tag) for tag in tags])
         runtime = self._settings.resolved_runtime()
         reference = served.reference(runtime)

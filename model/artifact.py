@@ -40,6 +40,8 @@ SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships. A built Bento has of it no more than CONFIG: it holds the rest as a model."""
 ALSO_SHIPPED = tuple(sorted(SHIPPED.parent.glob("pretrained_*")))
 """Others for the same classes, to be named by ``MODEL``; a checkout made by ``make new`` has none."""
+ACCURATE = SHIPPED.with_name("pretrained_accurate")
+"""The one of them, if there is one, that is larger, and the default where a GPU computes."""
 QUANTISED = "_int8"
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from model.artifact import ACCURATE, CONFIG, SHIPPED
+from model.config import ModelConfig
 from model.runtimes import PROBED, cuda_devices
 from settings import SettingsError, load
 from tests.live import environment, serve
@@ -75,6 +77,23 @@ def test_torch_asked_for_by_name_does_not_start_on_such_a_gpu(tmp_path: Path) ->
 def test_those_that_are_started_need_not_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PROBED, "3")
     assert cuda_devices() == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "directory"),
+    [
+        ("0", {}, SHIPPED),
+        ("1", {}, ACCURATE if ACCURATE.exists() else SHIPPED),
+        ("1", {"runtime": "onnx-int8"}, SHIPPED),
+    ],
+)
+def test_a_gpu_has_time_for_the_accurate_model(
+    gpus: str, settings: dict[str, str], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROBED, gpus)
+    name = ModelConfig.load(directory / CONFIG).name
+    assert load(**settings).resolved_model() == name
+    assert load(**settings, model="mine:1").resolved_model() == "mine:1"
 
 
 def test_a_driver_that_does_not_answer_keeps_no_cpu_from_serving(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.artifact import ALSO_SHIPPED, SHIPPED, Artifact
+from model.artifact import ACCURATE, ALSO_SHIPPED, SHIPPED, Artifact
 from model.runtimes import ONNX_INT8
 from train import command
 from train.data import CIFAR10
@@ -56,7 +56,10 @@ def sizes(artifacts: list[Artifact]) -> str:
     taught = any("teachers" in run for artifact in artifacts for run in runs(artifact.card["training"]))
     time = "trained for, without teachers" if taught else "trained for"
     head = ("`MODEL`", "parameters", time, "accuracy, INT8", "corrupted", "photographs", "images/s, one core")
-    return "The first is the default; `MODEL` in the environment of `make serve` names another.\n\n" + table(head, rows)
+    on_gpu = next((f", but on a GPU `{a.config.name}` is" for a in artifacts if a.path == ACCURATE), "")
+    return f"The first is the default{on_gpu}; `MODEL` in the environment of `make serve` names one.\n\n" + table(
+        head, rows
+    )
 
 
 def about(artifact: Artifact) -> str:

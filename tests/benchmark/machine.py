@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from model.artifact import SHIPPED, Artifact
 from tests.live import REPOSITORY
 from train.evaluate import cpu_name
 
@@ -19,7 +20,9 @@ LIBRARIES = ("onnxruntime", "opencv-python-headless", "numpy", "uvicorn", "starl
 
 
 def describe() -> dict[str, Any]:
+    artifact = Artifact.load(SHIPPED)
     return {
+        "model": f"{artifact.config.name}:{artifact.version}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -32,7 +32,7 @@ def conditions(results: Results) -> Iterator[str]:
     raw = results.raw
     libraries = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
     state = ", with uncommitted changes" if raw["modified"] else ""
-    yield f"{raw['date']}, commit `{raw['commit'][:12]}`{state}."
+    yield f"{raw['date']}, commit `{raw['commit'][:12]}`{state}; every server has `{raw['model']}` in INT8."
     yield f"{raw['processor']}, {raw['cores']} cores, {raw['memory_gib']:.0f} GiB, Linux {raw['kernel']}, "
     yield f"Python {raw['python']}; load average at the start {raw['load_average']:.2f}. {libraries}; {raw['wrk']}."
     options = ", ".join(f"`{name} {value}`" for name, value in raw["options"].items() if name not in ("only", "photos"))
