@@ -42,6 +42,10 @@ FEW = 64
 
 
 class Door(Protocol):
+    @property
+    def is_shut(self) -> bool:
+        """Whether it is likely to refuse."""
+
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]], /) -> Response | None:
         """The reply that refuses a POST to ``target``, or None where it is to be heard."""
 
@@ -111,7 +115,7 @@ class Connection(HttpToolsProtocol):
         self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        if self._refuse_whole(data):
+        if self.door and self.door.is_shut and self._refuse_whole(data):
             return
         # Line breaks before a request begin none, but end the time for which a connection may be idle.
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
@@ -129,7 +133,7 @@ class Connection(HttpToolsProtocol):
         With several times more requests than can be answered a worker does little else, and this takes half the time.
         """
         is_busy = self._is_incomplete or (self.cycle and (self.cycle.more_body or not self.cycle.response_complete))
-        if not self.door or is_busy or self.flow.write_paused or self.transport.is_closing():
+        if is_busy or self.flow.write_paused or self.transport.is_closing():
             return False
         post = WHOLE_POST.match(data)
         if not post:
@@ -146,7 +150,7 @@ class Connection(HttpToolsProtocol):
             headers.append((name, value))
         if len(data) != post.end() + (length or 0):
             return False
-        refusal = self.door(post[1], headers)
+        refusal = self.door and self.door(post[1], headers)
         if not refusal:
             return False
         self._expect_nothing()

@@ -55,6 +55,11 @@ class Door:
         self._refused[path].append(time.perf_counter() - started)
         return response
 
+    @property
+    def is_shut(self) -> bool:
+        """Whether it has refused someone in the last ``GATHER_SECONDS``, and may well refuse the next."""
+        return bool(self._refused)
+
     def _tell(self) -> None:
         for path, seconds in self._refused.items():
             metrics.REJECTED.labels("overloaded").inc(len(seconds))

@@ -53,6 +53,8 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 class Shut:
     """Refuses what asks for it, and holds up the event loop for what asks for that."""
 
+    is_shut = True
+
     def __call__(self, target: bytes, headers: Any) -> Response | None:
         if target == b"/stall":
             time.sleep(2 * KEEP_ALIVE)

@@ -73,7 +73,9 @@ def test_refusals_are_counted_and_logged_in_sums(caplog: pytest.LogCaptureFixtur
         door = Door(paths, full, True, lambda path, status, seconds: counted.append((path, status, len(seconds))))
         for target in (b"/classify", b"/classify/batch", b"/classify"):
             door(target, [])
+        assert door.is_shut
         await asyncio.sleep(3 * GATHER_SECONDS)
+        assert not door.is_shut
         door(b"/classify", [])
         await asyncio.sleep(3 * GATHER_SECONDS)
 
