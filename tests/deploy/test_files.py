@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.client import HTTPSConnection
 from pathlib import Path
 
@@ -90,8 +90,9 @@ def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path, monkeyp
             assert reply.json()["error"]["code"] == reply.headers["X-Error-Code"]
         monkeypatch.setenv("CLIENT_CERTIFICATE", str(mine[0]))
         monkeypatch.setenv("CLIENT_KEY", str(mine[1]))
-        smoke_asks = HTTPSConnection("localhost", port, timeout=20, context=smoke.tls(tmp_path / "secrets"))
-        assert smoke.ask(smoke_asks, "GET", "/metrics")[0] == 404
+        context = smoke.tls(tmp_path / "secrets")
+        with closing(HTTPSConnection("localhost", port, timeout=20, context=context)) as smoke_asks:
+            assert smoke.ask(smoke_asks, "GET", "/metrics")[0] == 404
     finally:
         server.terminate()
         server.wait()
