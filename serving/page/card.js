@@ -47,7 +47,7 @@ function tiles(figures, foreign) {
   const shown = [
     ["Accuracy", percent(figures.accuracy), `${percent(low)} to ${percent(high)} with 95% confidence`],
     ["Calibration error", percent(figures.ece), `how far “90% sure” is from 90% right; ${percent(figures.ece_raw)} before calibration`],
-    ...(set ? [["99% sets", percent(set.coverage), `hold the right class, with ${set.size} classes on average`]] : []),
+    ...(set ? [["99% sets", percent(set.coverage), `hold the right class, with ${set.size.toFixed(2)} classes on average`]] : []),
     ...(foreign ? [["False alarms", percent(foreign.told_wrongly), "of ordinary pictures are called unlike the training pictures"]] : []),
   ];
   return make("dl", { className: "tiles" },
