@@ -136,7 +136,7 @@ rollback: $(VENV)/.serve ## serve the version of NAME promoted before, from the 
 	@$(BIN)/python -m model.store rollback $(NAME)
 
 build: $(VENV)/.dev ## build a Bento from this checkout
-	MODEL="$${MODEL:-$(or $(ACCURATE),$(SHIPPED))}" $(BIN)/bentoml build
+	$(BIN)/bentoml build
 
 image-cpu: $(VENV)/.serve ## build the image IMAGE_CPU (classifier:cpu), which serves on a CPU and has no torch
 	$(BIN)/bentoml build -f deploy/bentofile.cpu.yaml

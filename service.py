@@ -91,7 +91,7 @@ def load_models() -> tuple[Ensemble, Ensemble | None]:
 
 
 RUNTIME = settings.resolved_runtime()
-MODEL = settings.resolved_model()
+MODEL = settings.model or store.packed() or settings.resolved_model()
 try:
     TAGS = [store.resolve(reference.strip()) for reference in MODEL.split(",")]
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None

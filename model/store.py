@@ -108,6 +108,13 @@ def resolve(reference: str) -> str:
     return str(_held(reference).tag)
 
 
+def packed() -> str | None:
+    """The tags of the models that this file's Bento was built with, with commas between; None in a checkout."""
+    if not (BENTO / "bento.yaml").exists():
+        return None
+    return next((env.value for env in bentoml.Bento.from_path(BENTO).info.envs if env.name == "MODEL"), None)
+
+
 def get(tag: str) -> Artifact:
     """The verified artifact of ``tag``; raises ``StoreError`` or ``ArtifactError``."""
     return Artifact.load(Path(_held(tag).path))

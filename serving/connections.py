@@ -28,10 +28,11 @@ UPGRADING = frozenset((b"upgrade", b"http2-settings"))
 """Headers, and options of ``Connection``, of a request for another protocol."""
 WHOLE_POST = re.compile(rb"POST ([!-~]++) HTTP/1\.1\r\n((?:[!#-'*+.0-9A-Z^_`a-z|~-]++:[\t -~\x80-\xff]*+\r\n)++)\r\n")
 """Target and headers, to the letter of RFC 9112; what is written otherwise is for the parser to judge."""
-FIELD = re.compile(rb"([^:]+):[\t ]*([^\r]*?)[\t ]*\r\n")
+FIELD = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")
 DIGITS = re.compile(rb"[0-9]{1,18}")
 CHANGING = UPGRADING | {b"transfer-encoding", b"expect"}
 """Headers that change how a request is read or answered."""
+CONNECTION = (b"connection", b"proxy-connection")
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
 """Of an idle connection; any time that a timer takes notice of."""
@@ -140,12 +141,12 @@ class Connection(HttpToolsProtocol):
             return False
         headers, length = [], None
         for name, value in FIELD.findall(post[2]):
-            name = name.lower()
+            name, value = name.lower(), value.rstrip(b"\t ")
             if name == b"content-length":
                 if length is not None or not DIGITS.fullmatch(value):
                     return False
                 length = int(value)
-            elif name in CHANGING or (name == b"connection" and value.lower() != b"keep-alive"):
+            elif name in CHANGING or (name in CONNECTION and value.lower() != b"keep-alive"):
                 return False
             headers.append((name, value))
         if len(data) != post.end() + (length or 0):

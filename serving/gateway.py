@@ -64,7 +64,7 @@ class Gateway:
             with self._bodies.meter(receive) as metered:
                 await answer(scope, metered, reply)
         except ApiError as error:
-            await reply.fail(error)
+            await reply.fail(from_exception(error))
         except Exception as error:
             logger.exception("unhandled error")
             await reply.fail(from_exception(error))

@@ -394,6 +394,7 @@ LENGTH = b"Content-Length: 5\r\n"
         FULL + b"Content-Length: +5\r\n\r\nbody.",
         FULL + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
         FULL + LENGTH + b"Connection: close\r\n\r\nbody.",
+        FULL + LENGTH + b"Proxy-Connection: close\r\n\r\nbody.",
         FULL + LENGTH + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\nbody.",
         FULL + b"Name with space: 1\r\n\r\n",
         FULL + b"X: a\r\n b\r\n\r\n",
@@ -418,6 +419,16 @@ def test_a_request_that_comes_whole_is_answered_as_one_that_comes_in_pieces(requ
             replies.add(re.sub(rb"(?m)^(date|x-request-id): .*|[0-9a-f]{32}", b"", received))
     assert len(replies) == 1
     assert replies != {b""}
+
+
+def test_blanks_in_a_header_hold_nobody_up_at_a_shut_door() -> None:
+    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        started = time.monotonic()
+        client.sendall(FULL + b"X: a" + b" " * 60_000 + b"b\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 429")
+        assert time.monotonic() - started < 1, (
+            "a look at each blank takes a millisecond, one at each pair of them seconds"
+        )
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

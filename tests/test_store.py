@@ -162,8 +162,10 @@ class TestPromotions:
         python(home, "-m", "bentoml", "build", MODEL="toy")
         store(home, "promote", tag(versions["b"]))
         (bento,) = (path.parent for path in (home / "bentos").rglob("bento.yaml"))
-        resolved = python(home, "-c", "from model import store; print(store.resolve('toy'))", cwd=bento / "src")
-        assert resolved.strip() == tag(versions["a"])
+        code = "from model import store; print(store.resolve('toy'), store.packed())"
+        assert python(home, "-c", code, cwd=bento / "src").split() == [tag(versions["a"])] * 2
+        served = python(home, "-c", "import service; print(service.TAG)", cwd=bento / "src")
+        assert served.strip() == tag(versions["a"]), "nor whoever serves it without an image"
         assert {"name": "MODEL", "value": tag(versions["a"]), "stage": "all"} in yaml.safe_load(
             (bento / "bento.yaml").read_text()
         )["envs"], "whoever starts an image of it need not know"
