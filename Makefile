@@ -2,9 +2,10 @@
 
 PYTHON ?= python3.11
 PORT ?= 3000
-SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained/config.json)
-ALSO_SHIPPED := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained_*/config.json 2>/dev/null)
-ACCURATE := $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' model/pretrained_accurate/config.json 2>/dev/null)
+names_in = $(shell sed -nE 's/^ *"name": "(.*)",/\1/p' $(1)/config.json 2>/dev/null)
+SHIPPED := $(call names_in,model/pretrained)
+ALSO_SHIPPED := $(call names_in,model/pretrained_*)
+ACCURATE := $(call names_in,model/pretrained_accurate)
 NAME ?= $(SHIPPED)
 OVERLAY ?= cpu
 DATA ?= cifar10

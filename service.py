@@ -138,7 +138,7 @@ RETRY_SECONDS = 0.5
 IDLE_SECONDS = 0.05
 """Between one look at the queue and the next."""
 GARBAGE = 20_000
-"""Objects made and not freed, before any are looked through: by default 700, which ten requests under way have."""
+"""Objects made and not freed, before any are looked through: by default 700, and a twentieth of the time is looking."""
 HOUR = 3600.0
 """What a worker grants the runner; the deadlines of requests are ours."""
 

@@ -84,6 +84,11 @@ class Artifact:
         return cls(path, ModelConfig.load(path / CONFIG), card)
 
     @property
+    def tag(self) -> str:
+        """``name:version``, as the model store has it."""
+        return f"{self.config.name}:{self.version}"
+
+    @property
     def version(self) -> str:
         """Twelve hex digits that follow from the content, so that the same files are the same version everywhere."""
         return _sha256(self.path / CARD)[:VERSION_LENGTH]

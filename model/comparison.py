@@ -63,7 +63,7 @@ SUMMARY: Row = ("FP32", "INT8", "images", "ECE INT8", "commit")
 
 def compare(a: Artifact, b: Artifact) -> str:
     """A table of two artifacts with the differences, and what is to be known to read it."""
-    names = [f"{artifact.config.name}:{artifact.version}" for artifact in (a, b)]
+    names = [artifact.tag for artifact in (a, b)]
     rows = [("", *names, "difference"), *_accuracies(a.card, b.card), *_sizes(a.card, b.card), *_per_class(a, b)]
     return "\n".join(["A, B: 95 % intervals in brackets", table(rows), "", _images_note(a.card, b.card), METHOD])
 

@@ -47,7 +47,7 @@ def set_environment() -> None:
     Not for `bentoml serve`: by the time that it imports anything from here it has chosen its own.
     """
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
-    if not (BENTO / "bento.yaml").exists():
+    if not _is_packed():
         os.environ.setdefault("BENTOML_HOME", str(CHECKOUT / ".bentoml"))
 
 
@@ -57,7 +57,7 @@ def put(directory: Path) -> str:
     The version follows from the content, so putting the same artifact twice changes nothing.
     """
     artifact = Artifact.load(directory)
-    tag = f"{artifact.config.name}:{artifact.version}"
+    tag = artifact.tag
     _adopt(artifact.config.name)
     if _find(tag) is None:
         _create(artifact, tag)
@@ -110,9 +110,8 @@ def resolve(reference: str) -> str:
 
 def packed() -> str | None:
     """The tags of the models that this file's Bento was built with, with commas between; None in a checkout."""
-    if not (BENTO / "bento.yaml").exists():
-        return None
-    return next((env.value for env in bentoml.Bento.from_path(BENTO).info.envs if env.name == "MODEL"), None)
+    bento = _bento()
+    return next((env.value for env in bento.info.envs if env.name == "MODEL"), None) if bento else None
 
 
 def get(tag: str) -> Artifact:
@@ -177,12 +176,20 @@ def _versioned(reference: str) -> str:
     """``reference``, where it names no version, with that of this file's Bento or else the promoted one."""
     if ":" in reference:
         return reference
-    if (BENTO / "bento.yaml").exists():
-        for model in bentoml.Bento.from_path(BENTO).info.all_models:
+    if bento := _bento():
+        for model in bento.info.all_models:
             if model.tag.name == reference:
                 return str(model.tag)
     version = _promoted(reference)
     return f"{reference}:{version}" if version else reference
+
+
+def _bento() -> bentoml.Bento | None:
+    return bentoml.Bento.from_path(BENTO) if _is_packed() else None
+
+
+def _is_packed() -> bool:
+    return (BENTO / "bento.yaml").exists()
 
 
 def _promoted(name: str) -> str | None:

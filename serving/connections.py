@@ -42,6 +42,24 @@ FEW = 64
 """Connections of one worker. Of more, each worker has its share; and a flood of them must not wait for sleeps."""
 
 
+def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
+    """Target and headers, named in small letters, of a plain POST that is all of ``data``; None is for a parser."""
+    post = WHOLE_POST.match(data)
+    if not post:
+        return None
+    headers, length = [], None
+    for name, value in FIELD.findall(post[2]):
+        name, value = name.lower(), value.rstrip(b"\t ")
+        if name == b"content-length":
+            if length is not None or not DIGITS.fullmatch(value):
+                return None
+            length = int(value)
+        elif name in CHANGING or (name in CONNECTION and value.lower() != b"keep-alive"):
+            return None
+        headers.append((name, value))
+    return (post[1], headers) if len(data) == post.end() + (length or 0) else None
+
+
 class Door(Protocol):
     @property
     def is_shut(self) -> bool:
@@ -116,7 +134,7 @@ class Connection(HttpToolsProtocol):
         self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        if self.door and self.door.is_shut and self._refuse_whole(data):
+        if self.door and self.door.is_shut and self._refuse_whole(self.door, data):
             return
         # Line breaks before a request begin none, but end the time for which a connection may be idle.
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
@@ -128,30 +146,16 @@ class Connection(HttpToolsProtocol):
         elif self._is_incomplete and self._receiving.cancelled():
             self._await_bytes()
 
-    def _refuse_whole(self, data: bytes) -> bool:
-        """Refuse a request that has come whole and alone, past the parser, if the door says so.
+    def _refuse_whole(self, door: Door, data: bytes) -> bool:
+        """Refuse a request that has come whole and alone, past the parser, if ``door`` says so.
 
         With several times more requests than can be answered a worker does little else, and this takes half the time.
         """
         is_busy = self._is_incomplete or (self.cycle and (self.cycle.more_body or not self.cycle.response_complete))
         if is_busy or self.flow.write_paused or self.transport.is_closing():
             return False
-        post = WHOLE_POST.match(data)
-        if not post:
-            return False
-        headers, length = [], None
-        for name, value in FIELD.findall(post[2]):
-            name, value = name.lower(), value.rstrip(b"\t ")
-            if name == b"content-length":
-                if length is not None or not DIGITS.fullmatch(value):
-                    return False
-                length = int(value)
-            elif name in CHANGING or (name in CONNECTION and value.lower() != b"keep-alive"):
-                return False
-            headers.append((name, value))
-        if len(data) != post.end() + (length or 0):
-            return False
-        refusal = self.door and self.door(post[1], headers)
+        request = read_whole(data)
+        refusal = request and door(*request)
         if not refusal:
             return False
         self._expect_nothing()

@@ -29,6 +29,8 @@ REPLY = 64 * 2**20
 PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", memoryview(b"g"))
 """As any ASGI application may send them."""
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+FULL = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\n"
+LENGTH = b"Content-Length: 5\r\n"
 
 
 class Hasty(Connection):
@@ -346,8 +348,8 @@ def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
 
 def test_a_shut_door_answers_from_the_headers_and_the_connection_goes_on() -> None:
     """With a body that is still to come, and many at once: behind one that is heard the door is not asked."""
-    full = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
-    heard = HEAD + b"Content-Length: 5\r\n\r\nbody."
+    full = FULL + LENGTH + b"\r\n"
+    heard = HEAD + LENGTH + b"\r\nbody."
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         for _ in range(3):
             client.sendall(full)
@@ -373,10 +375,6 @@ def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: 
         while chunk := client.recv(1000):
             received += chunk
         assert received.startswith(b"HTTP/1.1 200")  # by the application, which says the same less cheaply
-
-
-FULL = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\n"
-LENGTH = b"Content-Length: 5\r\n"
 
 
 @pytest.mark.parametrize(

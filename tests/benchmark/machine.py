@@ -20,9 +20,8 @@ LIBRARIES = ("onnxruntime", "opencv-python-headless", "numpy", "uvicorn", "starl
 
 
 def describe() -> dict[str, Any]:
-    artifact = Artifact.load(SHIPPED)
     return {
-        "model": f"{artifact.config.name}:{artifact.version}",
+        "model": Artifact.load(SHIPPED).tag,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),

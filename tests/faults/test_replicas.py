@@ -108,7 +108,7 @@ def other_version(home: Path) -> str:
         check=True,
         capture_output=True,
     )
-    return f"{artifact.config.name}:{artifact.version}"
+    return artifact.tag
 
 
 def test_upgrade_and_rollback_fail_no_request(replicas: list[Replica], url: str, say: Say) -> None:
