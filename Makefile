@@ -309,13 +309,14 @@ SBOM ?= dist/sbom.json
 sbom: $(VENV)/.dev ## write the parts list of IMAGE into SBOM (dist/sbom.json), as CycloneDX; needs Docker
 	$(BIN)/python -m deploy.sbom "$${IMAGE:-$$IMAGE_CPU}" $(SBOM)
 
+# For the first 3.11, which has less: Debian has 3.11.2.
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, with the hash of every file; bench and fuzz by version only
-	$(BIN)/uv pip compile -q pyproject.toml --generate-hashes -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --generate-hashes -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --python-version 3.11 --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile -q --python-version 3.11 --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
 clean: ## remove the virtual environments, the model store .bentoml and caches; the rest stays
 	rm -rf $(VENV) .venv-bench .bentoml .mypy_cache .ruff_cache .pytest_cache
