@@ -265,8 +265,8 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _admit(count: int) -> None:
-    get_current_service().admit(count)
+def _admit(count: int, ahead: int) -> None:
+    get_current_service().admit(count, ahead)
 
 
 class ClassifierService(LeanService):
@@ -436,9 +436,9 @@ class Classifier:
         scores = np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
         return scores[:, : self._reference.outputs.shape[1]]
 
-    def admit(self, count: int) -> None:
-        """Raise ``QueueFullError`` where ``count`` images more have no place."""
-        self._queue.admit(count)
+    def admit(self, count: int, ahead: int) -> None:
+        """Raise ``QueueFullError`` where ``count`` images more have no place behind ``ahead`` that are on their way."""
+        self._queue.admit(count, ahead)
 
     def card(self) -> Response:
         """The reply of ``GET /model``."""

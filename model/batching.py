@@ -101,16 +101,17 @@ class Batcher:
             raise
         return np.concatenate(results)
 
-    def admit(self, count: int) -> None:
+    def admit(self, count: int, ahead: int = 0) -> None:
         """Raise ``QueueFullError`` when ``count`` images more are too many, or would wait longer than ``max_wait``.
 
-        Where none waits any number is welcome that the queue can hold, however long it will take.
+        Behind those that wait come ``ahead`` others, which are on their way. Where there are none of either any number
+        is welcome that the queue can hold, however long it will take.
         """
-        limit = self._max_queue
-        if self.waiting and self._images_per_second:
+        limit, waiting = self._max_queue, self.waiting + ahead
+        if waiting and self._images_per_second:
             limit = int(min(limit, max(0, self._rate() * self._max_wait - self._under_way)))
-        if self.waiting + count > limit:
-            raise QueueFullError(self.waiting, limit, self._retry_after(), count)
+        if waiting + count > limit:
+            raise QueueFullError(waiting, limit, self._retry_after(waiting), count)
 
     def _withdraw(self, jobs: list[_Job]) -> None:
         """Free the places of what is still waiting when its caller leaves."""
@@ -119,10 +120,10 @@ class Batcher:
                 self._jobs.remove(job)
                 self.waiting -= len(job.images)
 
-    def _retry_after(self) -> int:
-        """Seconds until the queue as it stands has drained, at the rate seen lately."""
+    def _retry_after(self, waiting: int) -> int:
+        """Seconds until a queue of so many images has drained, at the rate seen lately."""
         rate = self._rate()
-        return max(1, math.ceil((self.waiting + self._under_way) / rate)) if rate else 1
+        return max(1, math.ceil((waiting + self._under_way) / rate)) if rate else 1
 
     def _rate(self) -> float:
         """Images a second that leave the queue, as seen lately."""

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining, metrics
-from serving.errors import from_exception, outside
+from serving.errors import ApiError, from_exception, outside
 
 logger = logging.getLogger("classifier.access")
 
@@ -26,17 +26,24 @@ Count = Callable[[str, int, list[float]], None]
 
 
 class Door:
-    """Stands before ``paths``; ``admit`` raises ``QueueFullError`` where an image more has no place.
+    """Stands before ``paths``; ``admit(1, ahead)`` raises ``QueueFullError`` where an image more has no place.
+
+    Ahead are the requests let in during the same turn of the event loop, in which hundreds come at once. They reach the
+    queue in the next turn, where those that were too many would be refused after all, at five times the cost; until
+    then nothing leaves it, and where one has no place nobody behind has.
 
     What is refused is counted and logged in sums, ``GATHER_SECONDS`` later.
     """
 
     def __init__(
-        self, paths: Collection[str], admit: Callable[[int], None], log_requests: bool, count: Count | None = None
+        self, paths: Collection[str], admit: Callable[[int, int], None], log_requests: bool, count: Count | None = None
     ) -> None:
         self._paths = {path.encode(): path for path in paths}
         self._admit, self._log_requests, self._count = admit, log_requests, count
         self._refused: defaultdict[str, list[float]] = defaultdict(list)
+        self._ahead = 0
+        self._refusal: ApiError | None = None
+        """Of this turn."""
 
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Response | None:
         """The refusal of a POST to ``target``, or None for one that is to be heard."""
@@ -44,14 +51,19 @@ class Door:
         if path is None or draining.begun.is_set():
             return None
         started = time.perf_counter()
-        try:
-            self._admit(1)
-        except QueueFullError as full:
-            response = outside(from_exception(full), headers)
-        else:
-            return None
+        if not (self._ahead or self._refusal):
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        if not self._refusal:
+            try:
+                self._admit(1, self._ahead)
+            except QueueFullError as full:
+                self._refusal = from_exception(full)
+            else:
+                self._ahead += 1
+                return None
         if not self._refused:
             asyncio.get_running_loop().call_later(GATHER_SECONDS, self._tell)
+        response = outside(self._refusal, headers)
         self._refused[path].append(time.perf_counter() - started)
         return response
 
@@ -59,6 +71,9 @@ class Door:
     def is_shut(self) -> bool:
         """Whether it has refused someone in the last ``GATHER_SECONDS``, and may well refuse the next."""
         return bool(self._refused)
+
+    def _end_turn(self) -> None:
+        self._ahead, self._refusal = 0, None
 
     def _tell(self) -> None:
         for path, seconds in self._refused.items():

@@ -250,6 +250,9 @@ def test_a_full_queue_refuses_with_a_retry_after_and_harms_nobody() -> None:
             await batcher(images(5, 6))
         assert type(refusal.value.retry_after) is int
         assert refusal.value.retry_after >= 1
+        batcher.admit(1)
+        with pytest.raises(QueueFullError, match="4 images are waiting; expected at most 4"):
+            batcher.admit(1, ahead=1)
         fits = asyncio.create_task(batcher(images(7)))
         await settle()
         assert batcher.waiting == 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining
@@ -16,11 +17,11 @@ from serving.door import GATHER_SECONDS, Door
 REQUEST_ID = (b"x-request-id", b"mine")
 
 
-def full(count: int) -> None:
+def full(count: int, ahead: int) -> None:
     raise QueueFullError(waiting=50, limit=50, retry_after=3)
 
 
-def free(count: int) -> None:
+def free(count: int, ahead: int) -> None:
     pass
 
 
@@ -54,7 +55,46 @@ def test_each_refusal_without_an_id_has_one_of_its_own() -> None:
     ("admit", "target"), [(free, b"/classify"), (full, b"/model"), (full, b"/classify/"), (full, b"")]
 )
 def test_what_has_a_place_or_needs_none_is_heard(admit: Any, target: bytes) -> None:
-    assert Door(["/classify"], admit, log_requests=False)(target, []) is None
+    async def knock() -> Response | None:
+        return Door(["/classify"], admit, log_requests=False)(target, [])
+
+    assert asyncio.run(knock()) is None
+
+
+def test_of_those_that_come_at_once_as_many_are_let_in_as_have_a_place() -> None:
+    places = 3
+
+    def admit(count: int, ahead: int) -> None:
+        if ahead + count > places:
+            raise QueueFullError(ahead, places, retry_after=1)
+
+    async def knock() -> list[list[bool]]:
+        door = Door(["/classify"], admit, log_requests=False)
+        turns = []
+        for _ in range(2):
+            turns.append([door(b"/classify", []) is None for _ in range(5)])
+            await asyncio.sleep(0)
+        return turns
+
+    assert asyncio.run(knock()) == [[True, True, True, False, False]] * 2
+
+
+def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
+    waiting = 1
+
+    def admit(count: int, ahead: int) -> None:
+        if waiting:
+            raise QueueFullError(waiting, 1, retry_after=1)
+
+    async def knock() -> list[bool]:
+        nonlocal waiting
+        door = Door(["/classify"], admit, log_requests=False)
+        heard = [door(b"/classify", []) is None]
+        waiting = 0
+        await asyncio.sleep(0)
+        return [*heard, door(b"/classify", []) is None]
+
+    assert asyncio.run(knock()) == [False, True]
 
 
 def test_while_draining_the_application_answers_and_says_goodbye() -> None:
