@@ -60,8 +60,8 @@ def configuration(folder: Path, snippets: tuple[str, ...] = ()) -> Path:
     (folder / "secrets.sh").write_bytes((DEPLOY / "secrets.sh").read_bytes())
     run("sh", folder / "secrets.sh")
     shutil.copy(folder / "secrets/tls_certificate", folder / "secrets/client_ca")
-    # No Docker, no such name.
-    nginx.replace(config / "snippets/upstream.conf", "server classifier:", "server localhost:")
+    # No Docker, no such name; and nobody listens there, whoever runs a server here meanwhile.
+    nginx.replace(config / "snippets/upstream.conf", "server classifier:3000", f"server localhost:{free_port()}")
     return config / "nginx.conf"
 
 
