@@ -38,6 +38,7 @@ GRACE_SECONDS = 0.01
 """Of an idle connection; any time that a timer takes notice of."""
 SHORTEST_SLEEP = 1e-9
 """Some 60 us in practice. Without it whoever wakes first takes all connections that come at once, and keeps them."""
+NOTHING = memoryview(b"")
 FEW = 64
 """Connections of one worker. Of more, each worker has its share; and a flood of them must not wait for sleeps."""
 
@@ -86,7 +87,7 @@ class Joining:
         self.written += len(data)
         if self._held:
             data, self._held = b"".join((self._held, data)), b""
-            self._transport.write(data)
+            self._write(data)
         else:
             self._held = data
             self._loop.call_soon(self.flush)
@@ -95,11 +96,15 @@ class Joining:
         """Write at once a reply that is complete."""
         self.flush()
         self.written += len(data)
-        self._transport.write(data)
+        self._write(data)
 
     def flush(self) -> None:
         if self._held:
             data, self._held = self._held, b""
+            self._write(data)
+
+    def _write(self, data: Buffer) -> None:
+        if not self._transport.is_closing():  # the client may have gone, which uvicorn tells the last of its requests
             self._transport.write(data)
 
     def close(self) -> None:
@@ -166,22 +171,31 @@ class Connection(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         """As uvicorn's ``data_received``, but for a request that would change the protocol."""
         self._unset_keepalive_if_required()
+        rest = memoryview(data)
         try:
-            self.parser.feed_data(data)
+            while rest:
+                rest = self._hear(rest)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
+
+    def _hear(self, data: memoryview) -> memoryview:
+        """Parse ``data``, and return what is behind the head of a request that would change the protocol."""
+        try:
+            self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self._asks_for_upgrade():
-                self._hear_without_upgrade(data[upgrade.args[0] :])
-            else:
-                self.cycle.keep_alive = False  # CONNECT: what follows is no HTTP
+                self._hear_without_upgrade()
+                return data[upgrade.args[0] :]
+            self.cycle.keep_alive = False  # CONNECT: what follows is no HTTP
+        return NOTHING
 
     def _asks_for_upgrade(self) -> bool:
         return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
 
-    def _hear_without_upgrade(self, rest: bytes) -> None:
-        """Go on with HTTP/1.1, as a server may (RFC 9110, 7.8): the parser would leave off, and the body be lost."""
-        head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
+    def _hear_without_upgrade(self) -> None:
+        """Go on with HTTP/1, as a server may (RFC 9110, 7.8): the parser would leave off, and the body be lost."""
+        version = self.parser.get_http_version().encode()
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
             if name == b"connection":
                 options = [option.strip() for option in value.split(b",")]
@@ -190,7 +204,7 @@ class Connection(HttpToolsProtocol):
                 head.extend((name, b": ", value, b"\r\n"))
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-        self._feed(b"".join((*head, b"\r\n", rest)))
+        self.parser.feed_data(b"".join((*head, b"\r\n")))
 
     def _refuse_head(self) -> None:
         is_head = self._is_incomplete and not self._is_refused
@@ -210,8 +224,15 @@ class Connection(HttpToolsProtocol):
         self._is_incomplete, self._head_bytes = False, 0
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
-        self._hang_up(HTTPStatus.BAD_REQUEST, msg)
+        """Answer what is no HTTP, after the requests before it."""
+        cycle = self.cycle
+        is_answering = cycle is not None and not cycle.response_complete
+        if is_answering and not cycle.more_body:
+            cycle.keep_alive = False
+        elif self._is_refused or (is_answering and (self.pipeline or cycle.response_started)):
+            self.transport.abort()  # no reply has its place here
+        else:
+            self._hang_up(HTTPStatus.BAD_REQUEST, msg)
 
     def _hang_up(self, status: HTTPStatus, message: str) -> None:
         """With a reply in the form of every error."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -38,7 +40,13 @@ class Hasty(Connection):
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers GET with a large reply or with pieces, and POST at once, before any of its body."""
+    """Answers GET with a large reply or with pieces, and POST at once, before any of its body, but for two paths."""
+    if scope["path"] == "/read":
+        while (await receive()).get("more_body", False):
+            pass
+    elif scope["path"] == "/slow":
+        await receive()
+        await asyncio.sleep(0.1)
     if scope["path"] == "/pieces":
         length = (b"content-length", str(sum(map(len, PIECES))).encode())
         await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -198,6 +206,9 @@ def test_the_time_for_a_reply_is_not_that_of_the_one_before() -> None:
         def get_write_buffer_size(self) -> int:
             return self.unread
 
+        def is_closing(self) -> bool:
+            return self.is_aborted
+
         def write(self, data: Any) -> None:
             self.unread = len(data)
 
@@ -235,23 +246,26 @@ def test_what_is_no_http_is_told_so_in_the_form_of_every_error() -> None:
         assert client.recv(1) == b""
 
 
+def read_all(client: socket.socket) -> bytes:
+    """What comes until the connection ends, if only for its idleness."""
+    received = b""
+    with suppress(ConnectionError):  # reset, for not all that was sent has been read
+        while chunk := client.recv(2**16):
+            received += chunk
+    return received
+
+
 def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]:
     """What is answered to ``start`` and ``more`` without end, and how many bytes went there until then."""
     client.sendall(start)
     sent = len(start)
-    received = b""
     try:
         while sent < 2**26:
             client.sendall(more)
             sent += len(more)
     except OSError:
         pass
-    try:
-        while chunk := client.recv(2**16):
-            received += chunk
-    except OSError:  # reset, for not all that was sent has been read
-        pass
-    return received, sent
+    return read_all(client), sent
 
 
 @pytest.mark.parametrize("more", [b"a:b\r\n" * 1000, b"X: " + b"y" * 5000], ids=["many", "long"])
@@ -328,10 +342,53 @@ def test_who_asks_for_another_protocol_is_heard_in_this_one(method: bytes, pause
         for part in (method + b" /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + length, body, body):
             client.sendall(part)
             time.sleep(pause)
-        received = b""
-        while more := client.recv(2**16):  # until the connection has been idle for too long
-            received += more
+        received = read_all(client)
         assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200 OK") == received.count(b"abcdefg") == 2
+
+
+def test_many_may_ask_for_another_protocol_at_once() -> None:
+    asks = b"GET /pieces HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(asks * 700)  # what one reading may hold
+        assert read_all(client).count(b"abcdefg") == 700
+
+
+def test_http_1_0_knows_of_no_upgrade_and_ends_with_its_reply() -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET /pieces HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+        assert b"connection: close" in read_all(client)
+
+
+@pytest.mark.parametrize("requests_", [1, 3])
+def test_what_is_no_http_is_no_reply_to_the_requests_before_it(requests_: int) -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n" * requests_ + b"garbage\r\n\r\n")
+        received = read_all(client)
+    assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200") == received.count(b"abcdefg") == requests_
+
+
+def test_a_body_that_is_none_is_told_so_in_its_own_reply_alone() -> None:
+    broken = HEAD.replace(b"/ ", b"/read ") + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n"
+    with serving("uvloop") as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(broken)
+            assert read_all(client).startswith(b"HTTP/1.1 400 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(HEAD.replace(b"/ ", b"/read ") + LENGTH + b"\r\nbody." + broken)
+            assert b" 400 " not in read_all(client)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_client_that_hangs_up_on_several_requests_is_no_failure(loop: str, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(loop) as port:
+        for _ in range(10):
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+            client.sendall(HEAD.replace(b"/ ", b"/slow ") + LENGTH + b"\r\nbody." + b"GET /pieces HTTP/1.1\r\n\r\n")
+            time.sleep(0.01)
+            client.close()
+        time.sleep(0.3)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -367,13 +424,22 @@ def test_a_shut_door_answers_from_the_headers_and_the_connection_goes_on() -> No
         assert [reply[:3] for reply in received.split(b"HTTP/1.1 ")[1:]] == [b"429"] + [b"200"] * 39
 
 
+def test_a_body_that_looks_like_a_request_is_not_refused_at_a_shut_door() -> None:
+    request = FULL + LENGTH + b"\r\nbody."
+    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(HEAD.replace(b"/ ", b"/read ") + f"Content-Length: {len(request)}\r\n\r\n".encode())
+        time.sleep(0.1)
+        client.sendall(request)
+        received = read_all(client)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.count(b"HTTP/1.1") == 1
+
+
 @pytest.mark.parametrize("head", [b"POST /full HTTP/1.0", b"POST /full HTTP/1.1\r\nConnection: close"])
 def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: bytes) -> None:
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(head + b"\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-        received = b""
-        while chunk := client.recv(1000):
-            received += chunk
+        received = read_all(client)
         assert received.startswith(b"HTTP/1.1 200")  # by the application, which says the same less cheaply
 
 
@@ -411,9 +477,7 @@ def test_a_request_that_comes_whole_is_answered_as_one_that_comes_in_pieces(requ
                 client.sendall(request_[:cut])
                 time.sleep(0.05)
                 client.sendall(request_[cut:])
-                received = b""
-                while chunk := client.recv(2**16):  # until the connection has been idle for long enough
-                    received += chunk
+                received = read_all(client)
             replies.add(re.sub(rb"(?m)^(date|x-request-id): .*|[0-9a-f]{32}", b"", received))
     assert len(replies) == 1
     assert replies != {b""}
