@@ -91,9 +91,10 @@ def load_models() -> tuple[Ensemble, Ensemble | None]:
 
 
 RUNTIME = settings.resolved_runtime()
-MODEL = settings.model or store.packed() or settings.resolved_model()
+MODEL = settings.model
 try:
-    TAGS = [store.resolve(reference.strip()) for reference in MODEL.split(",")]
+    MODEL = MODEL or store.packed() or settings.resolved_model()
+    TAGS = store.resolve_all(MODEL)
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None
     if not IS_WORKER:
         # One clear line now instead of a traceback from every worker.
@@ -107,9 +108,10 @@ except AccessError as error:
     raise configuration.SettingsError(f"error: {error}") from None
 TAG = ",".join(TAGS)
 if RUNTIME == "fastest":
-    rates, failed = compare(load_models()[0], (runtimes.ONNX, runtimes.ONNX_INT8), settings.threads)
-    if not rates:
-        raise configuration.SettingsError(f"error: RUNTIME='fastest'; expected one that works: {failed}")
+    try:
+        rates, failed = compare(load_models()[0], settings.threads)
+    except runtimes.RuntimeUnavailableError as error:
+        raise configuration.SettingsError(f"error: {error}") from None
     RUNTIME = max(rates, key=rates.__getitem__)
     os.environ[MEASURED] = orjson.dumps({"images_per_second": rates, "failed": failed}).decode()
 # A worker that is started later serves the same.

@@ -23,7 +23,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
@@ -72,12 +72,18 @@ def in_flight(
             running.add(pool.submit(classified, classify, batch, wanted))
             if len(running) == 2 * most:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                yield from _results(done)
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+            yield from _results(done)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _results(done: Iterable[Future[list[Row]]]) -> Iterator[list[Row]]:
+    """Those that have one first: what was answered is not lost with what failed."""
+    for future in sorted(done, key=lambda future: future.exception() is not None):
+        yield future.result()
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.preprocess import Pixels, preprocess
 from model.runtimes import RuntimeUnavailableError
+from model.tuning import compare
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.replies import Replies
@@ -39,11 +40,15 @@ class Local:
         self._engine_is_free = threading.Lock()
 
     def _load(self) -> None:
-        tags = [store.resolve(reference.strip()) for reference in self._settings.resolved_model().split(",")]
+        tags = store.resolve_all(self._settings.resolved_model())
         served = Ensemble([store.get(tag) for tag in tags])
+        threads = os.cpu_count() or 1
         runtime = self._settings.resolved_runtime()
+        if runtime == "fastest":
+            rates, _ = compare(served, threads)
+            runtime = max(rates, key=rates.__getitem__)
         reference = served.reference(runtime)
-        self._engine = served.engine(runtime, threads=os.cpu_count() or 1)
+        self._engine = served.engine(runtime, threads)
         verify(self._engine, reference)
         self._classifier = Classifier(served.config, reference, self._settings.foreign_rate)
         self._replies = Replies(",".join(tags), self._classifier, Drift(served.config, reference))

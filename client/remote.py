@@ -29,7 +29,7 @@ NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtoc
 SMALLER = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.GATEWAY_TIMEOUT)
 """Of a batch: fewer images at once may do, where large ones are not decoded within the deadline of one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before the second attempt, doubled each time, where the service does not say how long."""
+"""Seconds before the second attempt, doubled each time, unless the service says how long."""
 
 
 class Remote:
@@ -88,7 +88,7 @@ class Remote:
                 trouble = str(error) or type(error).__name__
                 if isinstance(error, NOT_REACHED) and not self._was_reached:
                     raise ClientError(f"{self._url}: {trouble}") from None
-            if pause is None:
+            if not pause:
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
             self._wait(pause, until, trouble)
         raise AssertionError("unreachable")

@@ -59,6 +59,8 @@ class Reference(NamedTuple):
     """True classes of the validation images."""
     edges: Edges
     """Quantiles of the statistics of training images."""
+    spread: float = 1.0
+    """How many times larger than an error of a network's outputs one of ``outputs`` may be: those of an ensemble."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class QueueFullError(RuntimeError):
     def __init__(self, waiting: int, limit: int, retry_after: int, count: int = 1) -> None:
         coming = f", and {count} come" if count > 1 else ""
         message = f"{waiting} images are waiting{coming}; expected at most {limit}: try again in {retry_after} s"
-        super().__init__(message + ", or with fewer at once" * (count > limit))
+        super().__init__(message + ", or with fewer at once" * (count > max(1, limit)))
         self.retry_after = retry_after
 
 

@@ -56,7 +56,12 @@ class Ensemble:
 
     def reference(self, runtime_name: str) -> Reference:
         references = [a.reference(runtime_name == runtimes.ONNX_INT8) for a in self.artifacts]
+        if len(references) == 1:
+            return references[0]
+        # An error of a logit, over the temperature, moves its own logarithm and the sum of all.
+        spread = 2 / min(artifact.config.temperature for artifact in self.artifacts)
         return references[0]._replace(
+            spread=max(1.0, spread),
             outputs=self.combine([reference.outputs for reference in references]),
             validation=self.combine([reference.validation for reference in references]),
         )

@@ -13,8 +13,12 @@ from typing import NamedTuple
 MAX_STEPS = 4096
 """Parts of a file that are looked at; real files have tens before the first pixel."""
 
+MAX_SCANS = 64
+"""Of a JPEG. A progressive one has ten or so, and each, of a few bytes, may cost as much time as the whole image."""
+
 JPEG_NO_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD8)})
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+SCAN = b"\xff\xda"
 JPEG_BASELINE, JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_FILL = 0xC0, 0xD9, 0xDA, 0xE1, 0xFF
 
 PNG_PLAIN = frozenset(
@@ -100,6 +104,8 @@ def _jpeg(data: bytes) -> Header:
         if marker == JPEG_SCAN:
             if frame is None:
                 break
+            if data.count(SCAN, at) > MAX_SCANS:
+                raise ImageError(f"the JPEG image has more than {MAX_SCANS} scans; expected at most {MAX_SCANS}")
             precision, height, width, components = frame
             # With fewer components than the image has, more scans follow, and each may cost as much as the image.
             is_plain &= precision == 8 and components in (1, 3) and data[at + 4] == components

@@ -32,6 +32,8 @@ from model.preprocess import MAX_PIXELS, Pixels
 ROOT = Path(__file__).parent.parent
 """Where the package is, in a Bento as in a checkout."""
 COMMAND = (sys.executable, "-m", "model.decoder")
+MOST_TOLD = 2**16
+"""Bytes that a decoder says about an image, beside its pixels."""
 START_SECONDS = 60.0
 """For the fork server to have imported everything, on a machine with other work."""
 
@@ -53,11 +55,11 @@ class Sandbox:
 
     def render(self, data: bytes, size: tuple[int, int]) -> Pixels:
         """``preprocess.render``; raises ``ImageError``."""
-        return self._ask(data, {"size": size})
+        return self._ask(data, {"size": size}, size[0] * size[1])
 
     def shrink(self, data: bytes, longest: int) -> Pixels:
         """``preprocess.shrink``; raises ``ImageError``."""
-        return self._ask(data, {"longest": longest})
+        return self._ask(data, {"longest": longest}, longest**2)
 
     def close(self) -> None:
         self._drop()
@@ -65,12 +67,14 @@ class Sandbox:
         self._server.kill()
         self._server.wait()
 
-    def _ask(self, data: bytes, task: dict[str, Any]) -> Pixels:
+    def _ask(self, data: bytes, task: dict[str, Any], most: int) -> Pixels:
+        """``most`` pixels are heard of: an image may have taken over its decoder, which then says what it likes."""
         decoder = self._living()
         try:
             decoder.send_bytes(orjson.dumps(task))
             decoder.send_bytes(data)
-            answer, pixels = orjson.loads(decoder.recv_bytes()), decoder.recv_bytes()
+            answer = orjson.loads(decoder.recv_bytes(MOST_TOLD))
+            pixels = decoder.recv_bytes(3 * most)
         except (EOFError, OSError):
             self._drop()
             raise DecoderError("the image cannot be decoded: its decoder had to be ended") from None

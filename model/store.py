@@ -108,6 +108,11 @@ def resolve(reference: str) -> str:
     return str(_held(reference).tag)
 
 
+def resolve_all(references: str) -> list[str]:
+    """``resolve`` for each of several references with commas between."""
+    return [resolve(reference.strip()) for reference in references.split(",")]
+
+
 def packed() -> str | None:
     """The tags of the models that this file's Bento was built with, with commas between; None in a checkout."""
     bento = _bento()
@@ -116,7 +121,11 @@ def packed() -> str | None:
 
 def get(tag: str) -> Artifact:
     """The verified artifact of ``tag``; raises ``StoreError`` or ``ArtifactError``."""
-    return Artifact.load(Path(_held(tag).path))
+    model = _held(tag)
+    artifact = Artifact.load(Path(model.path))
+    if artifact.tag != str(model.tag):  # whoever exchanges all files exchanges the hashes too
+        raise StoreError(f"{model.tag} in the model store holds {artifact.tag}; expected what its name says")
+    return artifact
 
 
 def promote(tag: str, force: bool = False) -> str:

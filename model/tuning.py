@@ -10,7 +10,7 @@ import numpy as np
 from model.classifier import VerificationError, verify
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
-from model.runtimes import Runtime, RuntimeUnavailableError
+from model.runtimes import ONNX, ONNX_INT8, Runtime, RuntimeUnavailableError
 
 BATCH = 8
 BATCHES = (4, 8, 16, 32, 64)
@@ -36,8 +36,13 @@ def images_per_second(runtime: Runtime, images: Pixels, clock: Callable[[], floa
     return len(images) / float(np.median([seconds_of(runtime, images, clock) for _ in range(ROUNDS)]))
 
 
-def compare(ensemble: Ensemble, names: Iterable[str], threads: int = 1) -> tuple[dict[str, float], dict[str, str]]:
-    """Images per second of each runtime that can be had here and is right; and what is wrong with the others."""
+def compare(
+    ensemble: Ensemble, threads: int = 1, names: Iterable[str] = (ONNX, ONNX_INT8)
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Images per second of each runtime that can be had here and is right; and what is wrong with the others.
+
+    Raises ``RuntimeUnavailableError`` where there is none.
+    """
     rates: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name in names:
@@ -50,6 +55,8 @@ def compare(ensemble: Ensemble, names: Iterable[str], threads: int = 1) -> tuple
             continue
         batch = np.resize(reference.images, (BATCH, *reference.images.shape[1:]))
         rates[name] = round(images_per_second(runtime, batch), 1)
+    if not rates:
+        raise RuntimeUnavailableError(f"RUNTIME='fastest'; expected one that works: {failed}")
     return rates, failed
 
 

@@ -16,7 +16,8 @@ from model.preprocess import Pixels
 class Decoding:
     """One thread, for there is a worker for each processor, and memory for one large image.
 
-    Images that would wait longer than ``max_wait`` seconds, by what lately one took, are refused.
+    Images that would wait longer than ``max_wait`` seconds, by what lately one took, are refused. One that took longer
+    than that counts as if it had not, or a single image made to take long would shut out all others for long.
     """
 
     def __init__(self, max_wait: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,4 +61,4 @@ class Decoding:
         try:
             return decode(data, *how)
         finally:
-            self._seconds = moving_average(self._seconds, self._clock() - started)
+            self._seconds = moving_average(self._seconds, min(self._clock() - started, self._max_wait))

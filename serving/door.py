@@ -29,8 +29,8 @@ class Door:
     """Stands before ``paths``; ``admit(1, ahead)`` raises ``QueueFullError`` where an image more has no place.
 
     Ahead are the requests let in during the same turn of the event loop, in which hundreds come at once. They reach the
-    queue in the next turn, where those that were too many would be refused after all, at five times the cost; until
-    then nothing leaves it, and where one has no place nobody behind has.
+    queue in the next turn, unless their bodies come late, and those that are too many would be refused there after all,
+    at five times the cost. Until then nothing leaves the queue: where one has no place nobody behind has.
 
     What is refused is counted and logged in sums, ``GATHER_SECONDS`` later.
     """

@@ -16,6 +16,7 @@ logger = logging.getLogger("classifier.draining")
 
 begun = threading.Event()
 """Set from the signal on. A process is told to stop once."""
+_hopeless = threading.Event()
 
 
 def install(seconds: float) -> None:
@@ -25,9 +26,20 @@ def install(seconds: float) -> None:
     loop = asyncio.get_running_loop()
 
     def begin(number: int, frame: FrameType | None) -> None:
-        if not begun.is_set():
+        if _hopeless.is_set():
+            begun.set()
+            stop(number, frame)
+        elif not begun.is_set():
             begun.set()
             loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, None)
             logger.info("draining", extra={"seconds": seconds})
 
     signal.signal(signal.SIGTERM, begin)
+
+
+def skip() -> None:
+    """Let the next SIGTERM stop this process, which cannot answer, without delay: others could, whom it keeps from it.
+
+    From any thread.
+    """
+    _hopeless.set()

@@ -6,6 +6,7 @@ answer by themselves is rewritten like everything else.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Collection, MutableMapping
@@ -65,6 +66,8 @@ class Gateway:
                 await answer(scope, metered, reply)
         except ApiError as error:
             await reply.fail(from_exception(error))
+        except asyncio.CancelledError:  # the server has waited for this request for as long as it was told to
+            await reply.fail(ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the service is shutting down"))
         except Exception as error:
             logger.exception("unhandled error")
             await reply.fail(from_exception(error))

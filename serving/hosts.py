@@ -21,7 +21,7 @@ from model.artifact import Outputs
 from model.preprocess import Pixels
 from model.runtimes import EngineLostError, Runtime
 from model.tuning import seconds_of
-from serving import arrays, metrics
+from serving import arrays, draining, metrics
 from serving.errors import ApiError
 from serving.logs import Seldom
 
@@ -46,6 +46,7 @@ def give_up(reason: str) -> None:
     end = Timer(GRACE_SECONDS, os._exit, (1,))
     end.daemon = True
     end.start()
+    draining.skip()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

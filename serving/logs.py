@@ -85,6 +85,9 @@ def configure(settings: Settings, process_name: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    # Where what fails in a callback or a task of its own is told. BentoML disables every logger that it does not know.
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).disabled = False
     # The gateway writes a line a request, with the request's id and its error code.
     logging.getLogger("uvicorn.access").disabled = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from serving import metrics, visits
 from serving.context import client_waits
 from serving.decoding import Decoding
 from serving.errors import ApiError, from_exception
+from serving.hosts import AT_ONCE_SECONDS
 from serving.replies import Replies
 from serving.requests import Item, Options, read_image, read_images, read_options
 from serving.visits import Verdict
@@ -65,12 +67,18 @@ class Pipeline:
         stages = metrics.Stages()
         with stages.timed("read"):
             items = await read_images(request, self._settings)
-            headers = [self._inspect(item) for item in items]
+            pace, headers = Pace(), []
+            for item in items:
+                headers.append(self._inspect(item))
+                await pace()
         self._infer.admit(len(items))
         self._admit_decoding(items, headers)
         await visits.admit(items)
         with stages.timed("decode"):
-            decoded = [await self._attempt(*pair) for pair in zip(items, headers, strict=True)]
+            pace, decoded = Pace(), []
+            for item, header in zip(items, headers, strict=True):
+                decoded.append(await self._attempt(item, header))
+                await pace()
         images = [image for image in decoded if not isinstance(image, ApiError)]
         predictions = iter(self._classifier.predict(await self._scores(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
@@ -171,6 +179,18 @@ class Pipeline:
                 item = from_exception(error)
         metrics.REJECTED.labels(item.code).inc()
         return item
+
+
+class Pace:
+    """Lets the event loop turn whenever many small pieces of work have kept it for ``AT_ONCE_SECONDS``."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    async def __call__(self) -> None:
+        if time.perf_counter() - self._since > AT_ONCE_SECONDS:
+            await asyncio.sleep(0)
+            self._since = time.perf_counter()
 
 
 def _is_decoded_here(item: Item, header: Header | ApiError) -> bool:

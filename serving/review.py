@@ -126,7 +126,9 @@ class Review:
 
     @contextmanager
     def _ledger(self) -> Iterator[TextIO]:
-        with (self._directory / LEDGER).open("a+") as ledger:
+        file = self._directory / LEDGER
+        file.touch()
+        with file.open("r+") as ledger:
             fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
             ledger.seek(0)
             yield ledger
@@ -145,9 +147,9 @@ def _describe(sighting: Sighting, name: str) -> dict[str, Any]:
 
 
 def _note(ledger: TextIO, size: int) -> None:
+    """As wide as the largest size, and over the old one: on a full disk that stays, instead of an empty file."""
     ledger.seek(0)
-    ledger.truncate()
-    ledger.write(str(size))
+    ledger.write(f"{size:20}")
     ledger.flush()
 
 

@@ -15,6 +15,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -94,7 +95,9 @@ def _release(runners: list[Watcher]) -> None:
 
 
 def _metrics_folder() -> Path:
-    return Path(BentoMLContainer.bentoml_home.get(), "prometheus_multiproc_dir", str(os.getpid()))
+    # In each container that shares the home this is process 1.
+    server = f"{socket.gethostname()}-{os.getpid()}"
+    return Path(BentoMLContainer.bentoml_home.get(), "prometheus_multiproc_dir", server)
 
 
 def _usable_gpus() -> list[int]:

@@ -1,7 +1,7 @@
 """How many images each API key has had: rate and quota, held over every worker process of a server.
 
 The counts are in a small SQLite file that the workers share, and no request waits for it on the event loop. A file that
-fails limits nobody: that is logged, and the service goes on.
+fails, or that another process does not let go of, limits nobody for a while: that is logged, and the service goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ logger = logging.getLogger("classifier.usage")
 DAY_SECONDS = 86_400
 PATIENCE_SECONDS = 1.0
 """For another process to let go of the file; it needs well under a millisecond."""
+REST_SECONDS = 10.0
+"""After a failure, in which the file is left alone: else each request would wait for it, one after another."""
 SET_UP = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -89,6 +91,7 @@ class Usage:
         self.file = file
         self._thread = ThreadPoolExecutor(1, "usage")
         self._complaints = Seldom(logger)
+        self._resting_until = 0.0
         try:
             # The thread alone uses it from here on; transactions are begun by hand, for they read before they write.
             self._database = sqlite3.connect(
@@ -108,6 +111,15 @@ class Usage:
             self._complaints.error("API keys are not limited", reason=str(error))
 
     def _charge(self, name: str, key: Key, images: int) -> None:
+        if time.monotonic() < self._resting_until:
+            return
+        try:
+            self._write(name, key, images)
+        except sqlite3.Error:
+            self._resting_until = time.monotonic() + REST_SECONDS
+            raise
+
+    def _write(self, name: str, key: Key, images: int) -> None:
         refusal = None
         with self._database as database:
             database.execute("BEGIN IMMEDIATE")

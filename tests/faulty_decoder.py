@@ -7,10 +7,12 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
+
 from model import decoder
 from model.preprocess import Pixels
 
-CRASH, HANG, SLEEP, EAT = FAULTS = b"!crash", b"!hang", b"!sleep", b"!eat"
+CRASH, HANG, SLEEP, EAT, TALK = FAULTS = b"!crash", b"!hang", b"!sleep", b"!eat", b"!talk"
 SECONDS, PATIENCE = 1.0, 3.0
 
 
@@ -26,6 +28,8 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
         eaten = []
         while True:
             eaten.append(bytearray(2**24))
+    if data.endswith(TALK):
+        return np.zeros((4096, 4096, 3), np.uint8)
     return decoder.work(data, task)
 
 

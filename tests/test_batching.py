@@ -289,12 +289,20 @@ def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
         with pytest.raises(QueueFullError) as refusal:
             await batcher(images(3))
         assert 5 <= refusal.value.retry_after <= 60
+        with pytest.raises(QueueFullError) as later:
+            batcher.admit(1, ahead=500)
+        assert later.value.retry_after >= 5 * refusal.value.retry_after
         for caller in callers:
             caller.cancel()
         release.set()
         await asyncio.gather(*callers, return_exceptions=True)
 
     run(scenario())
+
+
+def test_a_single_image_is_not_told_to_be_fewer() -> None:
+    assert "fewer" not in str(QueueFullError(waiting=1, limit=0, retry_after=1))
+    assert "fewer" in str(QueueFullError(waiting=0, limit=4, retry_after=1, count=5))
 
 
 def test_a_request_that_can_never_fit_is_refused_by_an_idle_batcher() -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,8 @@ import pytest
 import requests
 from PIL import Image
 
+from client.__main__ import _results
+from client.errors import ClientError
 from client.images import SUFFIXES
 from client.journal import beside
 from client.remote import API_KEY
@@ -383,6 +386,12 @@ class TestTrouble:
             assert "; trying again" in run(folder / "000.png", "--url", url)
             assert len(server.asked) == 2
 
+    @pytest.mark.parametrize("told", ["0", formatdate(0, usegmt=True)], ids=["0", "a time that is over"])
+    def test_a_service_that_says_at_once_is_not_asked_without_end(self, folder: Path, told: str) -> None:
+        with trouble(*[answer(503, told)] * 1000) as (server, url):
+            run(folder / "000.png", "--url", url, "--patience", 2, code=2)
+            assert 2 <= len(server.asked) <= 6
+
     def test_patience_ends_and_what_was_answered_stays(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
         options = (folder / "0*.png", "--batch", 10, "--in-flight", 1, "--out", out)
@@ -437,6 +446,16 @@ class TestTrouble:
             run(*options, "--url", url, "--resume")
             assert server.images == PICTURES - kept
         assert [row["path"] for row in read_jsonl(out)] == paths(folder)[:PICTURES]
+
+    def test_what_was_answered_is_kept_beside_what_failed(self) -> None:
+        failed, answered = Future[list[Any]](), Future[list[Any]]()
+        failed.set_exception(ClientError("401"))
+        answered.set_result([])
+        for done in ([failed, answered], [answered, failed]):
+            results = _results(done)
+            assert next(results) == []
+            with pytest.raises(ClientError):
+                next(results)
 
     def test_an_error_does_not_wait_for_other_requests(self, folder: Path) -> None:
         with trouble() as (server, url):
@@ -565,7 +584,10 @@ def test_a_model_is_chosen_by_name(toy_artifact: Artifact, toy_folder: Path, tmp
     code = "import sys; from pathlib import Path; from model import store; store.put(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, toy_artifact.path], cwd=toy.ROOT, env=environment(tmp_path), check=True)
     run(toy_folder, "--local", "toy", "--out", tmp_path / "out.jsonl", home=tmp_path, code=1)
+    again = tmp_path / "again.jsonl"
+    run(toy_folder, "--local", "toy", "--out", again, home=tmp_path, code=1, RUNTIME="fastest")
     rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["class_name"] for row in read_jsonl(again)] == [row["class_name"] for row in rows]
     assert {row["model"] for row in rows} == {None, f"toy:{toy_artifact.version}"}
     right = sum(Path(row["path"]).parent.name == row["class_name"] for row in rows)
     assert right >= 0.9 * len(rows)

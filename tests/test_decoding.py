@@ -32,6 +32,14 @@ def here() -> bool:
     return True
 
 
+class Slow(Clock):
+    """The first decoding takes an hour."""
+
+    def __call__(self) -> float:
+        self.now += 3600 if self.now == 0.01 else 0.01
+        return self.now
+
+
 def held(release: threading.Event, done: list[bytes]) -> Callable[[bytes], Pixels]:
     def decode(data: bytes) -> Pixels:
         assert release.wait(10)
@@ -127,5 +135,25 @@ def test_an_image_that_cannot_be_decoded_keeps_no_place() -> None:
         with pytest.raises(ValueError):
             await decoding(here, broken, b"")
         assert decoding.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_image_that_takes_very_long_does_not_shut_out_others_for_long() -> None:
+    async def scenario() -> None:
+        release, done = threading.Event(), list[bytes]()
+        decode = held(release, done)
+        decoding = Decoding(max_wait=0.5, clock=Slow())
+        release.set()
+        for number in range(20):
+            await decoding(here, decode, b"%d" % number)
+        release.clear()
+        waiting = []
+        for number in range(5):
+            decoding.admit()
+            waiting.append(asyncio.create_task(decoding(here, decode, b"%d" % number)))
+            await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(*waiting)
 
     asyncio.run(scenario())

@@ -11,7 +11,7 @@ import pytest
 from starlette.responses import Response
 
 from model.batching import QueueFullError
-from serving import draining
+from serving import draining, metrics
 from serving.door import GATHER_SECONDS, Door
 
 REQUEST_ID = (b"x-request-id", b"mine")
@@ -80,21 +80,24 @@ def test_of_those_that_come_at_once_as_many_are_let_in_as_have_a_place() -> None
 
 
 def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
-    waiting = 1
+    waiting, asked = 1, 0
 
     def admit(count: int, ahead: int) -> None:
+        nonlocal asked
+        asked += 1
         if waiting:
             raise QueueFullError(waiting, 1, retry_after=1)
 
     async def knock() -> list[bool]:
         nonlocal waiting
         door = Door(["/classify"], admit, log_requests=False)
-        heard = [door(b"/classify", []) is None]
+        heard = [door(b"/classify", []) is None for _ in range(3)]
         waiting = 0
         await asyncio.sleep(0)
         return [*heard, door(b"/classify", []) is None]
 
-    assert asyncio.run(knock()) == [False, True]
+    assert asyncio.run(knock()) == [False, False, False, True]
+    assert asked == 2, "once in each turn, in which nothing changes"
 
 
 def test_while_draining_the_application_answers_and_says_goodbye() -> None:
@@ -107,6 +110,7 @@ def test_while_draining_the_application_answers_and_says_goodbye() -> None:
 
 def test_refusals_are_counted_and_logged_in_sums(caplog: pytest.LogCaptureFixture) -> None:
     counted: list[tuple[str, int, int]] = []
+    before = metrics.REJECTED.labels("overloaded")._value.get()
 
     async def knock() -> None:
         paths = ["/classify", "/classify/batch"]
@@ -121,6 +125,7 @@ def test_refusals_are_counted_and_logged_in_sums(caplog: pytest.LogCaptureFixtur
 
     with caplog.at_level(logging.INFO):
         asyncio.run(knock())
+    assert metrics.REJECTED.labels("overloaded")._value.get() - before == 4
     assert counted == [("/classify", 429, 2), ("/classify/batch", 429, 1), ("/classify", 429, 1)]
     assert [(record.path, record.requests) for record in caplog.records if record.message == "requests"] == [  # type: ignore[attr-defined]  # by extra
         ("/classify", 2),

@@ -181,6 +181,29 @@ def test_a_process_that_gives_up_ends_although_a_thread_hangs() -> None:
     assert "the engine is lost" in done.stderr
 
 
+HOPELESS = """
+import asyncio, signal, sys
+from serving import draining, hosts
+
+async def serve():
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(stopped.set))
+    draining.install(60)
+    await asyncio.to_thread(hosts.give_up, "it hangs")
+    await asyncio.wait_for(stopped.wait(), 5)
+
+asyncio.run(serve())
+print("told to stop", flush=True)
+"""
+
+
+def test_a_process_without_an_engine_drains_nothing() -> None:
+    """It would go on to take requests that others can answer."""
+    done = subprocess.run([sys.executable, "-c", HOPELESS], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "told to stop\n"), done.stderr
+
+
 async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
     """Of one that hangs up on its first callers, and answers each later one with a row of zeros."""
     left = hang_ups

@@ -80,6 +80,29 @@ def test_every_line_is_a_json_object_that_says_who_and_when(tmp_path: Path) -> N
     assert "ZeroDivisionError" in broken["exc_info"]
 
 
+def test_what_fails_in_the_background_is_logged_although_bentoml_disables_what_it_does_not_know(tmp_path: Path) -> None:
+    program = """
+import asyncio, concurrent.futures, logging.config
+logging.config.dictConfig({"version": 1})  # as BentoML does
+from serving import logs
+from settings import load
+
+logs.configure(load(), "api-1")
+
+async def serve():
+    asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+    await asyncio.sleep(0.01)
+    future = concurrent.futures.Future()
+    future.add_done_callback(lambda _: 1 / 0)
+    future.set_result(None)
+
+asyncio.run(serve())
+"""
+    failures = log(tmp_path, program)
+    assert [record["logger"] for record in failures] == ["asyncio", "concurrent.futures"]
+    assert all("ZeroDivisionError" in record["exc_info"] for record in failures)
+
+
 def test_the_request_id_is_on_every_line_of_its_request(tmp_path: Path) -> None:
     assert [record["request_id"] for record in log(tmp_path)] == ["", *["abc-123"] * 6]
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import preprocess as module
+from model.headers import MAX_SCANS
 from model.preprocess import (
     FORMATS,
     MAX_PIXELS,
@@ -432,3 +433,15 @@ def test_a_reduced_jpeg_is_turned_upright_too() -> None:
 def test_other_formats_are_decoded_whole() -> None:
     header = inspect(encode(Image.fromarray(gradient()).resize((640, 480)), "PNG"))
     assert module._reduction(header, (32, 32)) == 1
+
+
+@pytest.mark.parametrize(("more", "is_taken"), [(20, True), (MAX_SCANS, False)])
+def test_a_jpeg_has_no_more_scans_than_a_decoder_has_time_for(more: int, is_taken: bool) -> None:
+    whole = encode(OPAQUE, "JPEG", progressive=True)
+    head, _, last = whole.removesuffix(b"\xff\xd9").rpartition(b"\xff\xda")
+    data = head + (b"\xff\xda" + last) * (1 + more) + b"\xff\xd9"
+    if is_taken:
+        assert preprocess(data, (32, 32)).shape == (32, 32, 3)
+    else:
+        with pytest.raises(ImageError, match="more than 64 scans"):
+            preprocess(data, (32, 32))

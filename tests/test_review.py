@@ -177,6 +177,26 @@ wait(lambda: len(list(directory.glob("*.json"))) == 1)
     assert result.stderr.count("images for review are not kept") == 1
 
 
+def test_a_disk_that_takes_nothing_leaves_what_is_known_of_it(tmp_path: Path) -> None:
+    program = f"""
+import resource, time
+from tests.test_review import *
+directory = Path({str(tmp_path)!r})
+kept = store(directory)
+offer(kept, 1)
+wait(lambda: len(list(directory.glob("*.json"))) == 1)
+before = (directory / LEDGER).read_text()
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+offer(kept, 2)
+time.sleep(0.3)
+assert (directory / LEDGER).read_text() == before != "", before
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=toy.ROOT, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_what_waits_in_memory_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = store(tmp_path)
     wait((tmp_path / LEDGER).exists)

@@ -33,7 +33,7 @@ from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import metrics
 from serving.drift import Drift
-from serving.pipeline import Pipeline
+from serving.pipeline import LARGE_BYTES, Pipeline
 from serving.replies import Replies
 from settings import Settings
 from tests.faulty_decoder import FAULTS, PATIENCE
@@ -176,6 +176,21 @@ def test_one_image_among_64_that_kills_its_decoder_fails_alone(
     (line,) = caplog.records
     assert line.message == "a decoder died"
     assert line.__dict__["sha256"] == hashlib.sha256(images[40]).hexdigest()
+
+
+def test_many_small_images_leave_the_event_loop_to_others_meanwhile(pipeline: Pipeline) -> None:
+    images = [encode(Image.new("RGB", (250, 250), (i, 0, 0))) for i in range(64)]
+    assert all(read_header(image).is_plain and len(image) < LARGE_BYTES for image in images), "decoded in the loop"
+
+    async def turns() -> int:
+        work, count = asyncio.create_task(pipeline.classify_batch(request(images))), 0
+        while not work.done():
+            await asyncio.sleep(0)
+            count += 1
+        await work
+        return count
+
+    assert asyncio.run(turns()) > 5
 
 
 def test_killed_decoders_of_a_server_are_replaced(server: Server) -> None:

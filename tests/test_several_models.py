@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from model.artifact import Artifact, seal
+from model.classifier import TOLERANCE, VerificationError, check
 from model.ensemble import Ensemble
 from model.tuning import compare
 from tests import toy
@@ -136,6 +137,19 @@ def test_the_fastest_runtime_that_is_right_is_served_and_shown(stored: Store, tm
     assert f'"runtime":"{card["runtime"]}"' in (home / LOG).read_text()
 
 
+def test_what_is_right_in_each_model_is_right_in_the_mean_of_them(toy_artifact: Artifact) -> None:
+    """Logits over a temperature below one, and the sums of them, differ by more than the logits themselves."""
+    both = Ensemble([toy_artifact, toy_artifact])
+    assert toy_artifact.config.temperature != 1
+    outputs = toy_artifact.reference(quantised=True).outputs
+    error = np.full_like(outputs, 0.9 * TOLERANCE["onnx-int8"])
+    error[np.arange(len(outputs)), outputs[:, :-1].argmax(axis=1)] *= -1
+    reference = both.reference("onnx-int8")
+    check(both.combine([outputs + error] * 2), reference, "onnx-int8")
+    with pytest.raises(VerificationError):
+        check(both.combine([np.roll(outputs, 1, axis=0)] * 2), reference, "onnx-int8")
+
+
 def test_a_runtime_that_is_wrong_is_never_the_fastest(toy_artifact: Artifact, tmp_path: Path) -> None:
     path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
     shutil.copyfile(
@@ -146,7 +160,7 @@ def test_a_runtime_that_is_wrong_is_never_the_fastest(toy_artifact: Artifact, tm
     changed["outputs_int8"] = changed["outputs_int8"] + 1
     np.savez_compressed(path / "reference.npz", **changed)
     altered = Ensemble([seal(path, {key: value for key, value in toy_artifact.card.items() if key != "files"})])
-    rates, failed = compare(altered, ("onnx", "onnx-int8", "tpu"))
+    rates, failed = compare(altered, names=("onnx", "onnx-int8", "tpu"))
     assert list(rates) == ["onnx"]
     assert rates["onnx"] > 0
     assert "differs from the reference" in failed["onnx-int8"]

@@ -98,6 +98,13 @@ def served(home: Path) -> str:
 
 
 class TestPutAndGet:
+    def test_a_version_holds_what_its_name_says(self, home: Path, versions: Versions) -> None:
+        a, b = (home / "models/toy" / versions[name].version for name in ("a", "b"))
+        for file in versions["a"].path.iterdir():
+            shutil.copyfile(a / file.name, b / file.name)
+        said = python(home, "-c", f"from model import store; store.get('{tag(versions['b'])}')", code=1)
+        assert f"StoreError: {tag(versions['b'])} in the model store holds {tag(versions['a'])}" in said
+
     def test_what_is_put_comes_back_verified_with_its_metadata(
         self, filled: Path, versions: Versions, tmp_path: Path
     ) -> None:

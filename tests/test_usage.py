@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from serving.access import AccessError, Key
 from serving.errors import ApiError
-from serving.usage import DAY_SECONDS, Account, Usage
+from serving.usage import DAY_SECONDS, PATIENCE_SECONDS, Account, Usage
 
 NOON = 20_000 * DAY_SECONDS + DAY_SECONDS / 2
 
@@ -129,6 +131,19 @@ def test_a_file_that_fails_limits_nobody_and_is_logged_once(tmp_path: Path, capl
         for _ in range(5):
             asyncio.run(usage.charge("a", key(images_per_day=1), 1))
     assert [record.message for record in caplog.records] == ["API keys are not limited"]
+
+
+def test_a_file_that_another_process_keeps_holds_up_one_request_and_no_more(tmp_path: Path) -> None:
+    usage, limits = Usage(tmp_path / "usage"), key(images_per_day=1)
+
+    async def send() -> list[BaseException | None]:
+        return await asyncio.gather(*(usage.charge("a", limits, 1) for _ in range(20)), return_exceptions=True)
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        assert asyncio.run(send()) == [None] * 20
+        assert time.monotonic() - started < 3 * PATIENCE_SECONDS
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:

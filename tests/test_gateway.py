@@ -1,0 +1,40 @@
+"""The outermost layer, where no server is needed to see what it does. Over HTTP: test_service.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+from starlette.types import Message
+
+from serving.bodies import Bodies
+from serving.gateway import Gateway
+from serving.static import Page
+
+
+def test_a_request_that_the_server_gives_up_when_it_stops_is_told_so() -> None:
+    """uvicorn cancels what goes on for longer than it was told to wait, and would answer 500 in plain text."""
+    sent: list[Message] = []
+
+    async def endless(*_: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def stop() -> None:
+        gateway = Gateway(endless, ["/classify"], Page(), log_requests=False, bodies=Bodies(2**20))
+        scope = {"type": "http", "method": "POST", "path": "/classify", "headers": [], "query_string": b""}
+        request = asyncio.create_task(gateway(scope, receive, send))
+        await asyncio.sleep(0)
+        request.cancel()
+        await request
+
+    asyncio.run(stop())
+    start, body = sent
+    assert start["status"] == 503
+    assert orjson.loads(body["body"])["error"]["code"] == "not_ready"
