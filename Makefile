@@ -59,6 +59,7 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 	@touch $@ $(VENV)/.serve
 
 serve: $(VENV)/.serve ## set up and serve the shipped model (MODEL=NAME another) on PORT (default 3000)
+	@test "$(PORT)" -le 65535 || { echo 'error: PORT=$(PORT); expected at most 65535' >&2; exit 1; }
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
 # Two processes, each with half of the files in their order, so that most fixtures are made once.

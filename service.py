@@ -284,7 +284,7 @@ class ClassifierService(LeanService):
         assert isinstance(app, Starlette)
         app.add_route("/model", lambda request: get_current_service().card(), ["GET"])
         if is_main:
-            version = str(self.openapi_spec.info.version)
+            version = bentoml.server_context.bento_version or "development"
             document = orjson.dumps(describe(version, asks_for_keys=KEYS is not None))
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
@@ -350,6 +350,8 @@ class Classifier:
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
         loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
         logger.info("loaded", extra=loaded)
+        if self._classifier.too_few:
+            logger.warning("foreign images are not told", extra={"reason": self._classifier.too_few})
         # What is there now stays, and need not be looked through for garbage ever again.
         gc.collect()
         gc.freeze()

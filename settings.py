@@ -25,6 +25,13 @@ from model.preprocess import MAX_PIXELS
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
+def _private(directory: Path) -> Path:
+    with suppress(OSError):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700)  # it may be there, by the mode that somebody chose
+    return _writable(directory)
+
+
 def _writable(directory: Path) -> Path:
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
@@ -35,6 +42,8 @@ def _writable(directory: Path) -> Path:
 
 WritableDirectory = Annotated[Path, AfterValidator(_writable)]
 """Made when missing; found out at the start, not with the first request."""
+PrivateDirectory = Annotated[Path, AfterValidator(_private)]
+"""The same, for what only this user is to read."""
 
 
 class SettingsError(SystemExit):
@@ -44,7 +53,7 @@ class SettingsError(SystemExit):
 class Settings(BaseSettings):
     """The environment, typed. Sizes are in bytes, times in seconds, queue lengths in images."""
 
-    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, allow_inf_nan=False)
 
     model: str | None = None
     """``name`` or ``name:version`` in the model store; without a version the promoted one. Several, with commas in
@@ -87,9 +96,9 @@ class Settings(BaseSettings):
     """File of API keys (serving/access.py), read again when it changes; without it anyone may call."""
     usage_file: Path | None = None
     """SQLite file of what each key has used; by default a temporary one, and a restart forgets the quotas."""
-    audit_directory: WritableDirectory | None = None
+    audit_directory: PrivateDirectory | None = None
     """Folder of the audit log, a rotating file for each process; none by default."""
-    review_directory: WritableDirectory | None = None
+    review_directory: PrivateDirectory | None = None
     """Folder that keeps images of low confidence for labelling and retraining; none by default."""
     review_below: float = Field(default=0.5, gt=0, le=1)
     """Confidence under which an image is kept."""
@@ -173,6 +182,6 @@ def _explain(error: ValidationError) -> Iterator[str]:
 def _expectation(error: Any) -> str:
     names = error.get("ctx", {}).get("expected")
     if names is None:
-        return str(error["msg"].removeprefix("Input should be "))
+        return str(error["msg"].removeprefix("Input should be ").partition(", unable to parse")[0])
     choices = names.replace(" or ", ", ").replace("'", "")
     return f"one of {choices}" if "," in choices else choices

@@ -38,6 +38,8 @@ from client.remote import Remote
 from client.rows import Classify, Row, columns, row
 
 SOME_FAILED, COULD_NOT_WORK, INTERRUPTED = 1, 2, 130
+MOMENTS = 2.0
+"""Seconds for requests that are under way when another has failed for good."""
 
 
 def backend(options: argparse.Namespace) -> Classify:
@@ -72,18 +74,26 @@ def in_flight(
             running.add(pool.submit(classified, classify, batch, wanted))
             if len(running) == 2 * most:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from _results(done)
+                yield from _results(done, running)
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from _results(done)
+            yield from _results(done, running)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _results(done: Iterable[Future[list[Row]]]) -> Iterator[list[Row]]:
-    """Those that have one first: what was answered is not lost with what failed."""
-    for future in sorted(done, key=lambda future: future.exception() is not None):
-        yield future.result()
+def _results(done: Iterable[Future[list[Row]]], others: Iterable[Future[list[Row]]]) -> Iterator[list[Row]]:
+    """Of what is ``done``; if some of it failed, of ``others`` that are answered within moments, too.
+
+    An API key is charged for what was answered, and it would be lost with what failed.
+    """
+    failed = [future for future in done if future.exception()]
+    yield from (future.result() for future in done if future not in failed)
+    if failed:
+        sent = [future for future in others if not future.cancel()]
+        answered, _ = wait(sent, timeout=MOMENTS)
+        yield from (future.result() for future in answered if not future.exception())
+        failed[0].result()
 
 
 def run(options: argparse.Namespace) -> int:

@@ -86,6 +86,8 @@ class Classifier:
         self.config = config
         self._nonconformity = nonconformity(reference.validation, reference.labels, config.temperature)
         self._least_familiarity = least_familiarity(reference.validation, foreign_rate)
+        self.too_few = limits_of_few(len(reference.labels), foreign_rate)
+        """What the number of validation images does not allow to say, for whoever runs this to be told."""
 
     def __call__(self, outputs: Outputs) -> list[Prediction]:
         """One ``Prediction`` for each row of ``outputs``."""
@@ -125,6 +127,14 @@ def least_familiarity(outputs: Outputs, foreign_rate: float) -> float:
     """
     rank = math.floor((len(outputs) + 1) * foreign_rate)
     return float(np.sort(outputs[:, -1])[rank - 1]) if rank else -math.inf
+
+
+def limits_of_few(images: int, foreign_rate: float) -> str:
+    """What cannot be said by so few validation images; nothing where they are enough."""
+    if not math.floor((images + 1) * foreign_rate):
+        needed = math.ceil(1 / foreign_rate) - 1
+        return f"{images} validation images: in_distribution is always true; expected at least {needed}"
+    return ""
 
 
 def nonconformity(outputs: Outputs, labels: Labels, temperature: float) -> Probabilities:

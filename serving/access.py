@@ -69,9 +69,18 @@ class Key(BaseModel):
     paths: list[Guarded] | None = None
 
 
-Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 """A bare key of TOML, harmless in a log and as a label of a metric."""
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 _FILE = TypeAdapter(dict[Name, Key])
+
+
+def authorize(name: str, key: Key, path: str) -> None:
+    """Raise ``ApiError`` 403 unless the key may call ``path`` today."""
+    if key.expires and datetime.now(UTC).date() >= key.expires:
+        raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} expired on {key.expires}")
+    if key.paths is not None and path not in key.paths:
+        raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} may not call {path}")
 
 
 def read(file: Path) -> dict[str, Key]:
@@ -111,11 +120,11 @@ class Keys:
             self._keys = read(file)
         except AccessError as error:
             if not is_running:
-                raise
+                raise AccessError(f"API_KEYS: {error}") from None
             logger.error("no API key is known", extra={"reason": str(error)})
 
-    def authorize(self, headers: Headers, path: str) -> tuple[str, Key]:
-        """Name and limits of the key that a request for ``path`` has brought; raises ``ApiError`` 401 or 403."""
+    def identify(self, headers: Headers) -> tuple[str, Key]:
+        """Name and limits of the key that a request has brought; raises ``ApiError`` 401."""
         self._refresh()
         name = self._find(presented(headers))
         if name is None:
@@ -125,12 +134,7 @@ class Keys:
                 "no known API key; expected one in 'Authorization: Bearer KEY' or 'X-API-Key: KEY'",
                 {"www-authenticate": 'Bearer realm="classifier"'},
             )
-        key = self._keys[name]
-        if key.expires and datetime.now(UTC).date() >= key.expires:
-            raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} expired on {key.expires}")
-        if key.paths is not None and path not in key.paths:
-            raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} may not call {path}")
-        return name, key
+        return name, self._keys[name]
 
     def _find(self, key: str) -> str | None:
         """The name of a key: all are compared, each in constant time, so that time tells nothing of any."""
@@ -175,6 +179,10 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 def add(file: Path, name: str, **limits: Any) -> str:
     """Put a new key called ``name`` into ``file``, which is made when missing; returns the key."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r}; expected a name of 1 to 64 letters, digits, hyphens and underscores")
+    if not file.resolve().parent.is_dir():
+        raise ValueError(f"{file}: the folder is not there")
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     if name in _parse(before):
         raise ValueError(f"there is a key {name!r} already")

@@ -117,6 +117,7 @@ class _Reply:
                 self._foreign = from_status(status)
                 if "allow" in headers:
                     self._foreign.headers["allow"] = headers["allow"]
+                    self._foreign.message += f"; expected {headers['allow']}"
                 return
             self.code = headers[ERROR_HEADER]
         self.status = status

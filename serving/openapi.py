@@ -73,6 +73,7 @@ PARAMETERS = [
     )
 ]
 IMAGE = {"type": "string", "format": "binary", "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file."}
+OVERLAY = {"type": "string", "format": "binary", "description": "The image, and over it where the evidence lies."}
 ENCODED = {"type": "string", "format": "base64-image", "description": "Base64 (RFC 4648) or a data URL (RFC 2397)."}
 MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (model, "serialization") for model in (Classification, Explanation, Batch, Failure)
@@ -125,7 +126,7 @@ def _get(summary: str, **content: Document) -> Document:
 def _paths() -> Document:
     raw = {"image/*": {"schema": IMAGE}}
     classification = _reply("The verdict.", application_json=_ref("Classification"))
-    explanation = _reply("A picture, or its numbers.", image_png=IMAGE, application_json=_ref("Explanation"))
+    explanation = _reply("A picture, or its numbers.", image_png=OVERLAY, application_json=_ref("Explanation"))
     several = {"type": "array", "minItems": 1, "items": ENCODED}
     files = {"type": "array", "minItems": 1, "items": IMAGE}
     batch = _reply(

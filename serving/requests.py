@@ -79,9 +79,9 @@ def _share(name: str, value: str) -> float:
 
 
 def _flag(name: str, value: str) -> bool:
-    if value not in ("true", "false"):
+    if value.lower() not in ("true", "false"):
         raise bad_request(f"{name}={value[:40]!r}; expected true or false")
-    return value == "true"
+    return value.lower() == "true"
 
 
 def read_timeout(request: Request, limit: float) -> float:

@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from model.classifier import Prediction
 from serving import metrics
-from serving.access import GUARDED, Key, Keys
+from serving.access import GUARDED, Key, Keys, authorize
 from serving.audit import Audit
 from serving.context import request_id
 from serving.errors import ApiError
@@ -77,7 +77,8 @@ class Visit:
     def authorize(self, headers: Headers) -> None:
         """Raises ``ApiError`` 401 or 403."""
         if self._visits.keys:
-            self._name, self._key = self._visits.keys.authorize(headers, self._path)
+            self._name, self._key = self._visits.keys.identify(headers)
+            authorize(self._name, self._key, self._path)
 
     async def admit(self, items: Sequence[Item]) -> None:
         """Charge the images to the key before any is decoded; raises ``ApiError`` 429."""

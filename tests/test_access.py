@@ -259,7 +259,7 @@ def test_a_file_that_makes_no_sense_is_refused_without_telling_its_values(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"API_KEYS": "nowhere.toml"}, "nowhere.toml: No such file or directory"),
+        ({"API_KEYS": "nowhere.toml"}, "API_KEYS: .*nowhere.toml: No such file or directory"),
         ({"API_KEYS": "broken.toml"}, "broken.toml: a.sha256: Field required"),
         ({"API_KEYS": "good.toml", "USAGE_FILE": "broken.toml"}, "file is not a database"),
         ({"AUDIT_DIRECTORY": "good.toml"}, "AUDIT_DIRECTORY=.*good.toml'; expected a directory that can be written"),
@@ -283,6 +283,19 @@ def test_what_cannot_be_used_stops_the_start_with_one_line(
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert re.search(expected, line), line
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "reason"),
+    [
+        ("bob smith", "keys.toml", "'bob smith'; expected a name of 1 to 64 letters"),
+        ("bob", "nowhere/keys.toml", "nowhere/keys.toml: the folder is not there"),
+    ],
+)
+def test_what_cannot_be_added_is_told(tmp_path: Path, name: str, file: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        access.add(tmp_path / file, name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_adds_lists_and_removes(tmp_path: Path) -> None:
@@ -330,10 +343,10 @@ def test_a_worker_that_is_started_again_survives_a_broken_file(tmp_path: Path) -
     file.write_text("[bob")
     keys = access.Keys(file, is_running=True)
     with pytest.raises(ApiError, match="no known API key"):
-        keys.authorize(Headers({"x-api-key": key}), "/classify")
+        keys.identify(Headers({"x-api-key": key}))
     replace(file, good)
     keys._next_look = 0.0
-    assert keys.authorize(Headers({"x-api-key": key}), "/classify")[0] == "alice"
+    assert keys.identify(Headers({"x-api-key": key}))[0] == "alice"
 
 
 def test_a_bad_limit_or_name_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Audited(NamedTuple):
 def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Audited:
     """What a server left behind after some requests."""
     home, replies = tmp_path_factory.mktemp("audited"), {}
-    key = access.add(home / "keys.toml", "alice", images_per_day=1000)
+    key = access.add(home / "keys.toml", "alice", images_per_day=1000, paths=[*access.GUARDED[:4]])
     asking = {"API_KEYS": home / "keys.toml"} if request.param == "with keys" else {}
     headers = {"X-API-Key": key, "X-Forwarded-For": "203.0.113.7"}
     with serve("embedded", home, AUDIT_DIRECTORY=home / "audit", **asking) as url:
@@ -54,6 +54,7 @@ def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         call("method", "DELETE", "/classify")
         call("card", "GET", "/model")
         call("unknown", "GET", "/model", headers={"X-API-Key": "a-secret"})
+        call("forbidden", "GET", "/docs.json")
         call("ready", "GET", "/readyz")
         call("elsewhere", "GET", "/elsewhere")
         for number in range(50):  # shows that no line is lost when the server stops
@@ -101,7 +102,7 @@ def test_a_line_names_each_image_by_its_hash_with_its_verdict(audited: Audited) 
     (explained,) = audited.lines["explained"]["images"]
     assert explained == {**audited.lines["batch"]["images"][2], "confidence": pytest.approx(explained["confidence"])}
     assert audited.lines["broken"]["images"] == [{"sha256": hashlib.sha256(BROKEN).hexdigest()}]
-    for name in ("nonsense", "method", "card", "unknown"):
+    for name in ("nonsense", "method", "card", "unknown", "forbidden"):
         assert audited.lines[name]["images"] == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.artifact import Artifact, Reference, seal
-from model.classifier import Classifier, calibrated, least_familiarity, verdicts
+from model.classifier import Classifier, calibrated, least_familiarity, limits_of_few, verdicts
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
 from model.runtimes import ONNX, ONNX_INT8
@@ -65,6 +65,16 @@ def test_no_more_ordinary_images_than_promised_are_called_foreign_however_few_we
         ]
         assert np.mean(shares) <= 0.055, count
     assert least_familiarity(rng.uniform(size=(18, 1)), 0.05) == -np.inf
+
+
+@pytest.mark.parametrize(("images", "rate", "needed"), [(18, 0.05, 19), (19, 0.05, 0), (98, 0.01, 99), (99, 0.01, 0)])
+def test_whoever_has_too_few_images_to_tell_foreign_ones_is_told_how_many_are_needed(
+    images: int, rate: float, needed: int
+) -> None:
+    told = limits_of_few(images, rate)
+    assert told.endswith(f"expected at least {needed}") if needed else told == ""
+    outputs = np.zeros((images, 1), np.float32)
+    assert (least_familiarity(outputs, rate) == -np.inf) == bool(told)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])

@@ -448,14 +448,16 @@ class TestTrouble:
         assert [row["path"] for row in read_jsonl(out)] == paths(folder)[:PICTURES]
 
     def test_what_was_answered_is_kept_beside_what_failed(self) -> None:
-        failed, answered = Future[list[Any]](), Future[list[Any]]()
+        failed, answered, later, waiting = (Future[list[Any]]() for _ in range(4))
         failed.set_exception(ClientError("401"))
-        answered.set_result([])
-        for done in ([failed, answered], [answered, failed]):
-            results = _results(done)
-            assert next(results) == []
-            with pytest.raises(ClientError):
-                next(results)
+        answered.set_result(["answered"])
+        later.set_running_or_notify_cancel()
+        threading.Timer(0.1, later.set_result, (["later"],)).start()
+        results = _results([failed, answered], [later, waiting])
+        assert [next(results), next(results)] == [["answered"], ["later"]]
+        assert waiting.cancelled()
+        with pytest.raises(ClientError):
+            next(results)
 
     def test_an_error_does_not_wait_for_other_requests(self, folder: Path) -> None:
         with trouble() as (server, url):

@@ -70,7 +70,7 @@ def test_foreign_images_are_told_counted_and_refused_on_request(server: Server) 
     assert classify(server, FAMILIAR).json()["in_distribution"] is True
     assert classify(server, FOREIGN).json()["in_distribution"] is False
     assert classify(server, FAMILIAR, abstain_foreign="true").json()["abstained"] is False
-    assert classify(server, FOREIGN, abstain_foreign="true").json()["class_name"] is None
+    assert classify(server, FOREIGN, abstain_foreign="True").json()["class_name"] is None  # as Python writes it
     assert total(samples(server.url), "classifier_foreign_images_total") == before + 2
 
 

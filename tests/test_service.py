@@ -394,6 +394,7 @@ def test_other_methods_are_405_and_name_the_right_one(server: Server, method: st
     response = requests.request(method, f"{server.url}{path}", timeout=TIMEOUT)
     assert_error(response, 405, "method_not_allowed")
     assert ("GET" if path == "/model" else "POST") in response.headers["Allow"]
+    assert f"expected {response.headers['Allow']}" in response.json()["error"]["message"]
 
 
 def test_urls_are_refused_and_never_fetched(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,8 @@ def test_there_are_no_more_workers_than_processors_that_they_may_use(tmp_path: P
         ({"runtime": "tpu"}, "error: RUNTIME='tpu'; expected one of auto, fastest, torch, onnx, onnx-int8"),
         ({"max_batch": 0}, "error: MAX_BATCH=0; expected greater than or equal to 1 or auto"),
         ({"max_queue": 8, "max_request_images": 9}, "error: MAX_QUEUE=8; expected at least MAX_REQUEST_IMAGES=9"),
+        ({"workers": "many"}, "error: WORKERS='many'; expected a valid integer or cpu_count"),
+        ({"drain_seconds": "inf"}, "error: DRAIN_SECONDS='inf'; expected a finite number"),
         ({"smtp_host": "mail"}, "error: SMTP_HOST and SMTP_TO go together; found only one of them"),
     ],
 )
@@ -121,3 +124,11 @@ def test_a_bad_setting_is_one_line(setting: dict[str, object], message: str) -> 
     with pytest.raises(SettingsError) as caught:
         load(**setting)
     assert str(caught.value) == message
+
+
+def test_folders_of_what_was_sent_are_for_their_owner_alone(tmp_path: Path) -> None:
+    chosen = tmp_path / "chosen"
+    chosen.mkdir(mode=0o750)
+    load(audit_directory=tmp_path / "new" / "audit", review_directory=chosen, log_directory=tmp_path / "log")
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new/audit", chosen, tmp_path / "log")}
+    assert list(modes.values()) == [0o700, 0o750, 0o755]
