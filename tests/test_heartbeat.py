@@ -1,4 +1,4 @@
-"""What each worker tells of itself, and what is left of one that stops or dies; the alert is in monitoring/prometheus."""
+"""What each worker tells of itself, and what is left of one that stops or dies; the alert is in monitoring/."""
 
 from __future__ import annotations
 
