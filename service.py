@@ -54,6 +54,7 @@ from serving.door import Door
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import Gateway
+from serving.heartbeat import beat
 from serving.hosts import Host, Local, Remote
 from serving.openapi import describe
 from serving.pipeline import Pipeline
@@ -188,7 +189,7 @@ class Runner:
 
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
-        logs.configure(settings, f"runner-{worker}")
+        logs.configure(settings, process_name("runner"))
         served, shadow = load_models()
         engine, answer = start_engine(worker, served, shadow)
         if GPUS > 1:  # the workers' own proof reaches one of them
@@ -204,6 +205,10 @@ class Runner:
             max_batch=most if settings.max_batch == "auto" else settings.max_batch,
             observe=metrics.BATCH_IMAGES.observe,
         )
+
+    @bentoml.on_startup
+    async def tell_alive(self) -> None:
+        self._beating = asyncio.create_task(beat(process_name("runner")))
 
     async def infer(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, K + 1) float32 outputs."""
@@ -245,9 +250,9 @@ def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tupl
     return engine, Shadowed(engine, shadow.engine(RUNTIME, settings.threads, device)) if shadow else engine
 
 
-def process_name() -> str:
-    """Of an API worker, in its logs and their files."""
-    return f"api-{bentoml.server_context.worker_index or 1}"
+def process_name(kind: str) -> str:
+    """Of this worker, in its logs and their files, and in its heartbeat."""
+    return f"{kind}-{bentoml.server_context.worker_index or 1}"
 
 
 def json_response(document: bytes) -> Response:
@@ -288,7 +293,7 @@ class ClassifierService(LeanService):
             document = orjson.dumps(describe(version, asks_for_keys=KEYS is not None))
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
-        visits = Visits.open(settings, TAG, KEYS, USAGE, process_name())
+        visits = Visits.open(settings, TAG, KEYS, USAGE, process_name("api"))
         bodies = Bodies(BODIES * settings.max_body_bytes)
         endpoints = {method.route: method.func for method in self.apis.values()}
         shortened = shorten(app, endpoints)
@@ -315,7 +320,7 @@ class Classifier:
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
         logs.mute_native_code()
-        logs.configure(settings, process_name())
+        logs.configure(settings, process_name("api"))
         if settings.drain_seconds:
             draining.install(settings.drain_seconds)
         self._served, shadow = load_models()
@@ -373,6 +378,10 @@ class Classifier:
     async def verify_unasked(self) -> None:
         """Every worker at its start: probes reach one of them, and the others would be cold for the first requests."""
         self._verification = asyncio.create_task(self._verify_when_possible())
+
+    @bentoml.on_startup
+    async def tell_alive(self) -> None:
+        self._beating = asyncio.create_task(beat(process_name("api")))
 
     async def _verify_when_possible(self) -> None:
         while not await self._host.is_ready():  # noqa: ASYNC110  # no event tells of another process

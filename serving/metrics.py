@@ -99,6 +99,12 @@ QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.
 BATCH_LIMIT = Gauge(
     "classifier_batch_limit_images", "Images that one batch may hold, as measured.", multiprocess_mode="livemax"
 )
+WORKER_ALIVE = Gauge(
+    "classifier_worker_alive_timestamp_seconds",
+    "When the event loop of a worker last turned, in seconds since 1970.",
+    ["process"],
+    multiprocess_mode="all",
+)
 MODEL_INFO = Gauge(
     "classifier_model_info",
     "Constant 1; the labels say what is served.",

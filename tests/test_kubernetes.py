@@ -153,6 +153,17 @@ def test_the_cluster_has_no_alert_that_every_canary_would_set_off() -> None:
     assert "ClassifierReplicasLost" not in alerts
 
 
+def test_an_alert_of_the_cluster_leads_to_its_runbook_where_people_read_it() -> None:
+    """Without the template of Alertmanager, which puts the address before the path."""
+    template = (ROOT / "monitoring/alertmanager/templates/classifier.tmpl").read_text()
+    (address,) = re.findall(r"https?://[^\s{]+/", template)
+    rules = yaml.safe_load_all((K8S / "components/monitoring/prometheus-rule.yaml").read_text())
+    alerts = [a for rule in rules for group in rule["spec"]["groups"] for a in group["rules"] if "alert" in a]
+    assert alerts
+    for alert in alerts:
+        assert alert["annotations"]["runbook_url"] == f"{address}monitoring/runbooks/{alert['alert']}.md"
+
+
 def test_the_kserve_example_runs_the_same_container() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
     predictor = yaml.safe_load(block)["spec"]["predictor"]

@@ -21,6 +21,7 @@ MONITORING = REPOSITORY / "monitoring"
 RULES = {path: yaml.safe_load(path.read_text()) for path in (MONITORING / "prometheus/rules").glob("*.yml")}
 ALERTS = {r["alert"]: r for d in RULES.values() for g in d["groups"] for r in g["rules"] if "alert" in r}
 RECORDED = {r["record"] for d in RULES.values() for g in d["groups"] for r in g["rules"] if "record" in r}
+SCRAPE_CONFIGS = yaml.safe_load((MONITORING / "prometheus/prometheus.yml").read_text())["scrape_configs"]
 CASES = [
     case
     for path in (MONITORING / "prometheus/tests").glob("*.yml")
@@ -143,6 +144,14 @@ def test_an_ill_replica_is_one_page_but_an_error_of_a_gpu_hides_no_other_for_day
     assert not any(inhibited(labels(a), labels(b)) for a in of_gpus for b in of_gpus)
 
 
+def test_no_classifier_hides_that_other_targets_have_vanished() -> None:
+    down, vanished = ({"alertname": name, **ALERTS[name]["labels"]} for name in ("ClassifierDown", "TargetsVanished"))
+    assert inhibited(down, vanished | {"job": "classifier"})
+    jobs = {c["job_name"] for c in SCRAPE_CONFIGS} - {"classifier"}
+    assert {"edge", "node"} <= jobs
+    assert not [job for job in jobs if inhibited(down, vanished | {"job": job})]
+
+
 @pytest.mark.parametrize("name", ALERTS)
 def test_an_alert_has_a_unit_test_in_which_it_fires_and_one_in_which_it_is_silent(name: str) -> None:
     samples = [s["labels"] for c in CASES for e in c.get("promql_expr_test", []) for s in e["exp_samples"]]
@@ -152,9 +161,7 @@ def test_an_alert_has_a_unit_test_in_which_it_fires_and_one_in_which_it_is_silen
 
 
 def test_jobs_in_expressions_are_scraped() -> None:
-    scraped = {
-        c["job_name"] for c in yaml.safe_load((MONITORING / "prometheus/prometheus.yml").read_text())["scrape_configs"]
-    }
+    scraped = {c["job_name"] for c in SCRAPE_CONFIGS}
     asked = {job for _, expr in expressions() for job in re.findall(r'job!?="(\w+)"', expr)}
     assert asked <= scraped
 

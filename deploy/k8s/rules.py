@@ -5,13 +5,16 @@ Its result is committed, because Argo CD renders what git holds; a test holds th
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-RULES = Path(__file__).parents[2] / "monitoring/prometheus/rules"
+MONITORING = Path(__file__).parents[2] / "monitoring"
+RULES = MONITORING / "prometheus/rules"
+TEMPLATE = MONITORING / "alertmanager/templates/classifier.tmpl"
 FILES = {"classifier": ("service.yml", "slo.yml", "model.yml"), "classifier-gpu": ("gpu.yml",)}
 """Of each PrometheusRule. Those about Nginx, the machine and Prometheus itself are left out: a cluster has its own."""
 LEFT_OUT = {"ClassifierReplicasLost"}
@@ -30,10 +33,20 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 Dumper.add_representer(str, _text)
 
 
+def runbooks() -> str:
+    """The address before the path of a runbook: a cluster's Alertmanager has not the template that puts it there."""
+    found = re.search(r'define "classifier.runbooks" }}(\S+){{ end', TEMPLATE.read_text())
+    assert found
+    return found[1]
+
+
 def prometheus_rule(name: str) -> dict[str, Any]:
     groups = [group for file in FILES[name] for group in yaml.safe_load((RULES / file).read_text())["groups"]]
     for group in groups:
         group["rules"] = [rule for rule in group["rules"] if rule.get("alert") not in LEFT_OUT]
+        for rule in group["rules"]:
+            if "alert" in rule:
+                rule["annotations"]["runbook_url"] = runbooks() + rule["annotations"]["runbook_url"]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

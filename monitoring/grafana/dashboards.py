@@ -152,7 +152,11 @@ SERVICE = [
     ),
     panel("Inference p99", "s", ("{{instance}}", "classifier:infer_seconds:p99_5m"), min=0),
     panel(
-        "Workers", "short", ("{{instance}}", "classifier:workers:count"), min=0, about="With a request within 10 min."
+        "Workers",
+        "short",
+        ("{{instance}}", "classifier:workers:count"),
+        min=0,
+        about="Whose event loop turned within a minute.",
     ),
     panel(
         "Edge",
