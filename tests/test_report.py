@@ -46,7 +46,10 @@ def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path
     for name in (ONNX, ONNX_INT8):
         low, high = metrics[name]["accuracy_95"]
         speed = metrics[name]["speed"]["images_per_s"]
-        assert f"| `{name}` | {metrics[name]['accuracy']:.2%} | {low:.2%} to {high:.2%} | 24 |" in page
+        assert (
+            f"| `{name}` | {metrics[name]['accuracy']:.2%} | {low:.2%} to {high:.2%} | {metrics[name]['images']} |"
+            in page
+        )
         assert f"| {speed} |" in page
     assert "`torch`" not in page
     for name, figures in metrics["robustness"]["families"].items():
@@ -100,7 +103,7 @@ def test_commands_are_told_as_a_record_of_their_data(artifact: Artifact) -> None
     told = readme.commands(artifact)
     assert told.startswith(f"```console\n$ {artifact.card['training']['command']}\n```\n")
     assert "no recipe: that is `make train`" in told
-    assert told.endswith("24 test images of `folder`.")
+    assert told.endswith(f"{artifact.card['training']['images']['test']} test images of `folder`.")
 
 
 def test_the_device_of_a_speed_is_told() -> None:
