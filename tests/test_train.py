@@ -796,6 +796,17 @@ class TestExport:
         with pytest.raises(ParityError, match=f"INT8 accuracy {1 - 2 / len(loaded.val):.4f}"):
             parity(right, wrong, loaded.val)
 
+    def test_an_export_that_loses_just_what_it_may_is_none_the_worse(self) -> None:
+        split = data.Split(np.zeros((1000, 1, 1, 3), np.uint8), np.zeros(1000, np.int64))
+        right = np.eye(3, dtype=np.float32)[split.labels]
+        wrong = right.copy()
+        right[:1, :2] = right[:1, 1::-1]
+        wrong[:4, :2] = wrong[:4, 1::-1]
+        assert parity(right, wrong, split)["int8_accuracy"] == 0.996
+        wrong[4, :2] = wrong[4, 1::-1]
+        with pytest.raises(ParityError):
+            parity(right, wrong, split)
+
     def test_a_network_that_is_right_on_few_images_is_not_made_sure_of_everything(self) -> None:
         labels = np.arange(2000) % 3
         outputs = np.append(4.0 * np.eye(3)[labels], np.zeros((2000, 1)), axis=1).astype(np.float32)
