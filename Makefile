@@ -100,6 +100,14 @@ gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped
 	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
 	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY))
 
+# Every one that both commits have, for a new one replaces none; all of them, that each is told.
+gate-shipped: $(VENV)/.dev ## fail when a shipped model is worse than the one of its folder in the commit BASE
+	rm -rf runs/base && mkdir -p runs/base
+	git archive $(or $(BASE),origin/main) model | tar --extract --directory runs/base
+	worse=0; for model in model/pretrained*; do [ ! -d "runs/base/$$model" ] || \
+		$(BIN)/python -m train.gate "$$model" "runs/base/$$model" --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY)) || worse=1; \
+	done; exit $$worse
+
 adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
 	@grep -q '"metrics"' $(RUN)/artifact/card.json || { echo "error: $(RUN)/artifact: expected a measured one; make evaluate"; exit 1; }
 	rm -rf model/pretrained $(if $(NEW),model/pretrained_*) && cp -r $(RUN)/artifact model/pretrained

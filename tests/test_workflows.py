@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,33 @@ def test_a_retrained_model_is_trained_and_measured_as_the_shipped_one_was() -> N
     commands = {words[1]: words for step in steps("retrain") if (words := shlex.split(step.get("run", "")))}
     assert list(commands).index("robustness") < list(commands).index("gate")
     assert commands["train"] == ["make", "train", "TRAIN_FLAGS=--start model/pretrained --like model/pretrained"]
+
+
+def test_a_change_of_any_shipped_model_is_gated() -> None:
+    runs = [step.get("run", "") for step in steps("model")]
+    assert [run.split(" SUMMARY")[0] for run in runs if "gate" in run] == ["make gate-shipped BASE=origin/main"]
+
+
+@pytest.mark.parametrize("worse", ["", "model/pretrained", "model/pretrained_accurate"])
+def test_each_model_that_both_commits_have_is_gated(worse: str, tmp_path: Path) -> None:
+    """All of them, whichever is worse: the python here fails for that one, and only writes down its arguments."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$3 $4" >>{tmp_path}/called\ntest "$3" != "{worse}"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / ".dev").touch()
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
+    for name in ("pretrained", "pretrained_accurate"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        (tmp_path / "model" / name / "card.json").write_text("{}")
+    for command in (("init", "--quiet"), ("add", "model"), ("commit", "--quiet", "--message", "Models")):
+        subprocess.run((*git, *command), cwd=tmp_path, check=True)
+    (tmp_path / "model" / "pretrained_new").mkdir()
+    command = ("make", "gate-shipped", "BASE=HEAD", f"VENV={tmp_path}", f"BIN={tmp_path}", "-o", f"{tmp_path}/.dev")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == (not worse), done.stderr
+    assert (tmp_path / "called").read_text().splitlines() == [
+        f"model/{name} runs/base/model/{name}" for name in ("pretrained", "pretrained_accurate")
+    ]
 
 
 @every_workflow
