@@ -281,8 +281,10 @@ scanner:
 scan: $(VENV)/.dev ## fail on known vulnerabilities in IMAGE; needs Docker, debsecan and the network (Debian: debsecan)
 	sh deploy/scan.sh "$$IMAGE" $(BIN)
 
-newest: # the tag of the newest release goes into the file OUTPUT
-	gh release view --json tagName --jq '"tag=" + .tagName' >> $(OUTPUT)
+# A list is empty before the first release, where to view it is an error; an error of the list fails.
+newest: # the tag of the newest release, where there is one, goes into the file OUTPUT
+	gh release list --exclude-drafts --exclude-pre-releases --limit 100 --json tagName,isLatest \
+		--jq '.[] | select(.isLatest) | "tag=" + .tagName' >> $(OUTPUT)
 
 ALARM := The workflow rescan has failed
 alarm: # an issue that says so; while it is open, a comment on it
@@ -294,7 +296,7 @@ alarm: # an issue that says so; while it is open, a comment on it
 
 push: # IMAGE; its digest goes into the file OUTPUT
 	docker push "$$IMAGE"
-	docker inspect --format '{{index .RepoDigests 0}}' "$$IMAGE" | sed 's/.*@/digest=/' >> $(OUTPUT)
+	pushed=$$(docker inspect --format '{{index .RepoDigests 0}}' "$$IMAGE") && echo "digest=$${pushed#*@}" >> $(OUTPUT)
 
 sign: # IMAGE by digest, with the identity of the workflow
 	cosign sign --yes "$$IMAGE"

@@ -880,6 +880,10 @@ class TestEvaluate:
         assert cpu_name(x86.replace("avx512_vnni", "")) == "Some CPU @ 2 GHz (avx2)"
         assert cpu_name("processor\t: 0\nFeatures\t: fp asimddp\n") == f"{platform.machine()} (asimddp)"
 
+    def test_cifar10_itself_has_no_files_to_send(self, toy_artifact: Artifact) -> None:
+        printed = toy.run("train.evaluate", toy_artifact.path, "cifar10", "--url", "http://127.0.0.1:9", code=1)
+        assert printed == "error: 'cifar10' has no files to send; expected a folder or a tar archive\n"
+
     def test_a_service_that_is_not_there_is_one_clear_line(self, toy_artifact: Artifact) -> None:
         folder = toy_artifact.path.parent / "folder"
         printed = toy.run("train.evaluate", toy_artifact.path, folder, "--url", "http://127.0.0.1:9", code=1)

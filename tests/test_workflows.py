@@ -103,9 +103,14 @@ def test_who_asks_a_registry_has_logged_in(name: str) -> None:
 
 
 def make(target: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With programs that only write down in ``folder``, word by word, how they were called, and print ANSWER."""
+    """With programs that only write down in ``folder``, word by word, how they were called, and print ANSWER.
+
+    They succeed, but for the command FAILS.
+    """
     for program in ("cosign", "docker", "gh"):
-        (folder / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\nprintf %s "$ANSWER"\n')
+        (folder / program).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\nprintf %s "$ANSWER"\n[ "$1" != "$FAILS" ]\n'
+        )
         (folder / program).chmod(0o755)
     paths = {"PATH": f"{folder}:{os.environ['PATH']}", "OUTPUT": str(folder / "output")}
     command = ("make", "--no-print-directory", target)
@@ -155,6 +160,26 @@ def test_an_alarm_is_an_issue_and_later_ones_are_comments(open_issue: str, told:
     second = called.index("issue", 1)
     assert called[second + 1 : second + 3] == told
     assert called[-1].endswith(" unsafe: https://github.com/a/b/actions/runs/7")
+
+
+def test_before_the_first_release_nothing_is_scanned_and_nobody_alarmed(tmp_path: Path) -> None:
+    (image,) = (step for step in steps("rescan") if step.get("run") == "make scan")
+    assert image["if"] == "${{ steps.release.outputs.tag }}"
+    done = make("newest", tmp_path, ANSWER="")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output").read_text() == ""
+    assert (tmp_path / "called").read_text().splitlines()[:2] == ["release", "list"]  # to view none is an error
+
+
+def test_a_digest_is_told_of_what_was_pushed_alone(tmp_path: Path) -> None:
+    done = make("push", tmp_path, IMAGE="classifier:1", ANSWER=IMAGE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output").read_text() == f"digest={IMAGE.partition('@')[2]}\n"
+    failing = tmp_path / "failing"
+    failing.mkdir()
+    done = make("push", failing, IMAGE="classifier:1", FAILS="inspect")
+    assert done.returncode
+    assert not (failing / "output").exists()
 
 
 def test_a_scan_that_fails_is_an_issue() -> None:
