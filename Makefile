@@ -101,6 +101,14 @@ gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped
 	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
 	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY))
 
+# Every one that both commits have, for a new one replaces none; all of them, that each is told.
+gate-shipped: $(VENV)/.dev ## fail when a shipped model is worse than the one of its folder in the commit BASE
+	rm -rf runs/base && mkdir -p runs/base
+	git archive $(or $(BASE),origin/main) model | tar --extract --directory runs/base
+	worse=0; for model in model/pretrained*; do [ ! -d "runs/base/$$model" ] || \
+		$(BIN)/python -m train.gate "$$model" "runs/base/$$model" --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY)) || worse=1; \
+	done; exit $$worse
+
 adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
 	@grep -q '"metrics"' $(RUN)/artifact/card.json || { echo "error: $(RUN)/artifact: expected a measured one; make evaluate"; exit 1; }
 	rm -rf model/pretrained $(if $(NEW),model/pretrained_*) && cp -r $(RUN)/artifact model/pretrained
@@ -274,8 +282,10 @@ scanner:
 scan: $(VENV)/.dev ## fail on known vulnerabilities in IMAGE; needs Docker, debsecan and the network (Debian: debsecan)
 	sh deploy/scan.sh "$$IMAGE" $(BIN)
 
-newest: # the tag of the newest release goes into the file OUTPUT
-	gh release view --json tagName --jq '"tag=" + .tagName' >> $(OUTPUT)
+# A list is empty before the first release, where to view it is an error; an error of the list fails.
+newest: # the tag of the newest release, where there is one, goes into the file OUTPUT
+	gh release list --exclude-drafts --exclude-pre-releases --limit 100 --json tagName,isLatest \
+		--jq '.[] | select(.isLatest) | "tag=" + .tagName' >> $(OUTPUT)
 
 ALARM := The workflow rescan has failed
 alarm: # an issue that says so; while it is open, a comment on it
@@ -287,7 +297,7 @@ alarm: # an issue that says so; while it is open, a comment on it
 
 push: # IMAGE; its digest goes into the file OUTPUT
 	docker push "$$IMAGE"
-	docker inspect --format '{{index .RepoDigests 0}}' "$$IMAGE" | sed 's/.*@/digest=/' >> $(OUTPUT)
+	pushed=$$(docker inspect --format '{{index .RepoDigests 0}}' "$$IMAGE") && echo "digest=$${pushed#*@}" >> $(OUTPUT)
 
 sign: # IMAGE by digest, with the identity of the workflow
 	cosign sign --yes "$$IMAGE"

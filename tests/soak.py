@@ -24,6 +24,7 @@ from typing import Any
 import matplotlib as mpl
 import uvloop
 
+from model.artifact import Artifact
 from tests import live
 from tests.benchmark import loads, machine, servers, workloads
 from tests.benchmark.openloop import Load, arrivals, report
@@ -51,11 +52,14 @@ def capacity(running: servers.Running, home: Path) -> float:
     return float(loads.closed(target, CONNECTIONS, CAPACITY_SECONDS)["rate"])
 
 
-def window(url: str, rate: float, sent: int) -> dict[str, Any]:
-    """One window of load, which goes on among the bodies where the ones before, of ``sent`` requests, ended."""
+def window(url: str, rate: float, sent: int, number: int) -> dict[str, Any]:
+    """One window of load, which goes on among the bodies where the ones before, of ``sent`` requests, ended.
+
+    Each has moments of its own: those of one, again and again, would be no Poisson process.
+    """
     turn = deque(bodies())
     turn.rotate(-sent)
-    load, due = Load(f"{url}/classify", *turn), arrivals(rate, WINDOW_SECONDS)
+    load, due = Load(f"{url}/classify", *turn), arrivals(rate, WINDOW_SECONDS, number)
     uvloop.run(load.run(due, DEADLINE))
     return report(load, due, WINDOW_SECONDS, DEADLINE)
 
@@ -78,10 +82,17 @@ def measure(seconds: float) -> dict[str, Any]:
         time.sleep(2)  # until its connections are closed
         samples, started = [], time.monotonic()
         while (now := time.monotonic() - started) < seconds:
-            loaded = window(running.url, SHARE * most, sum(sum(sample["outcomes"].values()) for sample in samples))
+            sent = sum(sum(sample["outcomes"].values()) for sample in samples)
+            loaded = window(running.url, SHARE * most, sent, len(samples))
             samples.append({"seconds": now, **loaded, "processes": processes(running.pid)})
             print(f"{now:6.0f} s: {_total(samples[-1], 'mib'):.1f} MiB, {samples[-1]['outcomes']}", flush=True)
-    about = {"server": bundle.name, "seconds": seconds, "capacity": most, "rate": SHARE * most}
+    about = {
+        "server": bundle.name,
+        "model": Artifact.load(servers.SHIPPED).tag,
+        "seconds": seconds,
+        "capacity": most,
+        "rate": SHARE * most,
+    }
     return {**machine.describe(), **about, "samples": samples}
 
 

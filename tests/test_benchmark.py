@@ -20,7 +20,7 @@ import pytest
 
 from tests.benchmark import __main__ as benchmark
 from tests.benchmark import bars, loads, report, servers
-from tests.benchmark.results import EMBEDDED, TWO_REPLICAS, Results
+from tests.benchmark.results import EMBEDDED, TWO_REPLICAS, Results, without_folders
 from tests.benchmark.workloads import SAMPLE, VERDICT, small
 from tests.live import REPOSITORY, Server, environment, free_port
 
@@ -198,3 +198,8 @@ def test_a_bar_is_judged_by_the_medians_of_all_rounds(rate: float, met: str) -> 
     raw = {"records": [*rounds, *peers, behind_nginx], "options": {"deadline": "1"}, "ceiling": {"small": {"1": 2000}}}
     verdicts = {what: (measured, met) for what, measured, _, met in bars.judge(Results(raw))}
     assert verdicts["small, 64 connections, requests/s against peer"] == (f"{rate / 1000:.2f} x", met)
+
+
+def test_paths_of_the_machine_are_not_published() -> None:
+    problem = "Command '['/home/me/.venv/bin/python', '-m', 'a.b:C', '.']' of http://127.0.0.1:9/v2/models took 1/2 s"
+    assert without_folders(problem) == problem.replace("/home/me/.venv/bin/", "")

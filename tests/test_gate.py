@@ -14,18 +14,42 @@ from model.store import SHIPPED
 from tests import toy
 from tests.toy import run
 from train.command import CommandError
-from train.gate import RUNTIME, comparable, judge
+from train.evaluate import within
+from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, table
 
 CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87}
 CARD = {**json.loads((SHIPPED / "card.json").read_text())["metrics"], "robustness": CORRUPTED}
 
 
 def failures(new: dict[str, object], slowdown: float = 1.0) -> list[str]:
-    return [what for what, found, limit in judge(new, CARD, slowdown) if found > limit]
+    return [what for what, found, limit in judge(new, CARD, slowdown) if not within(found, limit)]
 
 
 def test_the_shipped_model_is_as_good_as_itself() -> None:
     assert "| NO |" not in run("train.gate", SHIPPED, SHIPPED)
+
+
+def test_a_model_at_a_limit_is_let_through_and_the_next_one_is_not() -> None:
+    """Of floats: 0.914 - 0.909 is a little more than 0.005."""
+    for hundredths in range(5000, 10_000):
+        old, new, worse = hundredths / 10_000, (hundredths - 50) / 10_000, (hundredths - 51) / 10_000
+        assert within(old - new, ACCURACY_LOSS)
+        assert not within(old - worse, ACCURACY_LOSS)
+    assert "| 0.0050 | 0.005 | yes |" in table("it", [("loss of accuracy", 0.914 - 0.909, ACCURACY_LOSS)])
+
+
+@pytest.mark.parametrize(("lost", "code"), [(0.005, 0), (0.0051, 1)])
+def test_the_exit_status_is_that_of_the_table(lost: float, code: int, tmp_path: Path) -> None:
+    card = Artifact.load(SHIPPED).card
+    base = copy.deepcopy(card)
+    for metrics in (card["metrics"], base["metrics"]):
+        metrics[RUNTIME]["accuracy"] = metrics["onnx"]["accuracy"] = 0.914
+    for name in (RUNTIME, "onnx"):
+        card["metrics"][name]["accuracy"] = round(0.914 - lost, 4)
+    paths = [tmp_path / "new", tmp_path / "old"]
+    for path, told in zip(paths, (card, base), strict=True):
+        seal(shutil.copytree(SHIPPED, path), told)
+    assert (f"| {lost:.4f} | 0.005 | {'NO' if code else 'yes'} |") in run("train.gate", *paths, code=code)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from model.runtimes import ONNX, ONNX_INT8
 from tests import toy
 from train import readme, sections
 from train.command import CommandError
-from train.report import confused
+from train.report import confused, limits
 from train.sections import flattened
 
 
@@ -46,7 +46,10 @@ def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path
     for name in (ONNX, ONNX_INT8):
         low, high = metrics[name]["accuracy_95"]
         speed = metrics[name]["speed"]["images_per_s"]
-        assert f"| `{name}` | {metrics[name]['accuracy']:.2%} | {low:.2%} to {high:.2%} | 24 |" in page
+        assert (
+            f"| `{name}` | {metrics[name]['accuracy']:.2%} | {low:.2%} to {high:.2%} | {metrics[name]['images']} |"
+            in page
+        )
         assert f"| {speed} |" in page
     assert "`torch`" not in page
     for name, figures in metrics["robustness"]["families"].items():
@@ -100,7 +103,7 @@ def test_commands_are_told_as_a_record_of_their_data(artifact: Artifact) -> None
     told = readme.commands(artifact)
     assert told.startswith(f"```console\n$ {artifact.card['training']['command']}\n```\n")
     assert "no recipe: that is `make train`" in told
-    assert told.endswith("24 test images of `folder`.")
+    assert told.endswith(f"{artifact.card['training']['images']['test']} test images of `folder`.")
 
 
 def test_the_device_of_a_speed_is_told() -> None:
@@ -150,8 +153,10 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     page = (tmp_path / "card.md").read_text()
     assert "| photographs, auroc | 0.9123 |" in page
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
-    # The same twice says together what each of them says.
-    assert f"| fast and accurate | {artifact.card['metrics'][ONNX_INT8]['accuracy']:.2%} |" in page
+    # The same twice says together what each of them says, in twice the time.
+    figures = artifact.card["metrics"][ONNX_INT8]
+    rate = round(figures["speed"]["images_per_s"] / 2)
+    assert f"| fast and accurate (speed derived) | {figures['accuracy']:.2%} | {rate} |" in page
     assert "| tiny (not shipped) |" in page
     assert "## tiny" not in page
     assert "stranger" not in page
@@ -174,6 +179,15 @@ def test_confused_pairs_are_the_largest_off_the_diagonal() -> None:
         "a taken for b (7 of 100)",
         "a taken for c (3 of 100)",
     ]
+
+
+def test_the_weakest_class_is_told_alike_in_the_table_and_under_limits(artifact: Artifact, tmp_path: Path) -> None:
+    """641 of 800 are 80.125 %, which rounded twice are 80.13 %."""
+    figures = {**artifact.card["metrics"][ONNX_INT8], "confusion": [[641, 159, 0], [0, 800, 0], [0, 0, 800]]}
+    figures["per_class"] = dict.fromkeys(toy.CLASSES, 1.0) | {toy.CLASSES[0]: 0.8013}
+    told = with_metrics(artifact, tmp_path / "it", **{ONNX_INT8: figures})
+    assert f"Weakest class: {toy.CLASSES[0]}, 80.12% found." in limits(told)[0]
+    assert f"| {toy.CLASSES[0]} | 80.12% |" in sections.per_class(figures)
 
 
 def test_nested_figures_become_rows() -> None:

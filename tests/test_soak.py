@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests import soak
+from tests.benchmark import openloop
 
 
 def samples(
@@ -46,6 +47,15 @@ def test_what_stays_flat_passes() -> None:
 def test_what_grows_or_fails_is_told(changed: dict[str, Any], objection: str) -> None:
     (found,) = soak.objections(samples(**changed))
     assert found.startswith(objection)
+
+
+def test_no_window_repeats_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens there: what counts is how many were to be sent."""
+    monkeypatch.setattr(soak, "WINDOW_SECONDS", 1.0)
+    monkeypatch.setattr(soak, "DEADLINE", 0.5)
+    offered = [soak.window("http://127.0.0.1:9", 200, 0, number)["offered"] for number in (0, 1, 1)]
+    assert offered[0] == len(openloop.arrivals(200, 1.0))
+    assert offered[0] != offered[1] == offered[2]
 
 
 def test_one_request_in_fifty_is_broken() -> None:

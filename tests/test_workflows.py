@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,33 @@ def test_a_retrained_model_is_trained_and_measured_as_the_shipped_one_was() -> N
     assert commands["train"] == ["make", "train", "TRAIN_FLAGS=--start model/pretrained --like model/pretrained"]
 
 
+def test_a_change_of_any_shipped_model_is_gated() -> None:
+    runs = [step.get("run", "") for step in steps("model")]
+    assert [run.split(" SUMMARY")[0] for run in runs if "gate" in run] == ["make gate-shipped BASE=origin/main"]
+
+
+@pytest.mark.parametrize("worse", ["", "model/pretrained", "model/pretrained_accurate"])
+def test_each_model_that_both_commits_have_is_gated(worse: str, tmp_path: Path) -> None:
+    """All of them, whichever is worse: the python here fails for that one, and only writes down its arguments."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$3 $4" >>{tmp_path}/called\ntest "$3" != "{worse}"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / ".dev").touch()
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
+    for name in ("pretrained", "pretrained_accurate"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        (tmp_path / "model" / name / "card.json").write_text("{}")
+    for command in (("init", "--quiet"), ("add", "model"), ("commit", "--quiet", "--message", "Models")):
+        subprocess.run((*git, *command), cwd=tmp_path, check=True)
+    (tmp_path / "model" / "pretrained_new").mkdir()
+    command = ("make", "gate-shipped", "BASE=HEAD", f"VENV={tmp_path}", f"BIN={tmp_path}", "-o", f"{tmp_path}/.dev")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == (not worse), done.stderr
+    assert (tmp_path / "called").read_text().splitlines() == [
+        f"model/{name} runs/base/model/{name}" for name in ("pretrained", "pretrained_accurate")
+    ]
+
+
 @every_workflow
 def test_who_asks_a_registry_has_logged_in(name: str) -> None:
     """A private package has neither signature nor image for others."""
@@ -75,9 +103,14 @@ def test_who_asks_a_registry_has_logged_in(name: str) -> None:
 
 
 def make(target: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With programs that only write down in ``folder``, word by word, how they were called, and print ANSWER."""
+    """With programs that only write down in ``folder``, word by word, how they were called, and print ANSWER.
+
+    They succeed, but for the command FAILS.
+    """
     for program in ("cosign", "docker", "gh"):
-        (folder / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\nprintf %s "$ANSWER"\n')
+        (folder / program).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" >>{folder}/called\nprintf %s "$ANSWER"\n[ "$1" != "$FAILS" ]\n'
+        )
         (folder / program).chmod(0o755)
     paths = {"PATH": f"{folder}:{os.environ['PATH']}", "OUTPUT": str(folder / "output")}
     command = ("make", "--no-print-directory", target)
@@ -127,6 +160,26 @@ def test_an_alarm_is_an_issue_and_later_ones_are_comments(open_issue: str, told:
     second = called.index("issue", 1)
     assert called[second + 1 : second + 3] == told
     assert called[-1].endswith(" unsafe: https://github.com/a/b/actions/runs/7")
+
+
+def test_before_the_first_release_nothing_is_scanned_and_nobody_alarmed(tmp_path: Path) -> None:
+    (image,) = (step for step in steps("rescan") if step.get("run") == "make scan")
+    assert image["if"] == "${{ steps.release.outputs.tag }}"
+    done = make("newest", tmp_path, ANSWER="")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output").read_text() == ""
+    assert (tmp_path / "called").read_text().splitlines()[:2] == ["release", "list"]  # to view none is an error
+
+
+def test_a_digest_is_told_of_what_was_pushed_alone(tmp_path: Path) -> None:
+    done = make("push", tmp_path, IMAGE="classifier:1", ANSWER=IMAGE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output").read_text() == f"digest={IMAGE.partition('@')[2]}\n"
+    failing = tmp_path / "failing"
+    failing.mkdir()
+    done = make("push", failing, IMAGE="classifier:1", FAILS="inspect")
+    assert done.returncode
+    assert not (failing / "output").exists()
 
 
 def test_a_scan_that_fails_is_an_issue() -> None:

@@ -94,7 +94,8 @@ class Augmented:
                 scale, stretch = draw.uniform(reach), draw.uniform(reach)
                 # By groups of four, so that every kind of corruption meets zoomed images and others.
                 zoomed = torch.arange(share.start, share.stop) // 4 % 2 == 0
-                images[zoomed] = self._zoom(images[zoomed], scale[zoomed], stretch[zoomed])
+                if zoomed.any():  # none may be, of a share of at most four
+                    images[zoomed] = self._zoom(images[zoomed], scale[zoomed], stretch[zoomed])
             images = self._cutout(images, draw)
             views = self._corrupt(images, draw) if self.recipe.corrupt > 0 else images
             if epoch < int(self.recipe.low_res * self.recipe.epochs):

@@ -2,7 +2,7 @@
 
 The SOURCE of every command is ``cifar10`` (downloaded and verified by torchvision), a folder, or a tar archive. A
 folder or archive holds ``train/<class>/*`` and ``test/<class>/*``, and ``val/<class>/*`` where there is one, or just
-``<class>/*``, of which a tenth then becomes the test split.
+``<class>/*``, of which about a tenth then becomes the test split.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import os
 import statistics
 import tarfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ SPLIT_SEED = 0
 """Fixed apart from the training seed, so that runs with different seeds are judged on the same images."""
 VALIDATION = ("val", "valid", "validation")
 """Folders beside ``train`` that are taken for the validation split."""
+DIGEST_BITS = 63
+"""What a tensor of int64 holds."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 FLAT = 1.0
 """Standard deviation, in units of 0..255, of a channel that hardly has one: what divides by it stays finite."""
@@ -63,6 +66,8 @@ class Split:
     """The file of each image, or its place in CIFAR-10."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Width and height of each image as it was found, before it took the size of ``images``."""
+    digests: tuple[int, ...] = ()
+    """Of the content of each file, as ``digest`` gives it: the same at every size of ``images``."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,6 +84,8 @@ class Data:
     test: Split
     skipped: tuple[str, ...] = field(default=())
     """Files that could not be read, each with the reason."""
+    by_content: bool = False
+    """Whether what is in a file decides its split, as in a flat source: it is the same in every other such source."""
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -143,8 +150,10 @@ def _refuse(error: OSError) -> NoReturn:
 
 def test_files(source: str) -> list[tuple[str, bytes]]:
     """Class name and content of every test file of a folder or archive, as a client would send it."""
+    if source == CIFAR10:
+        raise DataError(f"{CIFAR10!r} has no files to send; expected a folder or a tar archive")
     files = read_files(Path(source))
-    names = _arrange(source, sorted(files))["test"]
+    names = _arrange(source, files).test
     return [(PurePosixPath(name).parts[-2], files[name]) for name in names]
 
 
@@ -157,23 +166,23 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     if source == CIFAR10:
         return _load_cifar10(size)
     files = read_files(Path(source))
-    splits = _arrange(source, sorted(files))
-    classes = tuple(sorted({PurePosixPath(name).parts[-2] for names in splits.values() for name in names}))
+    arranged = _arrange(source, files)
+    classes = tuple(sorted({PurePosixPath(n).parts[-2] for n in (*arranged.train, *arranged.val, *arranged.test)}))
     if len(classes) < 2:
         raise DataError(f"{source}: found classes {list(classes)}; expected at least two folders of images")
     for name in classes:
         if name != name.encode(errors="replace").decode():
             raise DataError(f"{source}: the folder {name!r}; expected a name in UTF-8")
-    size = size or _choose_size(files[name] for name in splits["train"])
+    size = size or _choose_size(files[name] for name in arranged.train)
     skipped: list[str] = []
     train, val, test = (
-        _decode_split(name, splits[name], files, classes, size, skipped) for name in ("train", "val", "test")
+        _decode_split(name, getattr(arranged, name), files, classes, size, skipped) for name in ("train", "val", "test")
     )
     for kind, split in (("training", train), ("test", test)):
         without = [name for index, name in enumerate(classes) if not (split.labels == index).any()]
         if without:
             raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
-    return Data(source, classes, train, val, test, tuple(skipped))
+    return Data(source, classes, train, val, test, tuple(skipped), arranged.by_content)
 
 
 def _load_cifar10(size: tuple[int, int] | None) -> Data:
@@ -205,7 +214,8 @@ def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_], size: tuple[
     if size:
         images = np.stack([resize(image, size) for image in images])
     names = tuple(f"{name}[{index}]" for index in np.flatnonzero(chosen))
-    return Split(images, np.asarray(part.targets, np.int64)[chosen], names, ((32, 32),) * len(images))
+    digests = tuple(digest(image.tobytes()) for image in part.data[chosen])
+    return Split(images, np.asarray(part.targets, np.int64)[chosen], names, ((32, 32),) * len(images), digests)
 
 
 def read_files(root: Path) -> Files:
@@ -228,30 +238,66 @@ def read_files(root: Path) -> Files:
     return content
 
 
-def _arrange(source: str, names: list[str]) -> dict[str, list[str]]:
+class Arrangement(NamedTuple):
     """File names by split; the class of a file is the folder it lies in."""
+
+    train: list[str]
+    val: list[str]
+    test: list[str]
+    by_content: bool = False
+
+
+def _arrange(source: str, files: Files) -> Arrangement:
     by_folder: dict[str, list[str]] = {}
-    for name in names:
+    for name in sorted(files):
         parts = PurePosixPath(name).parts
         if len(parts) >= 2 and not any(part.startswith(".") for part in parts):
             by_folder.setdefault(parts[-3] if len(parts) >= 3 else "", []).append(name)
-    if "train" in by_folder:
-        if "test" not in by_folder:
-            raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
-        train, test = by_folder["train"], by_folder["test"]
-        if val := [name for folder in VALIDATION for name in by_folder.get(folder, [])]:
-            return {"train": train, "val": val, "test": test}
-    else:
-        flat = [name for group in by_folder.values() for name in group]
-        train, test = _hold_out(sorted(flat), TEST_SHARE)
-    train, val = _hold_out(train, VALIDATION_SHARE)
-    return {"train": train, "val": val, "test": test}
+    if "train" not in by_folder:
+        return _hold_out(files, sorted(name for group in by_folder.values() for name in group))
+    if "test" not in by_folder:
+        raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
+    train, test = by_folder["train"], by_folder["test"]
+    if val := [name for folder in VALIDATION for name in by_folder.get(folder, [])]:
+        return Arrangement(train, val, test)
+    # By position, not by content: the shipped models have trained on all but these validation images, and another draw
+    # would make training images of theirs validation images.
+    held_out = stratified([PurePosixPath(name).parts[-2] for name in train], VALIDATION_SHARE).tolist()
+    train, val = (
+        [name for name, held in zip(train, held_out, strict=True) if held is wanted] for wanted in (False, True)
+    )
+    return Arrangement(train, val, test)
 
 
-def _hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
-    held_out = stratified([PurePosixPath(name).parts[-2] for name in names], share)
-    pairs = list(zip(names, held_out.tolist(), strict=True))
-    return [name for name, held in pairs if not held], [name for name, held in pairs if held]
+def _hold_out(files: Files, names: list[str]) -> Arrangement:
+    """About TEST_SHARE of each class as test images and VALIDATION_SHARE of the rest, at least one each.
+
+    What is in a file decides, not its place or name: its digest is below a limit, or the lowest of the class. So no
+    training image is held out once there are more files, or the folder has another name; else a model that goes on
+    from one of the smaller folder would be judged on images that it knows. Only in a class so small that none would
+    be left for training does the number of its files count as well.
+    """
+    by_class: dict[str, list[tuple[float, str]]] = {}
+    for name in names:
+        by_class.setdefault(PurePosixPath(name).parts[-2], []).append((digest(files[name]) / 2**DIGEST_BITS, name))
+    train: list[str] = []
+    val: list[str] = []
+    test: list[str] = []
+    for members in by_class.values():
+        members.sort()
+        places, ordered = zip(*members, strict=True)
+        first = max(1, min(bisect_left(places, TEST_SHARE), len(members) - 2))
+        second = bisect_left(places, TEST_SHARE + (1 - TEST_SHARE) * VALIDATION_SHARE)
+        second = max(first + 1, min(second, len(members) - 1))
+        test += ordered[:first]
+        val += ordered[first:second]
+        train += ordered[second:]
+    return Arrangement(sorted(train), sorted(val), sorted(test), by_content=True)
+
+
+def digest(content: bytes) -> int:
+    """The first bits of the SHA-256 of a file."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) >> (64 - DIGEST_BITS)
 
 
 def stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]:
@@ -290,6 +336,7 @@ def _decode_split(
 ) -> Split:
     images: list[Pixels] = []
     sizes: list[tuple[int, int]] = []
+    digests: list[int] = []
     read: list[str] = []
     for name in tqdm(names, desc=f"decode {split}", unit="img", leave=False, disable=None):
         try:
@@ -300,8 +347,9 @@ def _decode_split(
             skipped.append(f"{name}: {error}")
             continue
         sizes.append((header.width, header.height))
+        digests.append(digest(content))
         read.append(name)
     if not images:
         raise DataError(f"split {split!r} has no readable image among {len(names)} files")
     labels = [classes.index(PurePosixPath(name).parts[-2]) for name in read]
-    return Split(np.stack(images), np.asarray(labels, np.int64), tuple(read), tuple(sizes))
+    return Split(np.stack(images), np.asarray(labels, np.int64), tuple(read), tuple(sizes), tuple(digests))

@@ -49,6 +49,11 @@ def int8_tolerance(images: int) -> float:
     return max(MAX_INT8_LOSS, 1.5 / images)
 
 
+def within(found: float, limit: float) -> bool:
+    """Whether ``found``, a difference of floats, is at most ``limit``: 0.914 - 0.909 is a little more than 0.005."""
+    return round(found - limit, 6) <= 0
+
+
 def accuracy_interval(hits: int, count: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson, 1927, JASA 22:209)."""
     share = hits / count

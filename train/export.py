@@ -41,7 +41,7 @@ from model.statistics import edges
 from train import command, runs
 from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load
-from train.evaluate import int8_tolerance, run_runtime
+from train.evaluate import int8_tolerance, run_runtime, within
 
 CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16
@@ -251,7 +251,7 @@ def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]
     said = verdicts(fp32), verdicts(int8)
     accuracies = [float((v == split.labels).mean()) for v in said]
     tolerance = int8_tolerance(len(split))
-    if accuracies[0] - accuracies[1] > tolerance:
+    if not within(accuracies[0] - accuracies[1], tolerance):
         raise ParityError(
             f"INT8 accuracy {accuracies[1]:.4f} on {len(split)} validation images, FP32 {accuracies[0]:.4f}; "
             f"expected a loss of at most {tolerance:.4f}"

@@ -45,7 +45,7 @@ from train.muon import Muon
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
-from train.runs import CHECKPOINT, RUN, Trained, open_weights, read_story
+from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_story
 
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
@@ -149,6 +149,8 @@ class Fit:
         }
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.data_sha256 = data.sha256()
+        self.digests: set[int] | None = set(data.train.digests)
+        """Of the files that the network has learned from; None when that of ``--start`` does not tell its own."""
         self.epochs_done = 0
         self.history: list[dict[str, float]] = []
 
@@ -258,6 +260,8 @@ class Fit:
         for name, state in self.states.items():
             if "momentum_buffer" in state:
                 tensors[f"momentum.{name}"] = state["momentum_buffer"]
+        if self.digests is not None:
+            tensors[DIGESTS] = torch.tensor(sorted(self.digests))
         position = {
             "recipe": self.recipe.model_dump(),
             "epochs_done": self.epochs_done,
@@ -297,27 +301,45 @@ class Fit:
         self.restore(tensors, position)
 
     def take_start(self, start: Trained) -> None:
-        """Begin with the weights of ``start`` instead of random ones."""
+        """Begin with the weights of ``start`` instead of random ones.
+
+        Raises ``DataError`` when it has learned from images that are held out here: every figure of them is too good.
+        """
         try:
             self.network.load_state_dict(start.weights)
         except RuntimeError as error:
             raise DataError(f"{start.path}: not the weights of this network: {error}") from error
-        self._note("start", start)
+        self.learned_from["start"].append(start.sha256())
+        if start.story["data_sha256"] != self.data_sha256:
+            self._require_unseen(start)
+        self.digests = None if start.digests is None else start.digests.union(self.data.train.digests)
+
+    def _require_unseen(self, start: Trained) -> None:
+        if start.digests is not None:
+            splits = (self.data.val, self.data.test)
+            val, test = (sum(digest in start.digests for digest in split.digests) for split in splits)
+            if val or test:
+                raise DataError(
+                    f"{start.path}: was trained on {val} of the {len(self.data.val)} validation images and {test} of "
+                    f"the {len(self.data.test)} test images of {self.data.source}; expected none of either"
+                )
+        elif not (self.data.by_content and start.holds_out_by_content()):
+            print(
+                f"--start {start.path}: was trained on other data, {start.story['source']}, and has no record of the "
+                "images: figures are too good if some are validation or test images here"
+            )
 
     def take_teacher(self, trained: Trained) -> None:
         """Learn from the network of ``trained`` too; raises ``DataError`` for one of other classes."""
-        config = ModelConfig.load(trained.path / CONFIG)
-        if config.classes != self.data.classes:
-            raise DataError(f"{trained.path}: a teacher of {list(config.classes)}; expected {list(self.data.classes)}")
-        teacher = ConvNet(config)
+        classes = trained.config.classes
+        if classes != self.data.classes:
+            raise DataError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
+        teacher = ConvNet(trained.config)
         teacher.load_state_dict(trained.weights)
         self.teachers.append(teacher.to(self.device).eval().requires_grad_(False))
-        self._note("teacher", trained)
-
-    def _note(self, option: str, trained: Trained) -> None:
-        self.learned_from[option].append(trained.sha256())
+        self.learned_from["teacher"].append(trained.sha256())
         if trained.story["data_sha256"] != self.data_sha256:
-            print(f"--{option} {trained.path}: was trained on other data, {trained.story['source']}")
+            print(f"--teacher {trained.path}: was trained on other data, {trained.story['source']}")
 
     def resume(self) -> None:
         """Take up the checkpoint in ``out``; raises ``DataError`` when recipe, data, start or teachers are others."""
@@ -350,6 +372,7 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "command": command,
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
+        "held_out_by_content": fit.data.by_content,
         "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
         "recipe": fit.recipe.model_dump(),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
@@ -446,6 +469,9 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     if options.batch_size is None:
         recipe = recipe.model_copy(update={"batch_size": choose_batch_size(len(data.train), data.input_size)})
     config = build_config(options.name, data, recipe)
+    if start:
+        # Its filters have learned from images that were normalised so.
+        config = config.model_copy(update={"mean": start.config.mean, "std": start.config.std})
     fit = Fit(config, data, recipe, options.out, device, group)
     if start:
         fit.take_start(start)
@@ -478,16 +504,22 @@ def write_run(
     fit: Fit, findings: dict[str, Any], start: Trained | None, teachers: list[Trained], started: float
 ) -> None:
     """``run.json``, which makes the run a finished one."""
-    # The card is public: what it tells of paths is their last part.
-    typed = shlex.join(
-        ["python", "-m", "train.fit", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
-    )
-    about: dict[str, object] = {**describe_run(fit, typed, started), "check": findings}
+    about: dict[str, object] = {**describe_run(fit, typed(sys.argv[1:]), started), "check": findings}
     if teachers:
         about["teachers"] = [teacher.story for teacher in teachers]
     if start:
         about["start"] = start.story
     (fit.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def typed(arguments: list[str]) -> str:
+    """The command, as the public card tells it: of a path of this machine its last part."""
+    told = []
+    for argument in arguments:
+        # Of --out=/home/me/run it is what follows the sign.
+        option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        told.append(option + sign + (Path(value).name if Path(value).is_absolute() else value))
+    return shlex.join(["python", "-m", "train.fit", *told])
 
 
 def keep_memory() -> None:

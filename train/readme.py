@@ -17,7 +17,8 @@ from model.runtimes import ONNX_INT8
 from train import command
 from train.data import CIFAR10
 from train.report import of_the_same_data
-from train.sections import between, measured, percent, runs, table
+from train.runs import runs
+from train.sections import between, measured, percent, table
 
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)

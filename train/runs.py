@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.artifact import CARD, WEIGHTS
+from model.artifact import CARD, CONFIG, WEIGHTS
+from model.config import ModelConfig
 from train.data import DataError
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
+DIGESTS = "trained_on"
+"""Tensor of a checkpoint: the digests of all files that its network has learned from."""
 
 
 class Trained(NamedTuple):
@@ -22,11 +25,18 @@ class Trained(NamedTuple):
     path: Path
     weights: dict[str, Tensor]
     story: dict[str, Any]
+    config: ModelConfig
+    digests: set[int] | None
+    """Of all files that it has learned from; an artifact, which is small, does not tell."""
 
     @classmethod
     def read(cls, path: Path) -> Trained:
         """Raises ``DataError`` unless ``path`` is a finished run or an artifact."""
-        return cls(path, read_weights(path), read_story(path))
+        return cls(path, read_weights(path), read_story(path), ModelConfig.load(path / CONFIG), read_digests(path))
+
+    def holds_out_by_content(self) -> bool:
+        """Whether each of the runs that led to it did, so that none learned from what any other such run holds out."""
+        return all(run.get("held_out_by_content", False) for run in runs(self.story))
 
     def sha256(self) -> str:
         """Of the weights: what is in a folder may be another network tomorrow."""
@@ -45,6 +55,17 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
     with open_weights(path) as checkpoint:
         names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
         return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
+
+
+def read_digests(trained: Path) -> set[int] | None:
+    """Those in the checkpoint of a run; None where there are none on record."""
+    path = trained / CHECKPOINT
+    if not path.exists():
+        return None
+    with open_weights(path) as checkpoint:
+        if DIGESTS not in checkpoint.keys():  # noqa: SIM118 (not a dict)
+            return None
+        return set(checkpoint.get_tensor(DIGESTS).tolist())
 
 
 def open_weights(path: Path) -> safe_open:
@@ -66,3 +87,8 @@ def read_story(trained: Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
     story: dict[str, Any] = told if path.name == RUN else told["training"]
     return story
+
+
+def runs(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that led to the weights, the first one first."""
+    return [*(runs(training["start"]) if "start" in training else []), training]

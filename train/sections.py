@@ -17,6 +17,7 @@ from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
 from train import plots
 from train.command import CommandError
 from train.evaluate import Reliability, accuracy_interval, calibration_error_by_chance
+from train.runs import runs
 
 FILES = {TORCH: WEIGHTS, ONNX: ONNX_FILE, ONNX_INT8: ONNX_INT8_FILE}
 
@@ -201,11 +202,6 @@ def photographs(artifact: Artifact) -> str:
             table(("class", "accuracy", "95 % interval", "n"), rows),
         ]
     )
-
-
-def runs(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that led to the weights, the first one first."""
-    return [*(runs(training["start"]) if "start" in training else []), training]
 
 
 def training(page: Page, label: str, artifact: Artifact) -> str:

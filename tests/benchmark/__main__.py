@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tests import live
 from tests.benchmark import ceiling, loads, machine, servers, workloads
-from tests.benchmark.results import RUNNER
+from tests.benchmark.results import RUNNER, without_folders
 from tests.benchmark.servers import Server
 from tests.benchmark.workloads import Workload
 
@@ -84,7 +84,7 @@ def measure(
             _open_loops(server, running, sent[0], home, options, progress, record)
             record["pss_mib"] = servers.memory(running.pid)
     except Exception as error:
-        record["problem"] = str(error.__context__ or error)
+        record["problem"] = without_folders(str(error.__context__ or error))
         print(f"{server.name}: {record['problem']}", flush=True)
     return record
 

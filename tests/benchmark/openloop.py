@@ -177,9 +177,9 @@ def _request(head: str, body: Body) -> bytes:
     return (head + fields).encode() + body.content
 
 
-def arrivals(rate: float, seconds: float) -> np.ndarray:
-    """Moments of a Poisson process, the same at every call."""
-    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds * 1.1) + 100)
+def arrivals(rate: float, seconds: float, seed: int = 0) -> np.ndarray:
+    """Moments of a Poisson process, the same at every call with the same seed."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds * 1.1) + 100)
     moments = gaps.cumsum()
     return np.asarray(moments[moments < seconds])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -14,6 +15,11 @@ SUMMED = ("replies", "errors")
 Run = dict[str, Any]
 
 
+def without_folders(text: str) -> str:
+    """``text`` with no more than the names of this machine's paths in it; what is told is public."""
+    return re.sub(r"(?<![\w:./])/(?:[^\s'\"/]+/)+", "", text)
+
+
 class Results:
     def __init__(self, raw: dict[str, Any]) -> None:
         self.raw = raw
@@ -21,7 +27,7 @@ class Results:
         self.names = list(dict.fromkeys(record["name"] for record in records))
         self.kinds = {record["name"]: record["kind"] for record in records}
         self._records = records
-        self.problems = {r["name"]: r["problem"] for r in raw["records"] if "problem" in r}
+        self.problems = {r["name"]: without_folders(r["problem"]) for r in raw["records"] if "problem" in r}
         self.versions = {record["name"]: record["versions"] for record in records}
         self.connections = sorted(
             {run["connections"] for r in records for run in r["closed"] if run["workload"] == "small"}
