@@ -33,6 +33,7 @@ from model.classifier import fit_temperature
 from model.network import ConvNet
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
+from tests.live import Server
 from train import data, precision
 from train.augment import Augmented
 from train.evaluate import (
@@ -538,9 +539,10 @@ def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Pat
 
 
 def test_resuming_with_another_recipe_is_refused(toy_folder: Path, toy_run: Path) -> None:
-    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", toy_run, "--epochs", 9, "--resume", code=1)
-    assert "its recipe is" in printed
-    assert "Traceback" not in printed
+    printed = toy.run(
+        "train.fit", toy_folder, "--name", "toy", "--out", toy_run, *toy.RECIPE, "--epochs", 9, "--resume", code=1
+    )
+    assert printed.endswith("its recipe has {'epochs': 6}; expected {'epochs': 9}\n")
 
 
 def test_resuming_under_another_name_is_refused(toy_folder: Path, toy_run: Path) -> None:
@@ -884,6 +886,12 @@ class TestEvaluate:
         printed = toy.run("train.evaluate", toy_artifact.path, "cifar10", "--url", "http://127.0.0.1:9", code=1)
         assert printed == "error: 'cifar10' has no files to send; expected a folder or a tar archive\n"
 
+    def test_a_service_of_other_classes_is_one_clear_line(self, toy_artifact: Artifact, embedded: Server) -> None:
+        folder = toy_artifact.path.parent / "folder"
+        printed = toy.run("train.evaluate", toy_artifact.path, folder, "--url", embedded.url, code=1)
+        assert printed.startswith(f"error: {embedded.url}: serves classes ['airplane', ")
+        assert printed.endswith("; expected ['disc', 'frame', 'stripes']\n")
+
     def test_a_service_that_is_not_there_is_one_clear_line(self, toy_artifact: Artifact) -> None:
         folder = toy_artifact.path.parent / "folder"
         printed = toy.run("train.evaluate", toy_artifact.path, folder, "--url", "http://127.0.0.1:9", code=1)
@@ -908,3 +916,34 @@ class TestEvaluate:
             assert (images * right).sum() == pytest.approx(figures["accuracy"] * count, abs=0.01)
             assert (images * abs(confidence - right)).sum() / count == pytest.approx(figures["ece"], abs=1e-3)
             assert f"{name}: accuracy {figures['accuracy']:.2%}" in printed
+
+
+def test_what_cannot_be_written_is_one_clear_line(toy_folder: Path) -> None:
+    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", "/dev/null/run", *toy.RECIPE, code=1)
+    assert printed.endswith("error: [Errno 20] Not a directory: '/dev/null/run'\n")
+
+
+def test_images_that_do_not_fit_into_memory_are_one_clear_line(toy_folder: Path) -> None:
+    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", "run", "--size", 40_000, code=1)
+    assert re.search(r"images of 40000x40000 pixels take [\d.]+ GiB of memory; expected at most [\d.]+, which", printed)
+    assert "Traceback" not in printed
+
+
+def test_a_start_of_another_shape_is_one_clear_line(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+    recipe = ("--epochs", 1, "--widths", "8,16", "--depth", 2)
+    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *recipe, "--start", toy_run, code=1)
+    assert "expected classes ['disc', 'frame', 'stripes'], widths [8, 16] and depth 2 (--like takes" in printed
+    assert len(printed.splitlines()[-1]) < 500
+
+
+def test_a_class_that_is_too_small_is_told_by_name(toy_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy_folder, tmp_path / "small")
+    for file in sorted((folder / "disc").iterdir())[2:]:
+        file.unlink()
+    with pytest.raises(DataError, match="too few images of disc for a training image, too; expected at least 3"):
+        load(str(folder))
+
+
+def test_an_interval_is_of_proportions() -> None:
+    assert accuracy_interval(0, 37)[0] == 0
+    assert accuracy_interval(37, 37)[1] == 1

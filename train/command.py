@@ -19,5 +19,5 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``; exit with status 1 and one line on an error of the user's."""
     try:
         main()
-    except (CommandError, ArtifactError, ConfigError, RuntimeUnavailableError, VerificationError) as error:
+    except (CommandError, ArtifactError, ConfigError, RuntimeUnavailableError, VerificationError, OSError) as error:
         sys.exit(f"error: {error}")

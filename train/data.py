@@ -36,6 +36,8 @@ SPLIT_SEED = 0
 """Fixed apart from the training seed, so that runs with different seeds are judged on the same images."""
 VALIDATION = ("val", "valid", "validation")
 """Folders beside ``train`` that are taken for the validation split."""
+COPIES = 2
+"""Of the pixels in memory, while the images of a split become one array."""
 DIGEST_BITS = 63
 """What a tensor of int64 holds."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
@@ -173,7 +175,10 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     for name in classes:
         if name != name.encode(errors="replace").decode():
             raise DataError(f"{source}: the folder {name!r}; expected a name in UTF-8")
+    if not arranged.train:
+        raise DataError(f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class")
     size = size or _choose_size(files[name] for name in arranged.train)
+    _require_memory(source, size, len(arranged.train) + len(arranged.val) + len(arranged.test))
     skipped: list[str] = []
     train, val, test = (
         _decode_split(name, getattr(arranged, name), files, classes, size, skipped) for name in ("train", "val", "test")
@@ -183,6 +188,22 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
         if without:
             raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
     return Data(source, classes, train, val, test, tuple(skipped), arranged.by_content)
+
+
+def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
+    """Raise ``DataError`` where the pixels of so many images would have the kernel end this process."""
+    needed, available = COPIES * images * size[0] * size[1] * 3, available_memory()
+    if needed > available:
+        raise DataError(
+            f"{source}: {images} images of {size[0]}x{size[1]} pixels take {needed / 2**30:.1f} GiB of memory; "
+            f"expected at most {available / 2**30:.1f}, which a smaller --size takes"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that processes may still take, by the kernel's own estimate (``MemAvailable``, proc(5))."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def _load_cifar10(size: tuple[int, int] | None) -> Data:

@@ -60,7 +60,7 @@ def accuracy_interval(hits: int, count: int) -> tuple[float, float]:
     centre = share + Z_95**2 / (2 * count)
     spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
     scale = 1 + Z_95**2 / count
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 class Reliability(NamedTuple):
@@ -206,6 +206,13 @@ def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
     import requests
 
     files = test_files(source)
+    classes = list(artifact.config.classes)
+    try:
+        served = requests.get(f"{url}/model", timeout=60).json().get("classes")
+    except (requests.RequestException, ValueError) as error:
+        raise CommandError(f"{url}: {error}") from error
+    if served != classes:
+        raise CommandError(f"{url}: serves classes {served}; expected {classes}")
     replies: list[dict[str, Any]] = []
     started = time.perf_counter()
     with requests.Session() as session:

@@ -32,7 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
 from model.artifact import Artifact, Outputs, Reference, save_reference, seal
-from model.classifier import fit_temperature, verdicts, verify
+from model.classifier import Classifier, fit_temperature, verdicts, verify
 from model.config import ModelConfig
 from model.network import BANK_BATCH, ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
@@ -346,6 +346,8 @@ def main() -> None:
     size = ModelConfig.load(options.run / files.CONFIG).input_size
     sealed = export(options.run, load(options.source, size), options.out)
     print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
+    if told := Classifier(sealed.config, sealed.reference(quantised=True)).too_few:
+        print(told)
     for name, entry in sealed.card["files"].items():
         print(f"  {name:18} {entry['bytes'] / 1e6:6.2f} MB  sha256 {entry['sha256'][:16]}")
 

@@ -124,7 +124,8 @@ class Fit:
         self, config: ModelConfig, data: Data, recipe: Recipe, out: Path, device: torch.device, group: Group
     ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.data, self.out, self.device, self.group = recipe, data, out, device, group
+        self.config, self.recipe, self.data = config, recipe, data
+        self.out, self.device, self.group = out, device, group
         self.network = ConvNet(config).to(device)
         self.network.init_whitening(
             torch.from_numpy(data.train.images[:: math.ceil(len(data.train) / WHITENING_IMAGES)]).to(device),
@@ -308,7 +309,13 @@ class Fit:
         try:
             self.network.load_state_dict(start.weights)
         except RuntimeError as error:
-            raise DataError(f"{start.path}: not the weights of this network: {error}") from error
+            theirs, ours = (
+                f"classes {list(config.classes)}, widths {list(config.widths)} and depth {config.depth}"
+                for config in (start.config, self.config)
+            )
+            raise DataError(
+                f"{start.path}: a network of {theirs}; expected {ours} (--like takes its recipe)"
+            ) from error
         self.learned_from["start"].append(start.sha256())
         if start.story["data_sha256"] != self.data_sha256:
             self._require_unseen(start)
@@ -349,8 +356,10 @@ class Fit:
         with open_weights(path) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
-        if position["recipe"] != self.recipe.model_dump():
-            raise DataError(f"{path}: its recipe is {position['recipe']}; expected {self.recipe.model_dump()}")
+        wanted = self.recipe.model_dump()
+        if differing := [name for name in wanted if position["recipe"].get(name) != wanted[name]]:
+            theirs, ours = ({name: told.get(name) for name in differing} for told in (position["recipe"], wanted))
+            raise DataError(f"{path}: its recipe has {theirs}; expected {ours}")
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{path}: was trained on other data than {self.data.source}")
         for option, given in self.learned_from.items():

@@ -176,10 +176,11 @@ def main() -> None:
     data = load(options.source, artifact.config.input_size)
     require_own_data(artifact, data)
     runtime = create(options.runtime, artifact, threads=2)
-    metrics = {"robustness": robustness(runtime, sample(data.test, options.images))}
+    # The photographs first: what is wrong with them is told before the long part.
+    metrics = {"photographs": photographs(runtime, artifact, options.photos)} if options.photos else {}
+    metrics["robustness"] = robustness(runtime, sample(data.test, options.images))
     print_robustness(metrics["robustness"])
     if options.photos:
-        metrics["photographs"] = photographs(runtime, artifact, options.photos)
         print_photographs(metrics["photographs"])
     sealed = write_figures(artifact, metrics)
     print(f"{options.artifact}: version {sealed.version}, figures written to its card")
