@@ -932,16 +932,17 @@ def test_images_that_do_not_fit_into_memory_are_one_clear_line(toy_folder: Path)
 def test_a_start_of_another_shape_is_one_clear_line(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
     recipe = ("--epochs", 1, "--widths", "8,16", "--depth", 2)
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *recipe, "--start", toy_run, code=1)
-    assert "expected classes ['disc', 'frame', 'stripes'], widths [8, 16] and depth 2 (--like takes" in printed
+    assert "expected classes ['disc', 'frame', 'stripes'], widths [8, 16, 16] and depth 2 (--like takes" in printed
     assert len(printed.splitlines()[-1]) < 500
 
 
-def test_a_class_that_is_too_small_is_told_by_name(toy_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(toy_folder, tmp_path / "small")
-    for file in sorted((folder / "disc").iterdir())[2:]:
-        file.unlink()
-    with pytest.raises(DataError, match="too few images of disc for a training image, too; expected at least 3"):
-        load(str(folder))
+def test_a_folder_too_small_for_three_splits_is_one_clear_line(toy_folder: Path, tmp_path: Path) -> None:
+    for name in toy.CLASSES:
+        (tmp_path / name).mkdir()
+        for file in sorted((toy_folder / name).iterdir())[:2]:
+            shutil.copy(file, tmp_path / name)
+    with pytest.raises(data.DataError, match="validation and test take all 6 files; expected 3 and more of each class"):
+        data.load(str(tmp_path))
 
 
 def test_an_interval_is_of_proportions() -> None:
