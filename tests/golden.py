@@ -4,12 +4,14 @@
     python -m tests.golden SOURCE     # after shipping a model for other data: pictures and limits anew as well
 
 The pictures are test images of SOURCE, re-encoded as JPEG; each is named after its class. Those here are of CIFAR-10
-(Krizhevsky, 2009). The limits stay where they are when a model is retrained, so that no worse one is shipped unnoticed.
+(Krizhevsky, 2009). The page at ``/`` offers them as samples. The limits stay where they are when a model is
+retrained, so that no worse one is shipped unnoticed.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,9 @@ from model.classifier import Classifier, Prediction
 from model.config import ModelConfig
 from model.preprocess import Pixels, preprocess
 from model.runtimes import ONNX, ONNX_INT8, create
+from serving.static import FOLDER as PAGE
+from train import command
+from train.command import CommandError
 from train.data import load
 from train.evaluate import require_own_data, run_runtime
 from train.gate import CALIBRATION_LOSS
@@ -33,6 +38,9 @@ TYPICAL = IMAGES[len(IMAGES) // 2]
 """One of them, for tests that need no more."""
 SHIPPED_NAME = ModelConfig.load(SHIPPED / CONFIG).name
 GOLDEN = FOLDER / "golden.json"
+SAMPLES = PAGE / "samples"
+MOST_SAMPLES = 20
+"""The page shows all that it offers: of a thousand classes these are enough."""
 JPEG_QUALITY = 95
 SPARE_BYTES = 1.2
 """How many times larger than now a later artifact may be."""
@@ -62,8 +70,7 @@ def choose(artifact: Artifact, source: str) -> None:
     require_own_data(artifact, data)
     images = [encode(image) for image in data.test.images]
     by_format = [judge(artifact, name, images) for name in (ONNX, ONNX_INT8)]
-    for path in IMAGES:
-        path.unlink()
+    chosen = {}
     for index, name in enumerate(artifact.config.classes):
         told = [
             (quantised.confidence, image)
@@ -73,9 +80,24 @@ def choose(artifact: Artifact, source: str) -> None:
             and quantised.in_distribution
         ]
         if told:
-            (FOLDER / f"{name}.jpg").write_bytes(sorted(told)[len(told) // 2][1])
+            chosen[f"{name}.jpg"] = sorted(told)[len(told) // 2][1]
         else:
             print(f"no picture of {name!r}: the model tells none of its test images", file=sys.stderr)
+    if not chosen:
+        raise CommandError(f"{artifact.path}: expected a model that tells some of the test images of {source}")
+    for path in FOLDER.glob("*.jpg"):
+        path.unlink()
+    for file, image in chosen.items():
+        (FOLDER / file).write_bytes(image)
+
+
+def offer() -> None:
+    """The pictures, as samples of the page."""
+    SAMPLES.mkdir(exist_ok=True)
+    for path in SAMPLES.iterdir():
+        path.unlink()
+    for path in sorted(FOLDER.glob("*.jpg"))[:MOST_SAMPLES]:
+        shutil.copy(path, SAMPLES)
 
 
 def encode(image: Pixels) -> bytes:
@@ -91,10 +113,11 @@ def limits(artifact: Artifact) -> Iterator[tuple[str, Any]]:
     yield "bytes", round(SPARE_BYTES * size(artifact))
 
 
-def main(sources: list[str]) -> None:
-    artifact = Artifact.load(SHIPPED)
+def main() -> None:
+    artifact, sources = Artifact.load(SHIPPED), sys.argv[1:]
     for source in sources:
         choose(artifact, source)
+    offer()
     kept = dict(limits(artifact)) if sources else json.loads(GOLDEN.read_text())["limits"]
     golden = {name: p.probabilities.round(4).tolist() for name, p in predict(artifact, ONNX).items()}
     document = {"version": artifact.version, "limits": kept, "probabilities": golden}
@@ -102,4 +125,4 @@ def main(sources: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command.run(main)

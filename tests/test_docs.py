@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from model.runtimes import ONNX_INT8
+from tests.golden import TYPICAL
+from tests.live import Server
 from tests.snippets import (
     DOCS,
     OTHERS,
     PAGES,
+    PUBLISHED,
     PYTHON,
     REPOSITORY,
     Reader,
@@ -23,7 +29,9 @@ from tests.snippets import (
     matches,
     named_in,
     read,
+    tells_of_the_example,
 )
+from tests.test_golden import MAX_DIFFERENCE
 
 README = REPOSITORY / "README.md"
 SNIPPETS = [snippet for page in (*PAGES, README) for snippet in read(page)]
@@ -65,8 +73,33 @@ def test_files_that_pages_name_exist() -> None:
         for page in PAGES
         for name in named.findall(page.read_text())
         if not (REPOSITORY / name).exists() and not name.startswith("deploy/secrets")
+        if can_be_followed(page) or not name.startswith("tests/images/")
     ]
     assert missing == []
+
+
+def test_pages_that_stay_of_the_example_are_told_where_it_is_replaced() -> None:
+    page = DOCS / "your-data.md"
+    assert not tells_of_the_example(page)
+    (section,) = re.findall(r"^## Make it the bundle's own model\n(.*?)^## ", page.read_text(), re.M | re.S)
+    linked = {DOCS / link for link in re.findall(r"\]\((.+?\.md)\)", section)}
+    assert linked >= {other for other in PAGES if tells_of_the_example(other)}
+
+
+def test_the_first_example_of_the_readme_is_answered_so(embedded: Server) -> None:
+    """By any processor: INT8 differs by a rounding step a layer."""
+    (line, answer), *_ = re.findall(r"^\$ (curl .+?) +# .+\n(\{.+\})$", README.read_text(), re.M)
+    assert f"tests/images/{TYPICAL.name}" in line
+    command = shlex.split(line.replace(PUBLISHED, embedded.url))
+    done = subprocess.run([*command, "--silent"], cwd=REPOSITORY, capture_output=True, check=True, timeout=60)
+    found, told = json.loads(done.stdout), json.loads(answer.replace(",…", ""))
+    assert list(found) == list(told)
+    assert found["class_name"] == TYPICAL.stem
+    for name in ("predicted_class", "class_name", "in_distribution"):
+        assert found[name] == told[name]
+    assert found["confidence"] == pytest.approx(told["confidence"], abs=MAX_DIFFERENCE[ONNX_INT8])
+    first = found["all_probabilities"]["0"]
+    assert first == pytest.approx(told["all_probabilities"]["0"], abs=MAX_DIFFERENCE[ONNX_INT8])
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 
 from model.artifact import SHIPPED, Artifact
 from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
+from tests import golden as pictures
+from tests import toy
 from tests.golden import GOLDEN, predict, size
 from train import readme
+from train.command import CommandError
 
 MAX_DIFFERENCE = {ONNX: 0.001, TORCH: 0.02, ONNX_INT8: 0.1}
 """In probability, from the FP32 predictions that were stored."""
@@ -62,3 +66,48 @@ def test_every_other_model_is_there_for_a_reason(golden: dict[str, Any]) -> None
         assert faster or int8["accuracy"] > default["accuracy"]
         assert [name for name, p in predict(artifact, ONNX_INT8).items() if p.class_name != name] == []
     assert sum(map(size, [first, *others])) <= 40e6
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Test pictures and samples of the page, of a model before."""
+    images, samples = tmp_path / "images", tmp_path / "samples"
+    for folder in (images, samples):
+        folder.mkdir()
+        (folder / "dog.jpg").write_bytes(b"of a model before")
+    monkeypatch.setattr(pictures, "FOLDER", images)
+    monkeypatch.setattr(pictures, "SAMPLES", samples)
+    return images, samples
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_pictures_of_other_data_take_the_place_of_those_here_and_of_the_samples(
+    folders: tuple[Path, Path], toy_artifact: Artifact, toy_folder: Path
+) -> None:
+    images, samples = folders
+    pictures.choose(toy_artifact, str(toy_folder))
+    pictures.offer()
+    assert contents(images).keys() <= {f"{name}.jpg" for name in toy.CLASSES}
+    assert contents(images)
+    assert contents(samples) == contents(images)
+
+
+def test_of_many_pictures_a_few_are_samples(folders: tuple[Path, Path]) -> None:
+    images, samples = folders
+    for number in range(30):
+        (images / f"class {number}.jpg").touch()
+    pictures.offer()
+    assert len(contents(samples)) == pictures.MOST_SAMPLES
+
+
+def test_a_model_that_tells_nothing_takes_no_place(
+    folders: tuple[Path, Path], toy_artifact: Artifact, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = pictures.judge
+    monkeypatch.setattr(pictures, "judge", lambda *told: [p._replace(in_distribution=False) for p in judge(*told)])
+    with pytest.raises(CommandError, match="expected a model that tells some of the test images"):
+        pictures.choose(toy_artifact, str(toy_folder))
+    assert list(contents(folders[0])) == ["dog.jpg"]

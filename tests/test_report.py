@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from PIL import Image
 from model.artifact import CARD, Artifact, seal
 from model.runtimes import ONNX, ONNX_INT8
 from tests import toy
+from tests.golden import TYPICAL
+from tests.live import Server
+from tests.snippets import PUBLISHED
 from train import readme, sections
 from train.command import CommandError
 from train.report import confused, limits
@@ -75,6 +80,39 @@ def test_readme_and_model_card_are_of_the_shipped_model() -> None:
     for artifact in shipped:
         told = artifact.card["training"]["data_sha256"] == shipped[0].card["training"]["data_sha256"]
         assert (f"Version `{artifact.version}`" in page) == told
+
+
+@pytest.mark.parametrize("name", ["dog", "a dog's", "50% dog", 'dog, "brown"; or \\black'])
+def test_the_example_of_the_readme_works_whatever_a_class_is_called(
+    name: str, toy_artifact: Artifact, embedded: Server, tmp_path: Path
+) -> None:
+    pictures = tmp_path / readme.PICTURES
+    pictures.mkdir(parents=True)
+    for file in ("A.jpg", f"{name}.jpg", "~.jpg"):
+        shutil.copy(TYPICAL, pictures / file)
+    command, answer = readme.example(toy_artifact, tmp_path).removeprefix("$ ").split("\n")
+    run = ["sh", "-c", command.replace(PUBLISHED, embedded.url).replace("curl", "curl --silent", 1)]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    assert json.loads(done.stdout)["class_name"] == TYPICAL.stem
+    told = json.loads(answer.replace(",…", ""))
+    assert toy_artifact.config.classes[told["predicted_class"]] == told["class_name"]
+
+
+def test_the_readme_gets_example_and_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_another, text = tmp_path / "README.md", readme.README.read_text()
+    for pattern in (readme.EXAMPLE, readme.SECTION):
+        assert pattern.search(text)
+    stale = text.replace(f"tests/images/{TYPICAL.name}", "tests/images/gone.jpg").replace("95 % interval", "interval")
+    of_another.write_text(stale)
+    monkeypatch.setattr(readme, "README", of_another)
+    readme.main()
+    written, shipped = of_another.read_text(), readme.shipped()
+    assert readme.example(shipped[0]) in written
+    assert readme.section(*shipped) in written
+    assert "gone.jpg" not in written
+    of_another.write_text(readme.EXAMPLE.sub("", text))
+    with pytest.raises(CommandError, match="no example with curl and its answer"):
+        readme.main()
 
 
 def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_artifact: Artifact) -> None:

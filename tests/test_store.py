@@ -19,7 +19,7 @@ from model.artifact import CARD, CONFIG, ONNX, Artifact, save_reference, seal
 from model.comparison import difference_interval
 from model.config import ModelConfig
 from tests import toy
-from tests.golden import SHIPPED_NAME
+from tests.golden import SHIPPED_NAME, TYPICAL
 from tests.live import environment, serve
 from train import readme
 from train.evaluate import accuracy_interval
@@ -281,7 +281,7 @@ def test_what_speaks_against_a_promotion_stops_it_unless_forced(
     "command",
     [
         ("model.store", "import", "model/pretrained"),
-        ("client", toy.ROOT / "tests" / "images" / "dog.jpg", "--local"),
+        ("client", TYPICAL, "--local"),
     ],
 )
 def test_a_command_without_make_has_the_store_of_make_and_tells_nobody(

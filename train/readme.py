@@ -1,4 +1,5 @@
-"""Write the section of README.md on the shipped model from its card, so that what is said is what was measured.
+"""Write what README.md says of the shipped model: the section from its card, so that what is said is what was measured,
+and the example, which asks it for a picture of ``tests/images``.
 
     python -m train.readme
 
@@ -7,14 +8,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from model.artifact import ACCURATE, ALSO_SHIPPED, SHIPPED, Artifact
-from model.runtimes import ONNX_INT8
+from model.classifier import Classifier
+from model.preprocess import preprocess
+from model.runtimes import ONNX_INT8, create
 from train import command
+from train.command import CommandError
 from train.data import CIFAR10
 from train.report import of_the_same_data
 from train.runs import runs
@@ -22,6 +28,10 @@ from train.sections import between, measured, percent, table
 
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)
+EXAMPLE = re.compile(r"(?<=\n)\$ curl -F .+ http://localhost:3000/classify .*\n\{.+\}(?=\n)")
+PICTURES = "tests/images"
+DIGITS = 6
+"""Of a probability, as the service rounds it."""
 NAMED_CLASSES = 20
 """More of them are counted alone."""
 NOT_MEASURED = "-"
@@ -30,6 +40,27 @@ NOT_MEASURED = "-"
 def shipped() -> list[Artifact]:
     """Those in the repository, the default one first."""
     return [Artifact.load(path) for path in (SHIPPED, *ALSO_SHIPPED)]
+
+
+def example(artifact: Artifact, root: Path = README.parent) -> str:
+    """A command for the middle one of the pictures, and what a server on a CPU answers."""
+    files = sorted((root / PICTURES).glob("*.jpg"))
+    if not files:
+        raise CommandError(f"{root / PICTURES}: expected pictures; python -m tests.golden SOURCE")
+    file = files[len(files) // 2]
+    path = f"{PICTURES}/{file.name}"
+    if re.search("[,;]", path):  # where curl would take it apart
+        path = '"' + re.sub(r'[\\"]', r"\\\g<0>", path) + '"'
+    classifier = Classifier(artifact.config, artifact.reference(quantised=True))
+    pixels = preprocess(file.read_bytes(), artifact.config.input_size)
+    (told,) = classifier(create(ONNX_INT8, artifact)(pixels[None]))
+    name, in_distribution = json.dumps(told.class_name, ensure_ascii=False), json.dumps(told.in_distribution)
+    confidence, first = (round(float(value), DIGITS) for value in (told.confidence, told.probabilities[0]))
+    return (
+        f"$ curl -F {shlex.quote(f'image=@{path}')} http://localhost:3000/classify          # in another terminal\n"
+        f'{{"predicted_class":{told.class_index},"class_name":{name},"confidence":{confidence},"all_probabilities":'
+        f'{{"0":{first},…}},"in_distribution":{in_distribution},"model":"…","request_id":"…"}}'
+    )
 
 
 def section(artifact: Artifact, *others: Artifact) -> str:
@@ -133,10 +164,16 @@ def further(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    text, count = SECTION.subn(lambda match: section(*shipped()), README.read_text())
+    artifacts = shipped()
+    text = replaced(README.read_text(), EXAMPLE, example(artifacts[0]), "example with curl and its answer")
+    README.write_text(replaced(text, SECTION, section(*artifacts), "section 'The shipped model'"))
+
+
+def replaced(text: str, pattern: re.Pattern[str], written: str, what: str) -> str:
+    text, count = pattern.subn(lambda match: written, text, count=1)
     if not count:
-        raise command.CommandError(f"{README}: no section 'The shipped model'")
-    README.write_text(text)
+        raise CommandError(f"{README}: no {what}")
+    return text
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ const className = (path) => path.replace(/^.*\/|\.\w+$/g, "");
 
 /** @param {string} path */
 function sample(path) {
-  const image = make("img", { src: `page/${path}`, alt: `Sample: ${className(path)}`, width: 64, height: 64 });
+  const url = `page/${path.replace(/[^/]+/g, encodeURIComponent)}`; // a class may be called "50%" or "no. #1?"
+  const image = make("img", { src: url, alt: `Sample: ${className(path)}`, width: 64, height: 64 });
   const choose = async () => {
     try {
-      const { body } = await send(`page/${path}`);
+      const { body } = await send(url);
       look(new File([body], path.replace(/^.*\//, ""), { type: body.type }));
     } catch (error) {
       single.refuse(error, choose);

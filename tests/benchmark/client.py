@@ -1,6 +1,6 @@
 """Latency of a deployed service from here: a few threads, each with one connection. Needs nothing but Python.
 
-python -m tests.benchmark.client http://localhost:3000 dog.jpg -n 200 -c 8
+python -m tests.benchmark.client http://localhost:3000 photo.jpg -n 200 -c 8
 """
 
 from __future__ import annotations

@@ -44,6 +44,23 @@ def test_a_sample_is_one_click(page: Page, url: str) -> None:
     expect(page.locator("#status")).to_contain_text("cat, ")
 
 
+def test_a_sample_may_have_any_name(blank: Page, url: str) -> None:
+    """They are named after classes, and those after folders."""
+    asked: list[str] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(path=CAT)
+
+    blank.route("**/model", lambda route: route.fulfill(status=500))  # which would hide a sample of another class
+    blank.route("**/page/samples.json", lambda route: route.fulfill(json=["samples/50% no. #1?.jpg"]))
+    blank.route("**/page/samples/**", answer)
+    blank.goto(url)
+    blank.get_by_role("button", name="Sample: 50% no. #1?").click()
+    assert verdict(blank) == "cat"
+    assert set(asked) == {f"{url}/page/samples/50%25%20no.%20%231%3F.jpg"}
+
+
 def test_stages_of_the_answer_are_timed(page: Page) -> None:
     choose(page, CAT)
     verdict(page)

@@ -21,6 +21,7 @@ from tests.deploy.test_files import DEPLOY, ENVIRONMENT, run
 from tests.live import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+SAMPLE = "/page/" + min(FOLDER.glob("samples/*.jpg")).relative_to(FOLDER).as_posix()
 OLD = (1, 22, 0)
 """Every Nginx reads what this one does, and asks no name server of Docker's for the replicas."""
 
@@ -77,7 +78,7 @@ def get(url: str, path: str, method: str = "GET", **headers: str) -> requests.Re
     return requests.request(method, url + path, headers=headers, verify=False, timeout=20)
 
 
-@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/page.css", "/page/samples/cat.jpg"])
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/page.css", SAMPLE])
 def test_the_page_comes_through_with_the_headers_of_the_service(url: str, path: str) -> None:
     reply = get(url, path)
     file = FOLDER / ("index.html" if path == "/" else path.removeprefix("/page/"))
