@@ -19,6 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import requests
 
 from tests.live import REPOSITORY, environment, free_port, running
@@ -42,6 +43,8 @@ EXAMPLE = "cifar10_cnn"
 """The model of whose pictures and verdicts the pages tell. Where another is shipped, those pages stay the manual of the
 bundle, and cannot be followed to the letter."""
 SHIPPED = json.loads((REPOSITORY / "model/pretrained/config.json").read_text())["name"]
+of_the_example = pytest.mark.skipif(SHIPPED != EXAMPLE, reason=f"its bound is that of {EXAMPLE}")
+"""For tests of speed, and of maps that a small network of a few epochs does not come up to."""
 _FENCE = re.compile(
     r"(?:^<!-- (not run|file): (.+?) -->\n)?^```(\w+)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.M | re.S
 )

@@ -35,6 +35,7 @@ from model.headers import FORMATS
 from serving import access
 from tests import toy
 from tests.live import Server, encode, environment, free_port, picture, samples, serve, total
+from tests.snippets import of_the_example
 
 PICTURES = 200
 BROKEN = {
@@ -497,6 +498,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
 
 
 class TestKeysAndOverload:
+    @of_the_example
     def test_overload_is_waited_for(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
         url, key = guarded
         options = ("--url", url, "--batch", 32, "--in-flight", 8, "--out", tmp_path / "out.jsonl")

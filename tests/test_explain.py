@@ -12,6 +12,7 @@ from model.preprocess import preprocess
 from model.runtimes import ONNX_INT8, create
 from model.store import SHIPPED
 from tests.golden import IMAGES
+from tests.snippets import of_the_example
 
 
 def brightness(images: np.ndarray) -> np.ndarray:
@@ -57,6 +58,7 @@ def test_an_overlay_is_large_enough_to_see_and_small_enough_to_send(
     assert np.abs(hot - cold).sum() > 100
 
 
+@of_the_example
 def test_the_shipped_network_explains_a_mirrored_picture_by_a_mirrored_map() -> None:
     artifact = Artifact.load(SHIPPED)
     engine = create(ONNX_INT8, artifact)

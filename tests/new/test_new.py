@@ -21,12 +21,6 @@ CONCERNED = (
     "page", "report", "review", "sandbox", "service", "settings", "several_models", "soak", "store",
 )  # fmt: skip
 """Tests that ask the shipped model, send its pictures or read what is said of it."""
-BEYOND = (
-    "test_overload_is_waited_for",
-    "test_an_explanation_in_numbers_goes_with_its_verdict",
-    "test_the_shipped_network_explains_a_mirrored_picture_by_a_mirrored_map",
-)
-"""Tests of speed and of maps that a small network of a few epochs does not come up to."""
 BEFORE = tuple(artifact.config.name for artifact in readme.shipped())
 MANUAL = ("docs/tutorial.md", "docs/upgrade.md", "docs/versions.md", "tests/snippets.py")
 """They go on telling of the example, with its pictures."""
@@ -105,12 +99,12 @@ def test_readme_and_docs_are_of_the_new_one(copy: Path) -> None:
 
 def test_make_takes_it_by_default(copy: Path) -> None:
     shown = run(copy, "make", "--dry-run", "train")
-    assert f"train.fit {copy.parent / 'photos'} --name {NAME} --out runs/{NAME}" in shown
+    assert f'train.fit "{copy.parent / "photos"}" --name {NAME} --out runs/{NAME}' in shown
 
 
 def test_its_tests_pass(copy: Path) -> None:
     tests = [f"tests/test_{name}.py" for name in CONCERNED]
-    run(copy, ".venv/bin/python", "-m", "pytest", "-k", f"not ({' or '.join(BEYOND)})", *tests, minutes=30)
+    run(copy, ".venv/bin/python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *tests, minutes=60)
 
 
 def test_it_is_built_and_served(copy: Path) -> None:
