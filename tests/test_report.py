@@ -193,7 +193,7 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
     # The same twice says together what each of them says, in twice the time.
     figures = artifact.card["metrics"][ONNX_INT8]
-    rate = round(figures["speed"]["images_per_s"] / 2)
+    rate = round(1 / (2 / figures["speed"]["images_per_s"]))
     assert f"| fast and accurate (speed derived) | {figures['accuracy']:.2%} | {rate} |" in page
     assert "| tiny (not shipped) |" in page
     assert "## tiny" not in page
