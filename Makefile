@@ -95,18 +95,23 @@ robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs i
 report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
 	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(SOURCE) --out docs/model-card.md --also $(wildcard docs/frontier/*.json)
 
+# The models of the commit BASE, in runs/base.
+define base_models
+rm -rf runs/base && mkdir -p runs/base
+git archive $(or $(BASE),origin/main) model | tar --extract --directory runs/base
+endef
+GATE_FLAGS = --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY))
+
 CANDIDATE ?= $(RUN)/artifact
 gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped one of the commit BASE
-	rm -rf runs/base && mkdir -p runs/base
-	git archive $(or $(BASE),origin/main) model/pretrained | tar --extract --directory runs/base
-	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY))
+	$(base_models)
+	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(GATE_FLAGS)
 
 # Every one that both commits have, for a new one replaces none; all of them, that each is told.
 gate-shipped: $(VENV)/.dev ## fail when a shipped model is worse than the one of its folder in the commit BASE
-	rm -rf runs/base && mkdir -p runs/base
-	git archive $(or $(BASE),origin/main) model | tar --extract --directory runs/base
+	$(base_models)
 	worse=0; for model in model/pretrained*; do [ ! -d "runs/base/$$model" ] || \
-		$(BIN)/python -m train.gate "$$model" "runs/base/$$model" --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY)) || worse=1; \
+		$(BIN)/python -m train.gate "$$model" "runs/base/$$model" $(GATE_FLAGS) || worse=1; \
 	done; exit $$worse
 
 adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it

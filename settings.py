@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,16 +26,9 @@ from model.preprocess import MAX_PIXELS
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
-def _private(directory: Path) -> Path:
+def _writable(directory: Path, mode: int = 0o777) -> Path:
     with suppress(OSError):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700)  # it may be there, by the mode that somebody chose
-    return _writable(directory)
-
-
-def _writable(directory: Path) -> Path:
-    with suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode, parents=True, exist_ok=True)  # one that is there keeps the mode that somebody chose
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PydanticCustomError("writable", "a directory that can be written")
     return directory
@@ -42,7 +36,7 @@ def _writable(directory: Path) -> Path:
 
 WritableDirectory = Annotated[Path, AfterValidator(_writable)]
 """Made when missing; found out at the start, not with the first request."""
-PrivateDirectory = Annotated[Path, AfterValidator(_private)]
+PrivateDirectory = Annotated[Path, AfterValidator(partial(_writable, mode=0o700))]
 """The same, for what only this user is to read."""
 
 

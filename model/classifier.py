@@ -125,13 +125,18 @@ def least_familiarity(outputs: Outputs, foreign_rate: float) -> float:
     A conformal p-value (Vovk et al., 2005, "Algorithmic Learning in a Random World"): of images like those of the
     ``outputs`` at most a share ``foreign_rate`` falls below, however few those are. Minus infinity for too few.
     """
-    rank = math.floor((len(outputs) + 1) * foreign_rate)
+    rank = _foreign_rank(len(outputs), foreign_rate)
     return float(np.sort(outputs[:, -1])[rank - 1]) if rank else -math.inf
+
+
+def _foreign_rank(images: int, foreign_rate: float) -> int:
+    """How many of so many images may have the familiarity of a foreign one, or less."""
+    return math.floor((images + 1) * foreign_rate)
 
 
 def limits_of_few(images: int, foreign_rate: float) -> str:
     """What cannot be said by so few validation images; nothing where they are enough."""
-    if not math.floor((images + 1) * foreign_rate):
+    if not _foreign_rank(images, foreign_rate):
         needed = math.ceil(1 / foreign_rate) - 1
         return f"{images} validation images: in_distribution is always true; expected at least {needed}"
     return ""

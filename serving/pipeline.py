@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -34,6 +34,7 @@ logger = logging.getLogger("classifier.pipeline")
 LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
 """From here on decoding takes longer than handing it to a process; a small file may well hold a large image."""
 JSON, PNG = "application/json", "image/png"
+Work = TypeVar("Work")
 
 
 class Pipeline:
@@ -67,18 +68,12 @@ class Pipeline:
         stages = metrics.Stages()
         with stages.timed("read"):
             items = await read_images(request, self._settings)
-            pace, headers = Pace(), []
-            for item in items:
-                headers.append(self._inspect(item))
-                await pace()
+            headers = [self._inspect(item) async for item in paced(items)]
         self._infer.admit(len(items))
         self._admit_decoding(items, headers)
         await visits.admit(items)
         with stages.timed("decode"):
-            pace, decoded = Pace(), []
-            for item, header in zip(items, headers, strict=True):
-                decoded.append(await self._attempt(item, header))
-                await pace()
+            decoded = [await self._attempt(*pair) async for pair in paced(zip(items, headers, strict=True))]
         images = [image for image in decoded if not isinstance(image, ApiError)]
         predictions = iter(self._classifier.predict(await self._scores(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
@@ -181,16 +176,14 @@ class Pipeline:
         return item
 
 
-class Pace:
-    """Lets the event loop turn whenever many small pieces of work have kept it for ``AT_ONCE_SECONDS``."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    async def __call__(self) -> None:
-        if time.perf_counter() - self._since > AT_ONCE_SECONDS:
+async def paced(items: Iterable[Work]) -> AsyncIterator[Work]:
+    """``items``; the event loop turns whenever what is done with them has kept it for ``AT_ONCE_SECONDS``."""
+    since = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - since > AT_ONCE_SECONDS:
             await asyncio.sleep(0)
-            self._since = time.perf_counter()
+            since = time.perf_counter()
 
 
 def _is_decoded_here(item: Item, header: Header | ApiError) -> bool:

@@ -49,6 +49,16 @@ def held(release: threading.Event, done: list[bytes]) -> Callable[[bytes], Pixel
     return decode
 
 
+async def begin(decoding: Decoding, decode: Callable[[bytes], Pixels], count: int) -> list[asyncio.Task[Pixels]]:
+    """So many images, each let in and waiting."""
+    waiting = []
+    for number in range(count):
+        decoding.admit()
+        waiting.append(asyncio.create_task(decoding(here, decode, b"%d" % number)))
+        await asyncio.sleep(0)
+    return waiting
+
+
 def test_who_would_wait_too_long_is_refused_and_the_others_are_answered() -> None:
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
@@ -58,11 +68,7 @@ def test_who_would_wait_too_long_is_refused_and_the_others_are_answered() -> Non
         release.set()
         await decoding(here, decode, b"first")
         release.clear()
-        waiting = []
-        for number in range(6):
-            decoding.admit()
-            waiting.append(asyncio.create_task(decoding(here, decode, b"%d" % number)))
-            await asyncio.sleep(0)
+        waiting = await begin(decoding, decode, 6)
         with pytest.raises(QueueFullError, match="6 images are waiting; expected at most 5") as refusal:
             decoding.admit()
         assert refusal.value.retry_after == 1
@@ -148,11 +154,7 @@ def test_an_image_that_takes_very_long_does_not_shut_out_others_for_long() -> No
         for number in range(20):
             await decoding(here, decode, b"%d" % number)
         release.clear()
-        waiting = []
-        for number in range(5):
-            decoding.admit()
-            waiting.append(asyncio.create_task(decoding(here, decode, b"%d" % number)))
-            await asyncio.sleep(0)
+        waiting = await begin(decoding, decode, 5)
         release.set()
         await asyncio.gather(*waiting)
 

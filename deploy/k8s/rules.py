@@ -42,11 +42,12 @@ def runbooks() -> str:
 
 def prometheus_rule(name: str) -> dict[str, Any]:
     groups = [group for file in FILES[name] for group in yaml.safe_load((RULES / file).read_text())["groups"]]
+    address = runbooks()
     for group in groups:
         group["rules"] = [rule for rule in group["rules"] if rule.get("alert") not in LEFT_OUT]
         for rule in group["rules"]:
             if "alert" in rule:
-                rule["annotations"]["runbook_url"] = runbooks() + rule["annotations"]["runbook_url"]
+                rule["annotations"]["runbook_url"] = address + rule["annotations"]["runbook_url"]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
