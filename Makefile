@@ -80,6 +80,8 @@ check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx, a Comp
 check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels and broken files in DATA; train does it too
 	$(BIN)/python -m train.check $(SOURCE)
 
+# Pages of 2 MB: those of 4 KB cost a twelfth of the time on a CPU.
+train: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
 	$(BIN)/python -m train.fit $(SOURCE) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume) $(if $(EPOCHS),--epochs $(EPOCHS)) $(TRAIN_FLAGS)
 

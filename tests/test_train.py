@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
 from train.runs import CHECKPOINT, RUN, Trained, read_story, read_weights
+from train.strips import StripConv2d, in_strips
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +368,41 @@ def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
         distances.append(float(distance.detach()))
     assert distances[-1] < distances[0] - 5
     assert float(weight.detach().norm()) == pytest.approx(8**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("side", [2, 7, 8, 9])
+@pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
+def test_small_maps_in_strips_give_the_same_results_and_gradients(side: int, halves: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+    strips = nn.Sequential(plain)
+    in_strips(strips)
+    assert isinstance(strips[0], StripConv2d)
+    maps, weighting = torch.randn(5, 6, side, side), torch.randn(5, 8, side, side)
+    found = []
+    for convolution in (plain, strips):
+        images = maps.clone(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=halves):
+            result = convolution(images)
+        (result * weighting).sum().backward()
+        assert images.grad is not None
+        assert plain.weight.grad is not None
+        found.append((result.detach(), images.grad, plain.weight.grad))
+        plain.weight.grad = None
+    for one, other in zip(*found, strict=True):
+        assert one.dtype is other.dtype
+        # Sums of bfloat16 are rounded once, to eight bits.
+        torch.testing.assert_close(one, other, rtol=2**-7 if halves else 1e-5, atol=2**-6 if halves else 1e-5)
+
+
+def test_a_network_in_strips_is_the_same_network(loaded: data.Data) -> None:
+    network = ConvNet(build_config("net", loaded, Recipe(widths="4,8", depth=2))).eval()
+    names, images = list(network.state_dict()), torch.from_numpy(loaded.val.images)
+    before = network(images)
+    in_strips(network)
+    assert sum(isinstance(module, StripConv2d) for module in network.modules()) == 6
+    assert list(network.state_dict()) == names
+    torch.testing.assert_close(network(images), before)
 
 
 @pytest.mark.parametrize("widths", ["", "8,", "8,-1", "eight"])

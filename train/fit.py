@@ -46,6 +46,7 @@ from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
 from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_story
+from train.strips import in_strips, strips_pay
 
 SMALLEST_MAP = 3
 """Stages halve the input until it is about this small."""
@@ -127,6 +128,8 @@ class Fit:
         self.config, self.recipe, self.data = config, recipe, data
         self.out, self.device, self.group = out, device, group
         self.network = ConvNet(config).to(device)
+        if strips_pay(device):
+            in_strips(self.network)
         self.network.init_whitening(
             torch.from_numpy(data.train.images[:: math.ceil(len(data.train) / WHITENING_IMAGES)]).to(device),
             batch_of(data.input_size, VALIDATION_BATCH),
@@ -343,6 +346,8 @@ class Fit:
             raise DataError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
         teacher = ConvNet(trained.config)
         teacher.load_state_dict(trained.weights)
+        if strips_pay(self.device):
+            in_strips(teacher)
         self.teachers.append(teacher.to(self.device).eval().requires_grad_(False))
         self.learned_from["teacher"].append(trained.sha256())
         if trained.story["data_sha256"] != self.data_sha256:
