@@ -41,7 +41,7 @@ class StripConv2d(nn.Module):
         """(N, C, h, w) to (N, D, h, w)."""
         if maps.shape[3] > WIDEST_MAP:
             return nn.functional.conv2d(maps, self.weight, padding=1)
-        result: Tensor = _Convolve.apply(maps, self.weight)  # type: ignore[no-untyped-call]
+        result: Tensor = _Convolve.apply(maps, self.weight)
         return result
 
 
