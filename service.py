@@ -18,7 +18,8 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any, NoReturn
+from threading import Timer
+from typing import Any
 
 import bentoml
 import numpy as np
@@ -53,7 +54,7 @@ from serving.direct import Measuring, shorten, take
 from serving.door import Door
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
-from serving.gateway import Gateway
+from serving.gateway import UNLOGGED, Gateway
 from serving.heartbeat import beat
 from serving.hosts import Host, Local, Remote
 from serving.openapi import describe
@@ -101,7 +102,7 @@ try:
         # One clear line now instead of a traceback from every worker.
         load_models()[0].reference(runtimes.ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
     KEYS = Keys(settings.api_keys, is_running=IS_WORKER) if settings.api_keys else None
-    USAGE = Usage(settings.usage_file) if KEYS else None
+    USAGE = Usage(settings.usage_file, is_running=IS_WORKER) if KEYS else None
 except (store.StoreError, ArtifactError, ConfigError, EnsembleError, OSError) as error:  # of the disk, too
     asked = f"MODEL={MODEL!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
     raise configuration.SettingsError(f"error: {asked}: {error}") from None
@@ -126,7 +127,7 @@ if RUNTIME == runtimes.TORCH and not GPUS and not IS_WORKER:
 
 DEFAULT_BATCH = 32
 """Until the best one has been measured; and of a hop to the runner."""
-PATHS = (*GUARDED, "/livez", "/healthz", "/readyz", "/metrics")
+PATHS = (*GUARDED, *UNLOGGED)
 BODIES = 5
 """Of the largest size that one worker holds at once."""
 CONCURRENCY = 1 if WORKERS >= CORES else 2
@@ -192,11 +193,7 @@ class Runner:
         logs.configure(settings, process_name("runner"))
         served, shadow = load_models()
         engine, answer = start_engine(worker, served, shadow)
-        if GPUS > 1:  # the workers' own proof reaches one of them
-            try:
-                verify(engine, served.reference(RUNTIME))
-            except VerificationError as error:
-                leave_to_others(error)
+        self._is_right = prove(engine, served)
         self._host = Local(engine, answer)
         # Gathered over all workers: on a GPU what there is a CUDA graph for.
         most = runtimes.graphed_images(served.config.input_size) if GPUS else DEFAULT_BATCH
@@ -205,13 +202,19 @@ class Runner:
             max_batch=most if settings.max_batch == "auto" else settings.max_batch,
             observe=metrics.BATCH_IMAGES.observe,
         )
+        metrics.BATCH_LIMIT.set(self._queue.max_batch)
 
     @bentoml.on_startup
     async def tell_alive(self) -> None:
         self._beating = asyncio.create_task(beat(process_name("runner")))
 
+    async def __is_ready__(self) -> bool:
+        return self._is_right
+
     async def infer(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, K + 1) float32 outputs."""
+        if not self._is_right:
+            return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         return _array_response(await self._queue(await _pixels(request)))
 
     async def evidence(self, request: Request) -> Response:
@@ -219,15 +222,26 @@ class Runner:
         return _array_response(await self._host.evidence(await _pixels(request)))
 
 
-def leave_to_others(error: VerificationError) -> NoReturn:
-    """End a runner whose GPU computes wrongly, before it accepts anything: a worker asks whichever is free.
+def prove(engine: Runtime, served: Ensemble) -> bool:
+    """Whether the engine of a runner is right.
 
-    Not at once, for it is started again, and may then be right.
+    The workers' own proof reaches one of several runners, and none that comes in the place of another. A wrong one ends
+    in a while, for it is started again, and may then be right; where there are others, of which a worker asks whichever
+    is free, it accepts nothing until then.
     """
-    logger.critical("not ready", extra={"reason": str(error)})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(WRONG_SECONDS)
-    os._exit(1)
+    try:
+        verify(engine, served.reference(RUNTIME))
+    except VerificationError as error:
+        logger.critical("not ready", extra={"reason": str(error)})
+        end = Timer(WRONG_SECONDS, os._exit, (1,))
+        end.daemon = True
+        end.start()
+        if GPUS > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            end.join()
+        return False
+    logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
+    return True
 
 
 async def _pixels(request: Request) -> Pixels:
@@ -344,6 +358,7 @@ class Classifier:
             # What the runner gathers from all workers is counted there.
             observe=metrics.BATCH_IMAGES.observe if isinstance(self._host, Local) else lambda size: None,
         )
+        metrics.BATCH_LIMIT.set(self._queue.max_batch)
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
         most = max(VIEWS, settings.max_queue)
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)

@@ -67,7 +67,8 @@ class Settings(BaseSettings):
     """CPU threads of one engine."""
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Images in one batch of a worker's engine; ``auto`` measures and keeps the smallest size within 3 % of the best,
-    for on a CPU more is slower. With a runner: images that a worker sends it at once, 32 by ``auto``."""
+    for on a CPU more is slower. With a runner: in its batches, by ``auto`` as
+    many as there is a CUDA graph for, and in what a worker sends it at once, 32 by ``auto``."""
     max_queue: int = Field(default=512, ge=1)
     """Images that may wait in one API worker; beyond it requests are answered 429."""
     max_wait: float = Field(default=0.5, gt=0)

@@ -52,7 +52,7 @@ class _Job:
 class Batcher:
     """Groups the images of concurrent callers into batches of at most ``max_batch`` for ``engine``.
 
-    ``concurrency`` batches may be under way at once: one for an engine in this process, more to keep a remote one busy.
+    ``concurrency`` batches may be under way at once: of several the next waits at the engine, and not for this loop.
     Images that would wait longer than ``max_wait`` seconds for those before them, waiting or under way, are refused, by
     the rate of late.
     ``observe`` is told the size of each batch. Belongs to one event loop.
@@ -73,6 +73,7 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._images_per_second = 0.0
+        """That leave the queue, as seen lately."""
         self._under_way = 0
         """Images in batches that the engine has taken; a remote one may have a queue of its own."""
         self.waiting = 0
@@ -109,7 +110,7 @@ class Batcher:
         """
         limit, waiting = self._max_queue, self.waiting + ahead
         if waiting and self._images_per_second:
-            limit = int(min(limit, max(0, self._rate() * self._max_wait - self._under_way)))
+            limit = int(min(limit, max(0, self._images_per_second * self._max_wait - self._under_way)))
         if waiting + count > limit:
             raise QueueFullError(waiting, limit, self._retry_after(waiting), count)
 
@@ -122,12 +123,8 @@ class Batcher:
 
     def _retry_after(self, waiting: int) -> int:
         """Seconds until a queue of so many images has drained, at the rate seen lately."""
-        rate = self._rate()
+        rate = self._images_per_second
         return max(1, math.ceil((waiting + self._under_way) / rate)) if rate else 1
-
-    def _rate(self) -> float:
-        """Images a second that leave the queue, as seen lately."""
-        return self._images_per_second * self._concurrency
 
     def _start(self) -> None:
         """Wake a free engine for each waiting job; one that finds nothing to do ends at once."""
@@ -141,8 +138,8 @@ class Batcher:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
-                # What an engine does that could do more says little of what it can: the first batch of all is cold. A
-                # remote one is busy when all that may be under way is.
+                # What an engine does that could do more says little of what it can: the first batch of all is cold. One
+                # that may have several is busy when all that may be under way are.
                 is_full = self.waiting > 0 or 1 < self._concurrency == len(self._running)
                 self._under_way += size
                 try:
@@ -152,7 +149,8 @@ class Batcher:
                 if is_answered:
                     # What passes between two batches of a busy engine is time that images wait, too.
                     now = time.monotonic()
-                    rate = size / max(now - started, 1e-6)
+                    # A batch that is alone has the engine to itself; of several each has its share.
+                    rate = size / max(now - started, 1e-6) * (self._concurrency if is_full else 1)
                     if is_full or 0 < self._images_per_second < rate:  # at least that much can be done
                         self._images_per_second = moving_average(self._images_per_second, rate)
                     started = now

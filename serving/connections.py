@@ -129,6 +129,8 @@ class Connection(HttpToolsProtocol):
         self._sending: asyncio.TimerHandle | None = None
         self._is_refused = False
         """Whether the request that is being read has got its reply at the door."""
+        self._is_let_in = False
+        """Whether the door has let in the request that is about to be parsed."""
         self._is_incomplete = False
         """Whether more of headers, or of the body of a refused request, is due; it may well have come already."""
         self._head_bytes = 0
@@ -162,6 +164,7 @@ class Connection(HttpToolsProtocol):
         request = read_whole(data)
         refusal = request and door(*request)
         if not refusal:
+            self._is_let_in = request is not None
             return False
         self._expect_nothing()
         self._send(refusal)
@@ -263,6 +266,9 @@ class Connection(HttpToolsProtocol):
 
     def _refusal(self) -> Response | None:
         """What the door says; it is asked where a reply can go out at once, and another request come after it."""
+        if self._is_let_in:  # asked a second time, the door would count the request among those before it
+            self._is_let_in = False
+            return None
         is_plain = self.parser.get_method() == b"POST" and self.parser.get_http_version() == "1.1"
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if not self.door or not is_plain or is_answering or self.flow.write_paused or self.expect_100_continue:

@@ -29,7 +29,7 @@ class Decoding:
 
     @property
     def waiting(self) -> int:
-        """Images that are waiting or being decoded, also those whose caller has given up meanwhile."""
+        """Images that are waiting or being decoded; of those whose caller has given up, the one being decoded."""
         return len(self._pending)
 
     def admit(self) -> None:

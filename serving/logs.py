@@ -74,7 +74,7 @@ def configure(settings: Settings, process_name: str) -> None:
         datefmt="%Y-%m-%dT%H:%M:%S%z",
     )
     root = logging.getLogger()
-    root.setLevel(settings.log_level)
+    root.setLevel(min(logging.getLevelNamesMapping()[settings.log_level], logging.WARNING))
     root.handlers.clear()
     for handler in _handlers(settings, process_name):
         handler.setFormatter(formatter)
@@ -93,9 +93,10 @@ def configure(settings: Settings, process_name: str) -> None:
 
 
 def _handlers(settings: Settings, process_name: str) -> Iterator[logging.Handler]:
-    yield logging.StreamHandler()
+    console = logging.StreamHandler()
+    console.setLevel(settings.log_level)
+    yield console
     if settings.log_directory:
-        settings.log_directory.mkdir(parents=True, exist_ok=True)
         # A file a process: two processes that rotate one file lose lines.
         path = settings.log_directory / f"{process_name}.log"
         file = RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_FILES, encoding="utf-8")

@@ -78,13 +78,16 @@ class Account(NamedTuple):
 
 
 class Usage:
-    """The accounts of every key, in ``file``; raises ``AccessError`` when that cannot be used.
+    """The accounts of every key, in ``file``.
+
+    Raises ``AccessError`` when that cannot be used, unless the service ``is_running`` already: a worker that is started
+    again must not end of what the others pass over.
 
     Without a file it is a temporary one, which goes when this process does: the parent of the workers, which are told
     of it as ``file``.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, is_running: bool = False) -> None:
         if file is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="classifier-")
             file = Path(self._temporary.name) / "usage.sqlite"
@@ -92,14 +95,18 @@ class Usage:
         self._thread = ThreadPoolExecutor(1, "usage")
         self._complaints = Seldom(logger)
         self._resting_until = 0.0
-        try:
-            # The thread alone uses it from here on; transactions are begun by hand, for they read before they write.
-            self._database = sqlite3.connect(
-                file, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self._database.executescript(SET_UP)
-        except sqlite3.Error as error:
-            raise AccessError(f"USAGE_FILE={str(file)!r}: {error}") from None
+        self._database: sqlite3.Connection | None = None
+        if not is_running:
+            try:
+                self._open().close()
+            except sqlite3.Error as error:
+                raise AccessError(f"USAGE_FILE={str(file)!r}: {error}") from None
+
+    def _open(self) -> sqlite3.Connection:
+        # Transactions are begun by hand, for they read before they write.
+        database = sqlite3.connect(self.file, timeout=PATIENCE_SECONDS, isolation_level=None)
+        database.executescript(SET_UP)
+        return database
 
     async def charge(self, name: str, key: Key, images: int) -> None:
         """Count ``images`` sent with a key; raises ``ApiError`` 429, and counts none, when they are too many."""
@@ -121,6 +128,7 @@ class Usage:
 
     def _write(self, name: str, key: Key, images: int) -> None:
         refusal = None
+        self._database = self._database or self._open()
         with self._database as database:
             database.execute("BEGIN IMMEDIATE")
             row = database.execute("SELECT tokens, updated, day, images FROM usage WHERE name = ?", (name,)).fetchone()

@@ -100,7 +100,7 @@ class Visit:
                     self._visits.review.offer(item, verdict, about)
 
     def end(self, status: int, code: str) -> None:
-        """Write the audit line; status 0 means that the request was cancelled before any answer."""
+        """Write the audit line."""
         if self._visits.audit:
             self._visits.audit.write(
                 time=datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -559,6 +559,29 @@ def test_a_remote_engine_that_has_become_slow_is_noticed_though_none_waits() -> 
     run(scenario())
 
 
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+def test_lone_batches_teach_no_rate_that_is_not_there(concurrency: int) -> None:
+    """Each has all of an engine that several at once would share: 500 images a second."""
+
+    async def scenario() -> None:
+        in_use = asyncio.Lock()
+
+        async def engine(batch: Pixels) -> Outputs:
+            async with in_use:
+                await asyncio.sleep(len(batch) / 500)
+            return answer(batch)
+
+        batcher = Batcher(engine, max_batch=10, max_queue=10_000, max_wait=0.2, concurrency=concurrency)
+        await asyncio.gather(*(batcher(images(0)) for _ in range(600)), return_exceptions=True)
+        for _ in range(40):
+            await batcher(np.concatenate([images(1)] * 10))
+        late = await asyncio.gather(*(batcher(images(2)) for _ in range(1000)), return_exceptions=True)
+        # 100 by the rate; with a rate for each of several batches under way twice or four times as many.
+        assert sum(not isinstance(one, QueueFullError) for one in late) < 150
+
+    run(scenario())
+
+
 def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
     """So few may wait after it that no batch is ever full again, and a full one is what a rate is learned from."""
 

@@ -424,6 +424,27 @@ def test_a_shut_door_answers_from_the_headers_and_the_connection_goes_on() -> No
         assert [reply[:3] for reply in received.split(b"HTTP/1.1 ")[1:]] == [b"429"] + [b"200"] * 39
 
 
+def test_a_shut_door_is_asked_once_by_a_request_that_comes_whole_and_is_heard() -> None:
+    """Asked again it would count the request among those that are before it."""
+    asked = []
+
+    class Counting(Shut):
+        def __call__(self, target: bytes, headers: Any) -> Response | None:
+            asked.append(target)
+            return super().__call__(target, headers)
+
+    class Counted(Hasty):
+        door = Counting()
+
+    with serving("uvloop", Counted) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        for _ in range(3):
+            client.sendall(HEAD + LENGTH + b"\r\nbody.")
+            expect_reply(client)
+            client.sendall(FULL + LENGTH + b"\r\nbody.")
+            assert client.recv(1000).startswith(b"HTTP/1.1 429 ")
+    assert len(asked) == 6
+
+
 def test_a_body_that_looks_like_a_request_is_not_refused_at_a_shut_door() -> None:
     request = FULL + LENGTH + b"\r\nbody."
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:

@@ -121,6 +121,11 @@ def test_warnings_go_to_the_file_of_the_process_and_information_does_not(tmp_pat
     assert len(written) == 4
 
 
+def test_a_console_that_tells_less_takes_nothing_from_the_file(tmp_path: Path) -> None:
+    assert len(log(tmp_path, LOG_LEVEL="CRITICAL", LOG_DIRECTORY=tmp_path / "logs")) == 1
+    assert len((tmp_path / "logs" / "api-1.log").read_text().splitlines()) == 4
+
+
 def test_the_file_rotates_and_its_number_is_bounded(tmp_path: Path) -> None:
     program = """
 from serving import logs

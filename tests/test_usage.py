@@ -126,7 +126,9 @@ def test_without_limits_nothing_is_counted(tmp_path: Path) -> None:
 
 def test_a_file_that_fails_limits_nobody_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     usage = Usage(tmp_path / "usage")
-    usage._database.execute("DROP TABLE usage")
+    asyncio.run(usage.charge("a", key(images_per_day=1), 1))
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage", isolation_level=None)) as other:
+        other.execute("DROP TABLE usage")
     with caplog.at_level(logging.ERROR):
         for _ in range(5):
             asyncio.run(usage.charge("a", key(images_per_day=1), 1))
@@ -150,6 +152,15 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "usage").write_bytes(b"not a database" * 100)
     with pytest.raises(AccessError, match=r"^USAGE_FILE='.*usage': file is not a database$"):
         Usage(tmp_path / "usage")
+
+
+def test_a_worker_that_is_started_again_does_not_end_of_a_file_that_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "usage").write_bytes(b"not a database" * 100)
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(Usage(tmp_path / "usage", is_running=True).charge("a", key(images_per_day=1), 1))
+    assert [record.message for record in caplog.records] == ["API keys are not limited"]
 
 
 def test_the_default_is_a_temporary_file() -> None:

@@ -43,11 +43,19 @@ def test_a_killed_process_is_replaced_and_costs_what_it_held(
         held = sent.under_way(since, until)
         say(f"{topology}, {service} of {count}, {place}: back after {restored:.1f} s; {held} under way; {sent}")
         assert restored <= RESTORED_SECONDS
+        assert proofs(tmp_path, service) == before + 1
         assert sent.failed <= held
         assert classify(url).status_code == 200
         values = live.samples(url)
         assert live.total(values, "classifier_queue_images") == 0
         assert live.total(values, "bentoml_service_request_in_progress", endpoint="/classify") == 0
+
+
+def proofs(home: Path, service: str) -> int:
+    """How often a process of the service has found its engine right."""
+    lines = (json.loads(line) for line in (home / live.LOG).read_text().splitlines() if '"ready"' in line)
+    process = {API: "api-", RUNNER: "runner-"}[service]
+    return sum(line["message"] == "ready" and line["process"].startswith(process) for line in lines)
 
 
 @pytest.mark.skipif(not os.access(CGROUP, os.W_OK), reason="by design: limiting memory as the kernel does needs root")
