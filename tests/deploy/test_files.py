@@ -79,6 +79,7 @@ def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path, monkeyp
         for path, certificate, status in (
             ("/classify", None, 403),
             ("/nowhere", None, 403),
+            ("/page/of%20mine/livez", None, 403),
             ("/classify", foreign, 400),
             ("/classify", mine, 502),
             ("/readyz", None, 502),
