@@ -94,6 +94,9 @@ evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figur
 robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs in PHOTOS (<class>/*), into the artifact's card
 	$(BIN)/python -m train.robustness $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos $(PHOTOS))
 
+foreign: $(VENV)/.dev ## measure how well foreign images are told, those of PHOTOS too, into the artifact's card
+	$(BIN)/python -m train.foreign $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos $(PHOTOS))
+
 report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
 	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(SOURCE) --out docs/model-card.md --also $(wildcard docs/frontier/*.json)
 

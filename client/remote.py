@@ -52,6 +52,10 @@ class Remote:
         self._told = ""
         self._was_reached = False
 
+    def card(self) -> dict[str, Any]:
+        """What the service says of its model."""
+        return _expect_ok(self._send(self._client.build_request("GET", "/model"), is_one=True), self._url)
+
     def __call__(self, images: list[bytes]) -> list[Reply]:
         parts = [("images", (str(number), image)) for number, image in enumerate(images)]
         request = self._client.build_request("POST", "/classify/batch", params=self._query, files=parts)

@@ -117,8 +117,8 @@ class ConvNet(nn.Module):
 class ServedNet(nn.Module):
     """The trained network as an artifact holds it: with a bank of training features that tells foreign images.
 
-    The familiarity of an image is the cosine similarity of its features to the ``NEIGHBOURS``-th nearest of the bank
-    (Sun et al., 2022, arXiv:2204.06507).
+    Familiarity is the cosine similarity of features to the ``NEIGHBOURS``-th nearest of the bank, or to the farthest of
+    fewer (Sun et al., 2022, arXiv:2204.06507).
     """
 
     bank: Tensor
@@ -139,7 +139,7 @@ class ServedNet(nn.Module):
     def outputs(self, maps: Tensor) -> Tensor:
         features = maps.amax(dim=(2, 3))
         similarity = F.normalize(features.float(), dim=1) @ self.bank.float()
-        familiarity = similarity.topk(NEIGHBOURS, dim=1).values[:, -1:]
+        familiarity = similarity.topk(min(NEIGHBOURS, len(self.bank.T)), dim=1).values[:, -1:]
         return torch.cat([self.network.logits(features), familiarity], dim=1)
 
     def evidence(self, maps: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from model.artifact import CONFIG, Artifact, Outputs
 from model.classifier import fit_temperature
-from model.network import ConvNet
+from model.network import ConvNet, ServedNet
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from tests.live import Server
@@ -52,8 +53,8 @@ from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
-from train.runs import CHECKPOINT, RUN, Trained, read_story, read_weights
-from train.strips import StripConv2d, in_strips
+from train.runs import CHECKPOINT, RUN, Trained, read_story, read_weights, write_weights
+from train.strips import WIDEST_MAP, StripConv2d, in_strips
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,18 @@ class TestData:
         (tmp_path / "disc-and-more").mkdir()
         (tmp_path / "disc-and-more" / "back").symlink_to(tmp_path)
         assert data.load(str(tmp_path)).sha256() == loaded.sha256()
+
+    def test_links_between_neighbours_end(self, tmp_path: Path) -> None:
+        for name, other in (("rose", "tulip"), ("tulip", "rose")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "1.png").write_bytes(b"")
+            (tmp_path / name / "related").symlink_to(tmp_path / other)
+        assert sorted(data.read_files(tmp_path)) == [
+            "rose/1.png",
+            "rose/related/1.png",
+            "tulip/1.png",
+            "tulip/related/1.png",
+        ]
 
     def test_a_folder_is_not_held_in_memory(self, tmp_path: Path) -> None:
         """What is written after the folder was looked through is what is read."""
@@ -279,6 +292,8 @@ class TestAugmentation:
         assert len(even) == len(loaded.train)
         assert all(odd[image] is not flipped for image, flipped in even.items())
         assert by_image(0) == even
+        batches = Augmented(loaded.train, recipe.model_copy(update={"flip": 0}), torch.device("cpu"))
+        assert not any(by_image(epoch)[image] for epoch in (0, 1) for image in by_image(epoch))
 
     def test_translation_reflects_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=len(loaded.train), translate=0.25, cutout=0.25, zoom=1, low_res=0)
@@ -385,6 +400,8 @@ def test_small_maps_in_strips_give_the_same_results_and_gradients(side: int, hal
         with torch.autocast("cpu", torch.bfloat16, enabled=halves):
             result = convolution(images)
         (result * weighting).sum().backward()
+        if convolution is strips:
+            assert ("_Convolve" in type(result.grad_fn).__name__) is (side <= WIDEST_MAP)
         assert images.grad is not None
         assert plain.weight.grad is not None
         found.append((result.detach(), images.grad, plain.weight.grad))
@@ -403,6 +420,15 @@ def test_a_network_in_strips_is_the_same_network(loaded: data.Data) -> None:
     assert sum(isinstance(module, StripConv2d) for module in network.modules()) == 6
     assert list(network.state_dict()) == names
     torch.testing.assert_close(network(images), before)
+
+
+def test_a_training_computes_in_strips_where_that_pays(loaded: data.Data, toy_run: Path, tmp_path: Path) -> None:
+    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
+    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    fit.take_teacher(Trained.read(toy_run))
+    has_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    for network in (fit.network, *fit.teachers):
+        assert any(isinstance(module, StripConv2d) for module in network.modules()) is has_amx
 
 
 @pytest.mark.parametrize("widths", ["", "8,", "8,-1", "eight"])
@@ -807,6 +833,61 @@ def test_a_checkpoint_without_record_of_teachers_resumes_only_without_them(
         fit.resume()
 
 
+def test_a_run_that_is_older_than_a_hyperparameter_is_resumed_with_its_default(
+    loaded: data.Data, tmp_path: Path
+) -> None:
+    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
+    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    tensors, position = fit.state()
+    del position["recipe"]["flip"]
+    save_file(tensors, tmp_path / CHECKPOINT, metadata={"position": json.dumps(position)})
+    fit.resume()
+    fit.recipe = recipe.model_copy(update={"flip": 0})
+    with pytest.raises(data.DataError, match=r"its recipe has {'flip': 1}; expected {'flip': 0}$"):
+        fit.resume()
+
+
+def test_teachers_are_asked_in_turn_each_with_the_mirrored_images_too(loaded: data.Data, tmp_path: Path) -> None:
+    class Teacher(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            asked.append((self.number, "mirrored" if (images == batch.images.flip(2)).all() else "as it is"))
+            return torch.zeros(len(images), 3)
+
+    asked: list[tuple[int, str]] = []
+    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
+    for flip in (1, 0):
+        one = recipe.model_copy(update={"flip": flip})
+        fit = Fit(build_config("toy", loaded, one), loaded, one, tmp_path, torch.device("cpu"), ALONE)
+        fit.teachers = [Teacher(0), Teacher(1)]  # type: ignore[list-item]  # as good as networks
+        for batch in itertools.islice(fit.batches.epoch(0), 4):
+            fit.backward(batch)
+    turns = [(0, "as it is"), (1, "as it is")]
+    assert asked == [*turns, (0, "mirrored"), (1, "mirrored"), *turns, *turns]
+
+
+def test_a_teacher_of_another_size_is_refused(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+    common = (toy_folder, "--name", "student", "--out", tmp_path / "run", "--teacher", toy_run, "--size", 16)
+    printed = toy.run("train.fit", *common, *toy.RECIPE, code=1)
+    assert f"error: {toy_run}: a teacher of (24, 24) pixels; expected (16, 16)" in printed
+
+
+def test_weights_that_cannot_be_written_are_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"no/weights: .*No such file or directory"):
+        write_weights({"a": torch.zeros(1)}, tmp_path / "no" / "weights")
+
+
+def test_a_bank_may_have_fewer_images_than_neighbours_are_asked(loaded: data.Data) -> None:
+    config = build_config("net", loaded, Recipe(widths="4,8", depth=2)).model_copy(update={"bank": 2})
+    network = ServedNet(config).eval()
+    images = torch.from_numpy(loaded.train.images[:2])
+    network.init_bank(images)
+    assert network(images)[:, -1].max() < 1, "the farther of the two, which is not the image itself"
+
+
 def test_a_teacher_of_other_data_is_told(toy_run: Path, tmp_path: Path) -> None:
     other = toy.make_folder(tmp_path / "other", seed=1)
     common = (other, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE, "--epochs", 1)
@@ -826,6 +907,7 @@ class TestExport:
     def test_the_artifact_is_small_complete_and_learned_something(self, toy_artifact: Artifact) -> None:
         card = toy_artifact.card
         assert card["validation"]["fp32_accuracy"] >= 0.9
+        assert toy_artifact.onnx.stat().st_size < toy_artifact.weights.stat().st_size, "it refers to them"
         assert card["training"]["command"].startswith("python -m train.fit ")
         assert card["training"]["data_sha256"] == data.load(str(toy_artifact.path.parent / "folder")).sha256()
         assert set(card["versions"]) == {"torch", "onnx", "onnxruntime", "bentoml"}

@@ -87,7 +87,7 @@ class Augmented:
         for number, batch in enumerate(order.tensor_split(len(self)), epoch * len(self)):
             share = self.group.share(len(batch))
             draw, index = Draw(generator, len(batch), share), batch[share]
-            flip = (self.flip_parity[index] + epoch) % 2 == 1
+            flip = (self.flip_parity[index] + epoch) % 2 * self.recipe.flip == 1
             images = self._shift(index.to(self.device), flip, draw)
             if self.recipe.zoom > 1:
                 reach = math.log(self.recipe.zoom)

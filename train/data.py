@@ -140,9 +140,14 @@ class Folder(Files):
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    """Every file in ``root``, and in what links lead to, but for one that leads round in a circle or up."""
+    above: dict[Path, frozenset[Path]] = {}
     for directory, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         here = Path(directory).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        passed = above.pop(Path(directory), frozenset()) | {here}
+        targets = {name: (here / name).resolve() for name in folders}
+        folders[:] = [name for name, to in targets.items() if to not in passed and not here.is_relative_to(to)]
+        above.update((Path(directory, name), passed) for name in folders)
         yield from (path for name in files if (path := Path(directory, name)).is_file())
 
 
@@ -151,12 +156,21 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def test_files(source: str) -> list[tuple[str, bytes]]:
-    """Class name and content of every test file of a folder or archive, as a client would send it."""
+    """Class name and content of every test image of a folder or archive, as a client would send it."""
     if source == CIFAR10:
         raise DataError(f"{CIFAR10!r} has no files to send; expected a folder or a tar archive")
     files = read_files(Path(source))
     names = _arrange(source, files).test
-    return [(PurePosixPath(name).parts[-2], files[name]) for name in names]
+    found = ((PurePosixPath(name).parts[-2], files[name]) for name in names)
+    return [(class_name, content) for class_name, content in found if _is_image(content)]
+
+
+def _is_image(content: bytes) -> bool:
+    try:
+        render(content, inspect(content), (MIN_SIDE, MIN_SIDE))
+    except ImageError:
+        return False
+    return True
 
 
 def load(source: str, size: tuple[int, int] | None = None) -> Data:

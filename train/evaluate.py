@@ -4,8 +4,9 @@
     python -m train.evaluate model/pretrained SOURCE --url http://localhost:3000
 
 The first prints accuracy with a 95 % interval, each class, the confusion matrix, the calibration error and the speed of
-one CPU core, for every runtime, and writes the figures into the artifact's card. The second sends the test files to a
-running service, and only prints. Test images are for commands that measure a finished artifact, as this one does.
+one CPU core, for every runtime, and writes the figures into the artifact's card. The second sends the test images to a
+running service, and only prints; the variable CLASSIFIER_API_KEY holds its key, where it asks for one. Test images are
+for commands that measure a finished artifact, as this one does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from client.errors import ClientError
+from client.remote import Remote
+from client.rows import Reply
 from model.artifact import Artifact, Labels, Outputs, seal
 from model.classifier import Classifier, Probabilities, calibrated
 from model.preprocess import Pixels
@@ -34,6 +38,8 @@ from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load, test_files
 
 BATCH = 100
+PATIENCE_SECONDS = 60.0
+"""For a service that is overloaded or restarts."""
 ECE_BINS = 15
 Z_95 = 1.959964
 SET_LEVELS = (0.9, 0.95, 0.99)
@@ -203,28 +209,18 @@ def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:
 
 def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
     """Send the test files of ``source`` to the service at ``url`` and print its accuracy."""
-    import requests
-
     files = test_files(source)
     classes = list(artifact.config.classes)
+    replies: list[Reply] = []
     try:
-        served = requests.get(f"{url}/model", timeout=60).json().get("classes")
-    except (requests.RequestException, ValueError) as error:
-        raise CommandError(f"{url}: {error}") from error
-    if served != classes:
-        raise CommandError(f"{url}: serves classes {served}; expected {classes}")
-    replies: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    with requests.Session() as session:
+        service = Remote(url, {}, None, PATIENCE_SECONDS)
+        if (served := service.card().get("classes")) != classes:
+            raise CommandError(f"{url}: serves classes {served}; expected {classes}")
+        started = time.perf_counter()
         for start in tqdm(range(0, len(files), BATCH), desc=url, unit="batch", leave=False, disable=None):
-            parts = [("images", content) for _, content in files[start : start + BATCH]]
-            try:
-                reply = session.post(f"{url}/classify/batch", files=parts, timeout=60)
-            except requests.RequestException as error:
-                raise CommandError(f"{url}: {error}") from error
-            if reply.status_code != requests.codes.ok:
-                raise CommandError(f"{url}: {reply.status_code} {reply.text[:200]}")
-            replies += reply.json()["results"]
+            replies += service([content for _, content in files[start : start + BATCH]])
+    except ClientError as error:
+        raise CommandError(error) from None
     seconds = time.perf_counter() - started
     hits = sum(reply.get("class_name") == name for (name, _), reply in zip(files, replies, strict=True))
     line = accuracy_line(hits, len(files), accuracy_interval(hits, len(files)))

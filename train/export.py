@@ -26,7 +26,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import load_file
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -310,7 +309,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     served.network = network
     served.init_bank(torch.from_numpy(banked), batch_of(config.input_size, BANK_BATCH))
     weights = {name: _round(name, tensor).contiguous() for name, tensor in served.state_dict().items()}
-    save_file(weights, out / files.WEIGHTS)
+    runs.write_weights(weights, out / files.WEIGHTS)
     export_onnx(served, config, out / files.ONNX)
     quantize(out / files.ONNX, out / files.ONNX_INT8, spread(data.train.images, CALIBRATION_IMAGES))
     store_half(out / files.ONNX, out / files.WEIGHTS)

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -45,7 +44,7 @@ from train.muon import Muon
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
-from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_story
+from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_story, write_weights
 from train.strips import in_strips, strips_pay
 
 SMALLEST_MAP = 3
@@ -236,7 +235,7 @@ class Fit:
         t = recipe.distill_temperature
         mirrored, turn = divmod(batch.number, len(self.teachers))
         with torch.no_grad(), autocast(self.device):
-            images = batch.images.flip(2) if mirrored % 2 else batch.images
+            images = batch.images.flip(2) if mirrored % 2 * recipe.flip else batch.images
             taught = F.softmax(self.teachers[turn](images) / t, dim=1)
         by_teachers = F.kl_div(F.log_softmax(logits / t, dim=1), taught, reduction="sum") * t**2
         return torch.lerp(by_label, by_teachers, recipe.distill)
@@ -294,7 +293,7 @@ class Fit:
             return
         tensors, position = self.state()
         partial = self.out / (CHECKPOINT + ".partial")
-        save_file(tensors, partial, metadata={"position": json.dumps(position)})
+        write_weights(tensors, partial, {"position": json.dumps(position)})
         partial.replace(self.out / CHECKPOINT)
 
     def begin_alike(self) -> None:
@@ -340,10 +339,12 @@ class Fit:
             )
 
     def take_teacher(self, trained: Trained) -> None:
-        """Learn from the network of ``trained`` too; raises ``DataError`` for one of other classes."""
+        """Learn from the network of ``trained`` too; raises ``DataError`` for one of other classes or another size."""
         classes = trained.config.classes
         if classes != self.data.classes:
             raise DataError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
+        if (size := trained.config.input_size) != self.data.input_size:
+            raise DataError(f"{trained.path}: a teacher of {size} pixels; expected {self.data.input_size}")
         teacher = ConvNet(trained.config)
         teacher.load_state_dict(trained.weights)
         if strips_pay(self.device):
@@ -362,8 +363,9 @@ class Fit:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
         wanted = self.recipe.model_dump()
-        if differing := [name for name in wanted if position["recipe"].get(name) != wanted[name]]:
-            theirs, ours = ({name: told.get(name) for name in differing} for told in (position["recipe"], wanted))
+        begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # of a run that is older than a hyperparameter
+        if differing := [name for name in wanted if begun[name] != wanted[name]]:
+            theirs, ours = ({name: told[name] for name in differing} for told in (begun, wanted))
             raise DataError(f"{path}: its recipe has {theirs}; expected {ours}")
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{path}: was trained on other data than {self.data.source}")

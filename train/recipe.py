@@ -30,6 +30,8 @@ class Recipe(BaseModel):
     """Share of the steps in which the learning rate rises, before it falls to zero; both linearly."""
     label_smoothing: float = Field(default=0.1, ge=0, le=1)
     """Share of a label that is spread over all classes."""
+    flip: int = Field(default=1, ge=0, le=1)
+    """1 mirrors each image in every other epoch; 0 is for classes that left and right tell apart."""
     translate: float = Field(default=0.125, ge=0, le=0.5)
     """Largest shift, as a share of the image's side; the border is reflected."""
     cutout: float = Field(default=0.375, ge=0, le=1)

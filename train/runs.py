@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.artifact import CARD, CONFIG, WEIGHTS
@@ -74,6 +75,14 @@ def open_weights(path: Path) -> safe_open:
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise DataError(f"{path}: {error}; expected whole weights, not a damaged file") from error
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Raises ``DataError`` where ``path`` cannot be written, or the disk is full."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def read_story(trained: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 oneDNN works along the rows of a map, and rows of 2 to 8 places leave most of the tiles of AMX empty, above all for the
 gradient of the weights. So the maps of a batch are laid side by side into one long strip, a column of zeros between
-two, which is what a 3x3 convolution pads a border with: the same sums, and an epoch takes half the time. Processors
-without AMX gain where a map is 2 places wide, and lose where it is 5.
+two, which is what a 3x3 convolution pads a border with: the same sums, and an epoch takes half to two thirds of the
+time. Processors without AMX gain where a map is 2 places wide, and lose where it is 5.
 """
 
 from __future__ import annotations
