@@ -240,7 +240,7 @@ def prove(engine: Runtime, served: Ensemble) -> bool:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             end.join()
         return False
-    logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
+    logger.info("proven", extra={"model": TAG, "runtime": RUNTIME})
     return True
 
 
