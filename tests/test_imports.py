@@ -17,7 +17,7 @@ ALLOWED = {
     "serving": {"serving", "model", "settings"},
     "settings.py": {"model"},
     "service.py": {"serving", "model", "settings"},
-    "train": {"train", "model"},
+    "train": {"train", "model", "client"},
 }
 OURS = {"client", "model", "serving", "settings", "service", "train", "tests"}
 
