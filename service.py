@@ -213,13 +213,18 @@ class Runner:
 
     async def infer(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, K + 1) float32 outputs."""
-        if not self._is_right:
-            return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)
-        return _array_response(await self._queue(await _pixels(request)))
+        return await self._answer(self._queue, request)
 
     async def evidence(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, h, w, K) float32 evidence."""
-        return _array_response(await self._host.evidence(await _pixels(request)))
+        return await self._answer(self._host.evidence, request)
+
+    async def _answer(self, compute: Callable[[Pixels], Awaitable[Outputs]], request: Request) -> Response:
+        if not self._is_right:
+            return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+        pixels = arrays.unpack(await request.body(), request.headers[arrays.SHAPE], np.uint8)
+        body, headers = arrays.pack(await compute(pixels))
+        return Response(body, headers=headers)
 
 
 def prove(engine: Runtime, served: Ensemble) -> bool:
@@ -242,15 +247,6 @@ def prove(engine: Runtime, served: Ensemble) -> bool:
         return False
     logger.info("proven", extra={"model": TAG, "runtime": RUNTIME})
     return True
-
-
-async def _pixels(request: Request) -> Pixels:
-    return arrays.unpack(await request.body(), request.headers[arrays.SHAPE], np.uint8)
-
-
-def _array_response(array: Outputs) -> Response:
-    body, headers = arrays.pack(array)
-    return Response(body, headers=headers)
 
 
 def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tuple[Runtime, Callable[[Pixels], Outputs]]:

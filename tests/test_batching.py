@@ -511,18 +511,23 @@ def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
     run(scenario())
 
 
+def one_after_another(images_per_second: float) -> Engine:
+    """An engine that works on one batch at a time, however many it has been sent."""
+    in_use = asyncio.Lock()
+
+    async def engine(batch: Pixels) -> Outputs:
+        async with in_use:
+            await asyncio.sleep(len(batch) / images_per_second)
+        return answer(batch)
+
+    return engine
+
+
 def test_images_at_a_remote_engine_count_as_waiting_for_it() -> None:
     """Which works on one batch after another, however many it has been sent: 400 images a second."""
 
     async def scenario() -> None:
-        in_use = asyncio.Lock()
-
-        async def engine(batch: Pixels) -> Outputs:
-            async with in_use:
-                await asyncio.sleep(len(batch) / 400)
-            return answer(batch)
-
-        batcher = Batcher(engine, max_batch=20, max_queue=1000, max_wait=0.4, concurrency=4)
+        batcher = Batcher(one_after_another(400), max_batch=20, max_queue=1000, max_wait=0.4, concurrency=4)
         await asyncio.gather(*(batcher(images(0)) for _ in range(600)))
         busy = [asyncio.create_task(batcher(images(1))) for _ in range(90)]
         await asyncio.sleep(0.01)  # 80 are under way, and ten wait
@@ -564,14 +569,7 @@ def test_lone_batches_teach_no_rate_that_is_not_there(concurrency: int) -> None:
     """Each has all of an engine that several at once would share: 500 images a second."""
 
     async def scenario() -> None:
-        in_use = asyncio.Lock()
-
-        async def engine(batch: Pixels) -> Outputs:
-            async with in_use:
-                await asyncio.sleep(len(batch) / 500)
-            return answer(batch)
-
-        batcher = Batcher(engine, max_batch=10, max_queue=10_000, max_wait=0.2, concurrency=concurrency)
+        batcher = Batcher(one_after_another(500), max_batch=10, max_queue=10_000, max_wait=0.2, concurrency=concurrency)
         await asyncio.gather(*(batcher(images(0)) for _ in range(600)), return_exceptions=True)
         for _ in range(40):
             await batcher(np.concatenate([images(1)] * 10))

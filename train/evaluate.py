@@ -208,7 +208,7 @@ def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:
 
 
 def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
-    """Send the test files of ``source`` to the service at ``url`` and print its accuracy."""
+    """Send the test images of ``source`` to the service at ``url`` and print its accuracy."""
     files = test_files(source)
     classes = list(artifact.config.classes)
     replies: list[Reply] = []

@@ -126,9 +126,7 @@ class Fit:
         torch.manual_seed(recipe.seed)
         self.config, self.recipe, self.data = config, recipe, data
         self.out, self.device, self.group = out, device, group
-        self.network = ConvNet(config).to(device)
-        if strips_pay(device):
-            in_strips(self.network)
+        self.network = self._network(config)
         self.network.init_whitening(
             torch.from_numpy(data.train.images[:: math.ceil(len(data.train) / WHITENING_IMAGES)]).to(device),
             batch_of(data.input_size, VALIDATION_BATCH),
@@ -156,6 +154,13 @@ class Fit:
         """Of the files that the network has learned from; None when that of ``--start`` does not tell its own."""
         self.epochs_done = 0
         self.history: list[dict[str, float]] = []
+
+    def _network(self, config: ModelConfig) -> ConvNet:
+        """With random weights, as the device computes it fastest."""
+        network = ConvNet(config).to(self.device)
+        if strips_pay(self.device):
+            in_strips(network)
+        return network
 
     def _pace(self, step: int) -> float:
         """What the learning rates are multiplied with: up in a straight line to 1, then down to 0."""
@@ -345,11 +350,9 @@ class Fit:
             raise DataError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
         if (size := trained.config.input_size) != self.data.input_size:
             raise DataError(f"{trained.path}: a teacher of {size} pixels; expected {self.data.input_size}")
-        teacher = ConvNet(trained.config)
+        teacher = self._network(trained.config)
         teacher.load_state_dict(trained.weights)
-        if strips_pay(self.device):
-            in_strips(teacher)
-        self.teachers.append(teacher.to(self.device).eval().requires_grad_(False))
+        self.teachers.append(teacher.eval().requires_grad_(False))
         self.learned_from["teacher"].append(trained.sha256())
         if trained.story["data_sha256"] != self.data_sha256:
             print(f"--teacher {trained.path}: was trained on other data, {trained.story['source']}")
