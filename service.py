@@ -36,7 +36,7 @@ from starlette.types import ASGIApp
 
 import settings as configuration
 from model import runtimes, store
-from model.artifact import Artifact, ArtifactError, Outputs
+from model.artifact import ONNX_INT8, TORCH, Artifact, ArtifactError, Outputs
 from model.batching import Batcher
 from model.classifier import Classifier as Calibrated
 from model.classifier import Scores, VerificationError, check, verify
@@ -100,7 +100,7 @@ try:
     SHADOW = store.resolve(settings.shadow) if settings.shadow else None
     if not IS_WORKER:
         # One clear line now instead of a traceback from every worker.
-        load_models()[0].reference(runtimes.ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
+        load_models()[0].reference(ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
     KEYS = Keys(settings.api_keys, is_running=IS_WORKER) if settings.api_keys else None
     USAGE = Usage(settings.usage_file, is_running=IS_WORKER) if KEYS else None
 except (store.StoreError, ArtifactError, ConfigError, EnsembleError, OSError) as error:  # of the disk, too
@@ -121,8 +121,8 @@ os.environ.update({"MODEL": TAG, "SHADOW": SHADOW or "", "RUNTIME": RUNTIME})
 if USAGE:
     os.environ["USAGE_FILE"] = str(USAGE.file)
 TOPOLOGY = settings.resolved_topology()
-GPUS = runtimes.cuda_devices() if RUNTIME == runtimes.TORCH else 0
-if RUNTIME == runtimes.TORCH and not GPUS and not IS_WORKER:
+GPUS = runtimes.cuda_devices() if RUNTIME == TORCH else 0
+if RUNTIME == TORCH and not GPUS and not IS_WORKER:
     logger.warning("RUNTIME='torch' finds no GPU and computes on the CPU, slower than the other runtimes")
 
 DEFAULT_BATCH = 32

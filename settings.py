@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model import runtimes
-from model.artifact import ACCURATE, CONFIG, SHIPPED
+from model.artifact import ACCURATE, CONFIG, ONNX_INT8, SHIPPED, TORCH
 from model.config import ModelConfig
 from model.preprocess import MAX_PIXELS
 
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
         """The runtime that is meant; ``fastest`` is left to be measured."""
         if self.runtime != "auto":
             return self.runtime
-        return runtimes.TORCH if runtimes.cuda_devices() else runtimes.ONNX_INT8
+        return TORCH if runtimes.cuda_devices() else ONNX_INT8
 
     def resolved_topology(self) -> str:
         if self.topology != "auto":
@@ -140,7 +140,7 @@ class Settings(BaseSettings):
         return ModelConfig.load((ACCURATE if is_accurate else SHIPPED) / CONFIG).name
 
     def _computes_on_gpu(self) -> bool:
-        return self.resolved_runtime() == runtimes.TORCH and runtimes.cuda_devices() > 0
+        return self.resolved_runtime() == TORCH and runtimes.cuda_devices() > 0
 
 
 def load(**overrides: Any) -> Settings:
@@ -151,9 +151,9 @@ def load(**overrides: Any) -> Settings:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise SettingsError("error: " + "; ".join(_explain(error))) from None
-    if settings.runtime == runtimes.TORCH and not find_spec("torch"):
+    if settings.runtime == TORCH and not find_spec("torch"):
         raise SettingsError("error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime")
-    if settings.runtime == runtimes.TORCH and not runtimes.cuda_devices() and runtimes.has_gpu():
+    if settings.runtime == TORCH and not runtimes.cuda_devices() and runtimes.has_gpu():
         raise SettingsError("error: RUNTIME='torch'; expected a GPU that PyTorch can use, or another runtime")
     if (settings.smtp_host is None) != (settings.smtp_to is None):
         raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")

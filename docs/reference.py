@@ -15,13 +15,6 @@ from typing import Any
 import yaml
 
 RULES = Path(__file__).parents[1] / "monitoring/prometheus/rules"
-INFRASTRUCTURE = {
-    "/livez": "200 while the process runs.",
-    "/readyz": "200 once this worker has reproduced the reference outputs, else 503.",
-    "/healthz": "The same as `/livez`, for BentoML's own tools.",
-    "/metrics": "Prometheus metrics of all workers.",
-}
-"""BentoML describes these by HTML; none has parameters."""
 Schema = dict[str, Any]
 
 
@@ -47,6 +40,8 @@ def openapi() -> str:
 
 def api() -> str:
     """Every endpoint, and every schema that they share."""
+    from serving.openapi import INFRASTRUCTURE
+
     operations = [
         (path, method, operation)
         for path, methods in _document()["paths"].items()

@@ -18,6 +18,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,12 @@ Outputs = NDArray[np.float32]
 """(N, K + 1): K uncalibrated logits, then the familiarity of the image (``model.network.ServedNet``)."""
 Labels = NDArray[np.int64]
 
-CONFIG, WEIGHTS, ONNX, ONNX_INT8 = "config.json", "model.safetensors", "model.onnx", "model.int8.onnx"
-REFERENCE, CARD = "reference.npz", "card.json"
-HASHED = (CONFIG, WEIGHTS, ONNX, ONNX_INT8, REFERENCE)
+TORCH, ONNX, ONNX_INT8 = RUNTIMES = "torch", "onnx", "onnx-int8"
+"""Each computes the same network (``model.runtimes``)."""
+FILES = {TORCH: "model.safetensors", ONNX: "model.onnx", ONNX_INT8: "model.int8.onnx"}
+"""What each of them loads."""
+CONFIG, WEIGHTS, REFERENCE, CARD = "config.json", FILES[TORCH], "reference.npz", "card.json"
+HASHED = (CONFIG, *FILES.values(), REFERENCE)
 VERSION_LENGTH = 12
 SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships. A built Bento has of it no more than CONFIG: it holds the rest as a model."""
@@ -90,31 +94,26 @@ class Artifact:
         """``name:version``, as the model store has it."""
         return f"{self.config.name}:{self.version}"
 
-    @property
+    @cached_property
     def version(self) -> str:
-        """Twelve hex digits that follow from the content, so that the same files are the same version everywhere."""
+        """Twelve hex digits that follow from the content, so that the same files are the same version everywhere.
+
+        Read once: a model that is served may be deleted from the store.
+        """
         return _sha256(self.path / CARD)[:VERSION_LENGTH]
 
-    @property
-    def weights(self) -> Path:
-        return self.path / WEIGHTS
-
-    @property
-    def onnx(self) -> Path:
-        return self.path / ONNX
-
-    @property
-    def onnx_int8(self) -> Path:
-        return self.path / ONNX_INT8
+    def file(self, runtime: str) -> Path:
+        """What ``runtime`` loads."""
+        return self.path / FILES[runtime]
 
     def copy_to(self, directory: Path) -> None:
         """Copy every file, the card last: a copy cut short does not load."""
         for name in (*HASHED, CARD):
             shutil.copyfile(self.path / name, directory / name)
 
-    def reference(self, quantised: bool) -> Reference:
-        """What the FP32 or the INT8 format must reproduce; raises ``ArtifactError`` for an artifact of another time."""
-        suffix = QUANTISED if quantised else ""
+    def reference(self, runtime: str) -> Reference:
+        """What ``runtime`` must reproduce; raises ``ArtifactError`` for an artifact of another time."""
+        suffix = QUANTISED if runtime == ONNX_INT8 else ""
         with np.load(self.path / REFERENCE, allow_pickle=False) as arrays:
             try:
                 return Reference(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import Labels, Outputs, Reference
+from model.artifact import ONNX, ONNX_INT8, TORCH, Labels, Outputs, Reference
 from model.config import ModelConfig
-from model.runtimes import ONNX, ONNX_INT8, TORCH, Runtime
+from model.runtimes import Runtime
 
 Probabilities = NDArray[np.float32]
 Scores = NDArray[np.float32]

@@ -9,9 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from model import artifact as files
-from model.artifact import Artifact
-from model.runtimes import ONNX, ONNX_INT8, RUNTIMES
+from model.artifact import FILES, ONNX, ONNX_INT8, RUNTIMES, Artifact
 from model.tables import Row, table
 
 Card = Mapping[str, Any]
@@ -80,7 +78,7 @@ def _accuracies(a: Card, b: Card) -> Iterator[Row]:
 
 
 def _sizes(a: Card, b: Card) -> Iterator[Row]:
-    for name in (files.WEIGHTS, files.ONNX, files.ONNX_INT8):
+    for name in FILES.values():
         one, other = (card["files"][name]["bytes"] / 1e6 for card in (a, b))
         yield (name, f"{one:.2f} MB", f"{other:.2f} MB", f"{other - one:+.2f} MB")
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import runtimes
-from model.artifact import Artifact, Outputs, Reference
+from model.artifact import ONNX, Artifact, Outputs, Reference
 from model.classifier import calibrated, fit_temperature
 from model.config import ModelConfig
 from model.preprocess import Pixels
@@ -51,11 +51,11 @@ class Ensemble:
         if len(self.artifacts) == 1:
             return config
         # A mean of honest probabilities is less sure than it is right. As in an export, FP32 decides for every format.
-        reference = self.reference(runtimes.ONNX)
+        reference = self.reference(ONNX)
         return config.model_copy(update={"temperature": fit_temperature(reference.validation, reference.labels)})
 
     def reference(self, runtime_name: str) -> Reference:
-        references = [a.reference(runtime_name == runtimes.ONNX_INT8) for a in self.artifacts]
+        references = [a.reference(runtime_name) for a in self.artifacts]
         if len(references) == 1:
             return references[0]
         # An error of a logit, over the temperature, moves its own logarithm and the sum of all.

@@ -18,11 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import Artifact, Outputs
+from model.artifact import ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Outputs
 from model.preprocess import Pixels
 
-TORCH, ONNX, ONNX_INT8 = "torch", "onnx", "onnx-int8"
-RUNTIMES = (TORCH, ONNX, ONNX_INT8)
 GRAPHED_IMAGES = 256
 """Of the largest batch that a CUDA graph is recorded for, a power of two; fewer of images above ``GRAPHED_PIXELS``."""
 GRAPHED_PIXELS = 64 * 64
@@ -105,7 +103,7 @@ class TorchRuntime:
         self._torch = torch
         self._device = torch.device(f"cuda:{device_index}" if cuda_devices() else "cpu")
         network = ServedNet(artifact.config)
-        network.load_state_dict(load_file(artifact.weights))
+        network.load_state_dict(load_file(artifact.file(TORCH)))
         self._network = (halve(network) if self._device.type == "cuda" else network).to(self._device).eval()
         self._graphed = graphed_images(artifact.config.input_size)
         self._graphs = self._record((*artifact.config.input_size, 3)) if self._device.type == "cuda" else None
@@ -191,5 +189,5 @@ def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 
     if name == TORCH:
         return TorchRuntime(artifact, threads, device_index)
     if name in (ONNX, ONNX_INT8):
-        return OnnxRuntime(artifact.onnx_int8 if name == ONNX_INT8 else artifact.onnx, name, threads)
+        return OnnxRuntime(artifact.file(name), name, threads)
     raise RuntimeUnavailableError(f"runtime {name!r}; expected one of {', '.join(RUNTIMES)}")

@@ -24,10 +24,10 @@ import bentoml
 from bentoml.exceptions import BentoMLException, NotFound
 
 from model import comparison, promotions
-from model.artifact import ALSO_SHIPPED, CARD, SHIPPED, Artifact, ArtifactError
+from model.artifact import ALSO_SHIPPED, CARD, ONNX, ONNX_INT8, RUNTIMES, SHIPPED, Artifact, ArtifactError
 from model.classifier import verify
 from model.config import ConfigError
-from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, create
+from model.runtimes import create
 from model.tables import Row, table
 
 BENTO = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def _objections(model: bentoml.Model, served: str) -> Iterator[str]:
     try:
         candidate = Artifact.load(Path(model.path))
         for runtime in (ONNX, ONNX_INT8):
-            verify(create(runtime, candidate), candidate.reference(runtime == ONNX_INT8))
+            verify(create(runtime, candidate), candidate.reference(runtime))
     except Exception as error:  # the errors of ONNX Runtime have no base of their own
         yield f"it fails its verification: {error}"
         return

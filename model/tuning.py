@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from model.artifact import ONNX, ONNX_INT8
 from model.classifier import VerificationError, verify
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
-from model.runtimes import ONNX, ONNX_INT8, Runtime, RuntimeUnavailableError
+from model.runtimes import Runtime, RuntimeUnavailableError
 
 BATCH = 8
 BATCHES = (4, 8, 16, 32, 64)

@@ -43,7 +43,7 @@ from starlette.datastructures import Headers
 
 from serving.errors import ApiError
 
-logger = logging.getLogger("classifier.access")
+logger = logging.getLogger("classifier.keys")
 
 Guarded = Literal["/classify", "/classify/batch", "/explain", "/model", "/docs.json", "/schema.json"]
 GUARDED: tuple[str, ...] = get_args(Guarded)

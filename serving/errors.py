@@ -17,6 +17,9 @@ ERROR_HEADER = "x-error-code"
 """On every error reply of ours; an error reply without it comes from another layer and is rewritten."""
 
 
+INTERNAL = "the server failed; see its log"
+
+
 class ApiError(Exception):
     """Something to tell the caller: a stable ``code``, a message that names the value, and an HTTP status."""
 
@@ -54,7 +57,7 @@ def from_exception(error: Exception) -> ApiError:
         case ClientDisconnect() | GoneError():
             return ApiError(HTTPStatus.BAD_REQUEST, "disconnected", "the connection ended before the request did")
         case _:
-            return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the server failed; see its log")
+            return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL)
 
 
 def from_status(status: int) -> ApiError:
@@ -63,7 +66,7 @@ def from_status(status: int) -> ApiError:
         case HTTPStatus.SERVICE_UNAVAILABLE as known:
             return ApiError(known, "not_ready", "the service is not ready")
         case HTTPStatus.INTERNAL_SERVER_ERROR as known:
-            return ApiError(known, "internal", known.description)
+            return ApiError(known, "internal", INTERNAL)
         case known:
             return ApiError(known, known.name.lower(), known.description or known.phrase)
 

@@ -79,10 +79,10 @@ MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (model, "serialization") for model in (Classification, Explanation, Batch, Failure)
 ]
 INFRASTRUCTURE = {
-    "/livez": "The process answers.",
-    "/healthz": "As /livez; deprecated.",
-    "/readyz": "The model has reproduced its reference outputs, and is served.",
-    "/metrics": "Metrics for Prometheus.",
+    "/livez": "200 while the process runs.",
+    "/healthz": "The same as /livez, for BentoML's own tools.",
+    "/readyz": "200 once this worker has reproduced the reference outputs, else 503.",
+    "/metrics": "Prometheus metrics of all workers.",
 }
 
 

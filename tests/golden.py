@@ -20,11 +20,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from model.artifact import CONFIG, SHIPPED, Artifact
+from model.artifact import CONFIG, ONNX, ONNX_INT8, SHIPPED, Artifact
 from model.classifier import Classifier, Prediction
 from model.config import ModelConfig
 from model.preprocess import Pixels, preprocess
-from model.runtimes import ONNX, ONNX_INT8, create
+from model.runtimes import create
 from serving.static import FOLDER as PAGE
 from train import command
 from train.command import CommandError
@@ -55,7 +55,7 @@ def predict(artifact: Artifact, runtime_name: str) -> dict[str, Prediction]:
 def judge(artifact: Artifact, runtime_name: str, images: list[bytes]) -> list[Prediction]:
     """Predictions of image files."""
     pixels = np.stack([preprocess(image, artifact.config.input_size) for image in images])
-    classifier = Classifier(artifact.config, artifact.reference(runtime_name == ONNX_INT8))
+    classifier = Classifier(artifact.config, artifact.reference(runtime_name))
     return classifier(run_runtime(create(runtime_name, artifact), pixels))
 
 

@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.artifact import CARD, HASHED, Artifact, ArtifactError, seal
+from model.artifact import CARD, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, seal
 from model.classifier import TOLERANCE, VerificationError, check, verify
 from model.config import ConfigError, ModelConfig
-from model.runtimes import (
-    ONNX,
-    ONNX_INT8,
-    RUNTIMES,
-    EngineLostError,
-    OnnxRuntime,
-    RuntimeUnavailableError,
-    TorchRuntime,
-    create,
-)
+from model.runtimes import EngineLostError, OnnxRuntime, RuntimeUnavailableError, TorchRuntime, create
 from tests import toy
 
 
@@ -59,14 +50,14 @@ def test_no_file_is_a_pickle(toy_artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_runtime_reproduces_the_reference(name: str, toy_artifact: Artifact) -> None:
-    verify(create(name, toy_artifact), toy_artifact.reference(name == ONNX_INT8))
+    verify(create(name, toy_artifact), toy_artifact.reference(name))
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_any_batch_size_gives_the_same_answers(name: str, count: int, toy_artifact: Artifact) -> None:
     runtime = create(name, toy_artifact)
-    images = np.resize(toy_artifact.reference(quantised=False).images, (count, toy.SIDE, toy.SIDE, 3))
+    images = np.resize(toy_artifact.reference(ONNX).images, (count, toy.SIDE, toy.SIDE, 3))
     outputs = runtime(images)
     assert outputs.shape == (count, 4)
     assert outputs.dtype == np.float32
@@ -75,8 +66,8 @@ def test_any_batch_size_gives_the_same_answers(name: str, count: int, toy_artifa
 
 
 def test_wrong_weights_layout_and_nan_fail_the_check(toy_artifact: Artifact) -> None:
-    runtime = OnnxRuntime(toy_artifact.onnx, ONNX)
-    reference = toy_artifact.reference(quantised=False)
+    runtime = OnnxRuntime(toy_artifact.file(ONNX), ONNX)
+    reference = toy_artifact.reference(ONNX)
     images, expected = reference.images, reference.outputs
     for wrong in (runtime(images[..., ::-1]), runtime(images[:, ::-1]), expected * np.nan, expected[:, :2]):
         with pytest.raises(VerificationError):
@@ -84,14 +75,14 @@ def test_wrong_weights_layout_and_nan_fail_the_check(toy_artifact: Artifact) -> 
 
 
 def test_tolerances_are_far_below_what_separates_classes(toy_artifact: Artifact) -> None:
-    logits = np.sort(toy_artifact.reference(quantised=False).outputs[:, :-1], axis=1)
+    logits = np.sort(toy_artifact.reference(ONNX).outputs[:, :-1], axis=1)
     assert max(TOLERANCE.values()) < np.median(logits[:, -1] - logits[:, -2])
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_the_evidence_of_all_places_sums_to_the_logits(name: str, toy_artifact: Artifact) -> None:
     runtime = create(name, toy_artifact)
-    images = toy_artifact.reference(quantised=False).images
+    images = toy_artifact.reference(ONNX).images
     evidence = runtime.evidence(images)
     assert evidence.shape[0] == len(images)
     assert evidence.shape[3] == 3
@@ -109,7 +100,7 @@ def test_an_error_of_cuda_is_a_lost_engine_and_want_of_memory_is_none(toy_artifa
 
         return hook
 
-    images = toy_artifact.reference(quantised=False).images
+    images = toy_artifact.reference(ONNX).images
     for error, expected in (
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), EngineLostError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.artifact import Artifact, Reference, seal
+from model.artifact import ONNX, ONNX_INT8, Artifact, Reference, seal
 from model.classifier import Classifier, calibrated, least_familiarity, limits_of_few, verdicts
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
-from model.runtimes import ONNX, ONNX_INT8
 from model.statistics import edges
 from tests import toy
 
@@ -112,7 +111,7 @@ class TestEnsemble:
         self, name: str, toy_artifact: Artifact, other: Artifact
     ) -> None:
         ensemble = Ensemble([toy_artifact, other])
-        images = toy_artifact.reference(quantised=False).images
+        images = toy_artifact.reference(ONNX).images
         together = calibrated(ensemble.engine(name)(images), 1.0)
         alone = [calibrated(Ensemble([a]).engine(name)(images), a.config.temperature) for a in (toy_artifact, other)]
         assert np.abs(alone[0] - alone[1]).max() > 0.1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from model.runtimes import ONNX_INT8
+from model.artifact import ONNX_INT8
 from tests.golden import TYPICAL
 from tests.live import Server
 from tests.snippets import (

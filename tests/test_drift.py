@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import requests
 
-from model.artifact import SHIPPED, Artifact
+from model.artifact import ONNX_INT8, SHIPPED, Artifact
 from model.preprocess import Pixels
 from model.statistics import BINS, STATISTICS, edges, histogram, measure
 from serving import metrics
@@ -73,7 +73,7 @@ def test_a_server_counts_what_it_sees_and_says(server: Server) -> None:
 
 def test_ordinary_images_do_not_look_drifted(toy_artifact: Artifact, toy_folder: Path) -> None:
     """The training images make the bins; of the twelve validation images those would be chance."""
-    limits = toy_artifact.reference(quantised=True).edges
+    limits = toy_artifact.reference(ONNX_INT8).edges
     assert np.array_equal(limits, edges(data.load(str(toy_folder)).train.images))
     shares = histogram(draw(600, seed=1), limits) / 600
     indices = ((shares - 1 / BINS) * np.log(shares * BINS)).sum(axis=1)
@@ -98,7 +98,7 @@ def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> 
         await asyncio.sleep(5 * GATHER_SECONDS)
 
     metrics.EXPECTED_SHARE.clear()
-    drift = Drift(shipped.config, shipped.reference(quantised=True)._replace(edges=edges(gray)))
+    drift = Drift(shipped.config, shipped.reference(ONNX_INT8)._replace(edges=edges(gray)))
     (family,) = metrics.EXPECTED_SHARE.collect()
     assert {sample.labels["feature"] for sample in family.samples} == {"class", "confidence", *STATISTICS[:-1]}
     before = counted()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from model import explain
-from model.artifact import Artifact
+from model.artifact import ONNX_INT8, Artifact
 from model.preprocess import preprocess
-from model.runtimes import ONNX_INT8, create
+from model.runtimes import create
 from model.store import SHIPPED
 from tests.golden import IMAGES
 from tests.snippets import of_the_example

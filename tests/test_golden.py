@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.artifact import SHIPPED, Artifact
-from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
+from model.artifact import ONNX, ONNX_INT8, RUNTIMES, SHIPPED, TORCH, Artifact
 from tests import golden as pictures
 from tests import toy
 from tests.golden import GOLDEN, predict, size

@@ -52,7 +52,7 @@ def test_a_cpu_engine_is_loaded_without_torch() -> None:
     code = (
         "import sys; from model import artifact, batching, classifier, preprocess, runtimes, store;"
         "a = artifact.Artifact.load(store.SHIPPED); "
-        "classifier.verify(runtimes.create('onnx-int8', a), a.reference(True));"
+        "classifier.verify(runtimes.create('onnx-int8', a), a.reference('onnx-int8'));"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

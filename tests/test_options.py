@@ -12,8 +12,7 @@ import pytest
 import requests
 from PIL import Image
 
-from model.artifact import SHIPPED, Artifact
-from model.runtimes import ONNX_INT8
+from model.artifact import ONNX_INT8, SHIPPED, Artifact
 from tests.golden import IMAGES, TYPICAL, judge
 from tests.live import Server, encode, picture, samples, total
 from tests.snippets import of_the_example

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model.artifact import CARD, Artifact, seal
-from model.runtimes import ONNX, ONNX_INT8
+from model.artifact import CARD, ONNX, ONNX_INT8, Artifact, seal
 from tests import toy
 from tests.golden import TYPICAL
 from tests.live import Server

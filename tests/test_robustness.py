@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from model.artifact import Artifact, Outputs
+from model.artifact import ONNX_INT8, Artifact, Outputs
 from model.preprocess import Pixels
-from model.runtimes import ONNX_INT8, create
+from model.runtimes import create
 from tests import toy
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from train.data import Split

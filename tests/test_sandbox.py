@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from model import runtimes
-from model.artifact import Artifact
+from model.artifact import ONNX_INT8, Artifact
 from model.batching import Batcher
 from model.classifier import Classifier, Scores
 from model.decoder import BASE_MEMORY, memory_for
@@ -138,9 +138,9 @@ def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox, mod
 def pipeline(faulty: Sandbox) -> Pipeline:
     """The real pipeline on the shipped model, with a decoder that can be made to fail."""
     artifact = Artifact.load(SHIPPED)
-    reference = artifact.reference(quantised=True)
+    reference = artifact.reference(ONNX_INT8)
     classifier = Classifier(artifact.config, reference)
-    engine = runtimes.create(runtimes.ONNX_INT8, artifact)
+    engine = runtimes.create(ONNX_INT8, artifact)
 
     async def infer(images: Pixels) -> Scores:
         return classifier.score(engine(images))

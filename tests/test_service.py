@@ -24,7 +24,7 @@ import pytest
 import requests
 
 from model import runtimes
-from model.artifact import QUANTISED, REFERENCE, Artifact, seal
+from model.artifact import ONNX_INT8, QUANTISED, REFERENCE, Artifact, seal
 from model.classifier import Classifier, Prediction
 from model.preprocess import preprocess
 from model.store import SHIPPED
@@ -55,14 +55,14 @@ SAME = 1e-4
 integer sums are exact in any order. What is left are the reply's six decimals, and float layers on other machines."""
 
 ARTIFACT = Artifact.load(SHIPPED)
-CLASSIFIER = Classifier(ARTIFACT.config, ARTIFACT.reference(quantised=True))
+CLASSIFIER = Classifier(ARTIFACT.config, ARTIFACT.reference(ONNX_INT8))
 TAG = f"{ARTIFACT.config.name}:{ARTIFACT.version}"
 JPEG = encode(picture(), "JPEG")
 
 
 @cache
 def engine() -> runtimes.Runtime:
-    return runtimes.create(runtimes.ONNX_INT8, ARTIFACT)
+    return runtimes.create(ONNX_INT8, ARTIFACT)
 
 
 def predict(data: bytes) -> Prediction:

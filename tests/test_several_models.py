@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import requests
 
-from model.artifact import Artifact, seal
+from model.artifact import ONNX_INT8, Artifact, seal
 from model.classifier import TOLERANCE, VerificationError, check
 from model.ensemble import Ensemble
 from model.tuning import compare
@@ -141,7 +141,7 @@ def test_what_is_right_in_each_model_is_right_in_the_mean_of_them(toy_artifact: 
     """Logits over a temperature below one, and the sums of them, differ by more than the logits themselves."""
     both = Ensemble([toy_artifact, toy_artifact])
     assert toy_artifact.config.temperature != 1
-    outputs = toy_artifact.reference(quantised=True).outputs
+    outputs = toy_artifact.reference(ONNX_INT8).outputs
     error = np.full_like(outputs, 0.9 * TOLERANCE["onnx-int8"])
     error[np.arange(len(outputs)), outputs[:, :-1].argmax(axis=1)] *= -1
     reference = both.reference("onnx-int8")

@@ -15,7 +15,7 @@ import requests
 import yaml
 
 from model import promotions
-from model.artifact import CARD, CONFIG, ONNX, Artifact, save_reference, seal
+from model.artifact import CARD, CONFIG, FILES, ONNX, ONNX_INT8, Artifact, save_reference, seal
 from model.comparison import difference_interval
 from model.config import ModelConfig
 from tests import toy
@@ -116,9 +116,9 @@ class TestPutAndGet:
         assert "onnxruntime" in shown
 
     def test_an_altered_file_in_the_store_is_refused(self, home: Path, versions: Versions) -> None:
-        stored = home / "models" / "toy" / versions["a"].version / ONNX
+        stored = home / "models" / "toy" / versions["a"].version / FILES[ONNX]
         stored.write_bytes(stored.read_bytes()[:-1] + b"!")
-        assert ONNX in store(home, "compare", "toy", tag(versions["b"]), code=1)
+        assert FILES[ONNX] in store(home, "compare", "toy", tag(versions["b"]), code=1)
 
     def test_a_model_of_ones_own_wins_over_the_shipped_one_of_that_name(
         self, toy_artifact: Artifact, tmp_path: Path
@@ -242,14 +242,14 @@ def other_classes(artifact: Artifact, path: Path) -> Artifact:
 def wrong_reference(artifact: Artifact, path: Path) -> Artifact:
     """Sealed, so that every hash is right, with reference images that are not those of the reference outputs."""
     variant(artifact, path, 950)
-    full, quantised = (artifact.reference(quantised=q) for q in (False, True))
+    full, quantised = (artifact.reference(runtime) for runtime in (ONNX, ONNX_INT8))
     save_reference(path, full._replace(images=255 - full.images), quantised)
     return seal(path, artifact.card)
 
 
 def no_graph(artifact: Artifact, path: Path) -> Artifact:
     variant(artifact, path, 950)
-    (path / ONNX).write_bytes(b"no graph")
+    (path / FILES[ONNX]).write_bytes(b"no graph")
     return seal(path, artifact.card)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NoReturn
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -95,9 +96,11 @@ class Data:
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each RGB channel of the training pixels, in units of 0..255."""
-        count = self.train.images[..., 0].size
-        values = np.arange(256)
-        histograms = [np.bincount(self.train.images[..., c].reshape(-1), minlength=256) / count for c in range(3)]
+        counts = np.zeros((3, 256))
+        for image in self.train.images:
+            for channel in range(3):
+                counts[channel] += cv2.calcHist([image], [channel], None, [256], [0, 256])[:, 0]
+        values, histograms = np.arange(256), counts / counts[0].sum()
         means = [float(h @ values) for h in histograms]
         stds = [float((h @ (values - m) ** 2) ** 0.5) for h, m in zip(histograms, means, strict=True)]
         return tuple(round(m, 3) for m in means), tuple(round(max(s, FLAT), 3) for s in stds)

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from client.errors import ClientError
 from client.remote import Remote
 from client.rows import Reply
-from model.artifact import Artifact, Labels, Outputs, seal
+from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs, seal
 from model.classifier import Classifier, Probabilities, calibrated
 from model.preprocess import Pixels
-from model.runtimes import ONNX_INT8, RUNTIMES, TORCH, Runtime, create, cuda_devices
+from model.runtimes import Runtime, create, cuda_devices
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
@@ -119,7 +119,7 @@ def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
     return np.concatenate([runtime(images[start : start + batch]) for start in starts])
 
 
-def figures(outputs: Outputs, split: Split, artifact: Artifact, quantised: bool) -> dict[str, Any]:
+def figures(outputs: Outputs, split: Split, artifact: Artifact, runtime: str) -> dict[str, Any]:
     """The metrics of one runtime as they stand in the card."""
     config = artifact.config
     probabilities = calibrated(outputs, config.temperature)
@@ -137,17 +137,17 @@ def figures(outputs: Outputs, split: Split, artifact: Artifact, quantised: bool)
             name: values.round(4).tolist()
             for name, values in reliability(probabilities, split.labels)._asdict().items()
         },
-        "prediction_sets": prediction_sets(probabilities, split.labels, artifact, quantised),
+        "prediction_sets": prediction_sets(probabilities, split.labels, artifact, runtime),
         "per_class": {name: round(float(share), 4) for name, share in zip(config.classes, per_class, strict=True)},
         "confusion": matrix.tolist(),
     }
 
 
 def prediction_sets(
-    probabilities: Probabilities, labels: Labels, artifact: Artifact, quantised: bool
+    probabilities: Probabilities, labels: Labels, artifact: Artifact, runtime: str
 ) -> dict[str, dict[str, float]]:
     """How often the set of a level holds the true class, and how many classes it holds on average."""
-    classifier = Classifier(artifact.config, artifact.reference(quantised))
+    classifier = Classifier(artifact.config, artifact.reference(runtime))
     result = {}
     for level in SET_LEVELS:
         sets = [classifier.prediction_set(row, level) for row in probabilities]
@@ -173,7 +173,7 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
     for name in runtimes:
         runtime = create(name, artifact, threads=2)
         outputs = run_runtime(runtime, data.test.images)
-        result[name] = figures(outputs, data.test, artifact, name == ONNX_INT8)
+        result[name] = figures(outputs, data.test, artifact, name)
         result[name]["speed"] = {
             "images_per_s": round(images_per_second(create(name, artifact), data.test.images[:SPEED_BATCH])),
             "batch": SPEED_BATCH,

@@ -30,12 +30,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
-from model.artifact import Artifact, Outputs, Reference, save_reference, seal
+from model.artifact import ONNX, ONNX_INT8, RUNTIMES, Artifact, Outputs, Reference, save_reference, seal
 from model.classifier import Classifier, fit_temperature, verdicts, verify
 from model.config import ModelConfig
 from model.network import BANK_BATCH, ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
-from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, OnnxRuntime, create
+from model.runtimes import OnnxRuntime, create
 from model.statistics import edges
 from train import command, runs
 from train.command import CommandError
@@ -286,7 +286,7 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         sealed = _write(run, data, Path(folder))
         for name in RUNTIMES:
-            verify(create(name, sealed), sealed.reference(name == ONNX_INT8))
+            verify(create(name, sealed), sealed.reference(name))
         out.mkdir(exist_ok=True)
         sealed.copy_to(out)
     return Artifact.load(out)
@@ -309,17 +309,18 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     served.network = network
     served.init_bank(torch.from_numpy(banked), batch_of(config.input_size, BANK_BATCH))
     weights = {name: _round(name, tensor).contiguous() for name, tensor in served.state_dict().items()}
-    runs.write_weights(weights, out / files.WEIGHTS)
-    export_onnx(served, config, out / files.ONNX)
-    quantize(out / files.ONNX, out / files.ONNX_INT8, spread(data.train.images, CALIBRATION_IMAGES))
-    store_half(out / files.ONNX, out / files.WEIGHTS)
-    store_half(out / files.ONNX_INT8)
+    weights_path, fp32, int8 = (out / files.FILES[runtime] for runtime in RUNTIMES)
+    runs.write_weights(weights, weights_path)
+    export_onnx(served, config, fp32)
+    quantize(fp32, int8, spread(data.train.images, CALIBRATION_IMAGES))
+    store_half(fp32, weights_path)
+    store_half(int8)
 
     samples = spread(data.val.images, REFERENCE_IMAGES)
     limits = edges(spread(data.train.images, STATISTICS_IMAGES))
     references = []
-    for name, runtime_name in ((files.ONNX, ONNX), (files.ONNX_INT8, ONNX_INT8)):
-        runtime = OnnxRuntime(out / name, runtime_name)
+    for path, name in ((fp32, ONNX), (int8, ONNX_INT8)):
+        runtime = OnnxRuntime(path, name)
         references.append(
             Reference(samples, runtime(samples), run_runtime(runtime, data.val.images), data.val.labels, limits)
         )
@@ -345,7 +346,7 @@ def main() -> None:
     size = ModelConfig.load(options.run / files.CONFIG).input_size
     sealed = export(options.run, load(options.source, size), options.out)
     print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
-    if told := Classifier(sealed.config, sealed.reference(quantised=True)).too_few:
+    if told := Classifier(sealed.config, sealed.reference(ONNX_INT8)).too_few:
         print(told)
     for name, entry in sealed.card["files"].items():
         print(f"  {name:18} {entry['bytes'] / 1e6:6.2f} MB  sha256 {entry['sha256'][:16]}")

@@ -18,10 +18,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import Artifact, Outputs
+from model.artifact import ONNX_INT8, Artifact, Outputs
 from model.classifier import Classifier
 from model.preprocess import ImageError, Pixels, preprocess
-from model.runtimes import ONNX_INT8, create
+from model.runtimes import create
 from train import command
 from train.data import DataError, load, read_files
 from train.evaluate import require_own_data, run_runtime, write_figures
@@ -124,7 +124,7 @@ def main() -> None:
     if options.photos:
         images["photographs"] = foreign_photos(options.photos, config.classes, config.input_size)
     runtime = create(ONNX_INT8, artifact, threads=2)
-    classifier = Classifier(config, artifact.reference(quantised=True))
+    classifier = Classifier(config, artifact.reference(ONNX_INT8))
     ordinary = run_runtime(runtime, data.test.images)
     found = measure(classifier, ordinary, {kind: run_runtime(runtime, pixels) for kind, pixels in images.items()})
     print(f"{found['images']} test images, of which {found['told_wrongly']:.1%} are called foreign")

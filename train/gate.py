@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from model import runtimes
-from model.artifact import Artifact
+from model.artifact import ONNX, ONNX_INT8, Artifact
 from train.command import CommandError, run
 from train.data import load
 from train.evaluate import figures, int8_tolerance, require_own_data, run_runtime, within
 from train.robustness import IMAGES, robustness, sample
 
-RUNTIME = runtimes.ONNX_INT8
+RUNTIME = ONNX_INT8
 """What is served on a CPU; accuracy and calibration are judged on it."""
 ACCURACY_LOSS = 0.005
 CALIBRATION_LOSS = 0.01
@@ -40,10 +40,10 @@ Row = tuple[str, float, float]
 
 def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row]:
     """The rows for the metrics of two cards."""
-    for card, names in ((new, (RUNTIME, runtimes.ONNX)), (old, (RUNTIME,))):
+    for card, names in ((new, (RUNTIME, ONNX)), (old, (RUNTIME,))):
         if missing := [name for name in names if name not in card]:
             raise CommandError(f"a card has no figures of {' and '.join(missing)}; run train.evaluate first")
-    int8_loss = new[runtimes.ONNX]["accuracy"] - new[RUNTIME]["accuracy"]
+    int8_loss = new[ONNX]["accuracy"] - new[RUNTIME]["accuracy"]
     return [
         ("loss of accuracy", old[RUNTIME]["accuracy"] - new[RUNTIME]["accuracy"], ACCURACY_LOSS),
         *corrupted(new, old),
@@ -84,7 +84,7 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
         data = load(source, old.config.input_size)
     print(f"{old.path} was trained on other data: it is measured on the test images of {source}")
     runtime = runtimes.create(RUNTIME, old, threads=2)
-    metrics = {RUNTIME: figures(run_runtime(runtime, data.test.images), data.test, old, quantised=True)}
+    metrics = {RUNTIME: figures(run_runtime(runtime, data.test.images), data.test, old, RUNTIME)}
     if "robustness" in old.card.get("metrics", {}):
         metrics["robustness"] = robustness(runtime, sample(data.test, IMAGES))
     return metrics

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.artifact import ACCURATE, ALSO_SHIPPED, SHIPPED, Artifact
+from model.artifact import ACCURATE, ALSO_SHIPPED, ONNX_INT8, SHIPPED, Artifact
 from model.classifier import Classifier
 from model.preprocess import preprocess
-from model.runtimes import ONNX_INT8, create
+from model.runtimes import create
 from train import command
 from train.command import CommandError
 from train.data import CIFAR10
@@ -51,7 +51,7 @@ def example(artifact: Artifact, root: Path = README.parent) -> str:
     path = f"{PICTURES}/{file.name}"
     if re.search("[,;]", path):  # where curl would take it apart
         path = '"' + re.sub(r'[\\"]', r"\\\g<0>", path) + '"'
-    classifier = Classifier(artifact.config, artifact.reference(quantised=True))
+    classifier = Classifier(artifact.config, artifact.reference(ONNX_INT8))
     pixels = preprocess(file.read_bytes(), artifact.config.input_size)
     (told,) = classifier(create(ONNX_INT8, artifact)(pixels[None]))
     name, in_distribution = json.dumps(told.class_name, ensure_ascii=False), json.dumps(told.in_distribution)

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from model.artifact import Artifact
+from model.artifact import ONNX_INT8, Artifact
 from model.classifier import calibrated, verdicts
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
-from model.runtimes import ONNX_INT8, create
+from model.runtimes import create
 from train import command, plots, sections
 from train.command import CommandError
 from train.data import Data, Split, load

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.artifact import Artifact
+from model.artifact import ONNX_INT8, RUNTIMES, Artifact
 from model.classifier import verdicts
 from model.preprocess import ImageError, Pixels, preprocess
-from model.runtimes import ONNX_INT8, RUNTIMES, Runtime, create
+from model.runtimes import Runtime, create
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt

@@ -10,16 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from model.artifact import ONNX as ONNX_FILE
-from model.artifact import ONNX_INT8 as ONNX_INT8_FILE
-from model.artifact import WEIGHTS, Artifact
-from model.runtimes import ONNX, ONNX_INT8, RUNTIMES, TORCH
+from model.artifact import FILES, ONNX_INT8, RUNTIMES, Artifact
 from train import plots
 from train.command import CommandError
 from train.evaluate import Reliability, accuracy_interval, calibration_error_by_chance
 from train.runs import runs
-
-FILES = {TORCH: WEIGHTS, ONNX: ONNX_FILE, ONNX_INT8: ONNX_INT8_FILE}
 
 
 @dataclass(frozen=True)

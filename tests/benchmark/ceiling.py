@@ -11,7 +11,7 @@ from multiprocessing.synchronize import Barrier
 import numpy as np
 
 from model import runtimes
-from model.artifact import Artifact
+from model.artifact import ONNX_INT8, Artifact
 from model.classifier import Classifier
 from model.preprocess import preprocess
 from model.store import SHIPPED
@@ -42,9 +42,7 @@ def _prepare(barrier: Barrier) -> None:
 @cache
 def _engine() -> tuple[Classifier, runtimes.Runtime]:
     artifact = Artifact.load(SHIPPED)
-    return Classifier(artifact.config, artifact.reference(quantised=True)), runtimes.create(
-        runtimes.ONNX_INT8, artifact
-    )
+    return Classifier(artifact.config, artifact.reference(ONNX_INT8)), runtimes.create(ONNX_INT8, artifact)
 
 
 def _rate(images: list[bytes], size: int, seconds: float) -> float:

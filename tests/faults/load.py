@@ -11,8 +11,8 @@ from functools import cache
 
 import uvloop
 
-from model.artifact import SHIPPED, Artifact
-from model.runtimes import ONNX_INT8, create
+from model.artifact import ONNX_INT8, SHIPPED, Artifact
+from model.runtimes import create
 from model.tuning import images_per_second
 from tests.benchmark.openloop import UNANSWERED, Load, arrivals
 from tests.benchmark.workloads import SAMPLE, Body
@@ -63,7 +63,7 @@ class Traffic:
 def _engine_rate() -> float:
     """Images a second of the shipped model, one at a time on one core."""
     artifact = Artifact.load(SHIPPED)
-    return images_per_second(create(ONNX_INT8, artifact), artifact.reference(quantised=True).images[:1])
+    return images_per_second(create(ONNX_INT8, artifact), artifact.reference(ONNX_INT8).images[:1])
 
 
 @contextmanager

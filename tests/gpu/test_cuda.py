@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.artifact import SHIPPED, Artifact
+from model.artifact import ONNX, SHIPPED, TORCH, Artifact
 from model.classifier import TOLERANCE, verify
 from model.preprocess import Pixels
-from model.runtimes import GRAPHED_IMAGES, ONNX, TORCH, OnnxRuntime, TorchRuntime
+from model.runtimes import GRAPHED_IMAGES, OnnxRuntime, TorchRuntime
 from tests import toy
 from train.runs import RUN
 
@@ -37,18 +37,18 @@ def engine(artifact: Artifact) -> TorchRuntime:
 
 
 def images(artifact: Artifact, count: int, seed: int = 0) -> Pixels:
-    samples = artifact.reference(quantised=False).images
+    samples = artifact.reference(ONNX).images
     return samples[np.random.default_rng(seed).integers(0, len(samples), count)]
 
 
 def test_the_reference_is_reproduced(artifact: Artifact, engine: TorchRuntime) -> None:
-    verify(engine, artifact.reference(quantised=False))
+    verify(engine, artifact.reference(ONNX))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 100, GRAPHED_IMAGES, GRAPHED_IMAGES + 1])
 def test_every_batch_size_is_right(count: int, artifact: Artifact, engine: TorchRuntime) -> None:
     """Against ONNX Runtime on the CPU, and twice, so that nothing is left of the batch before."""
-    expected = OnnxRuntime(artifact.onnx, ONNX, threads=4)
+    expected = OnnxRuntime(artifact.file(ONNX), ONNX, threads=4)
     for seed in range(2):
         batch = images(artifact, count, seed)
         assert np.abs(engine(batch) - expected(batch)).max() < TOLERANCE[TORCH]
@@ -57,7 +57,7 @@ def test_every_batch_size_is_right(count: int, artifact: Artifact, engine: Torch
 def test_another_thread_may_replay_while_a_second_engine_does(artifact: Artifact, engine: TorchRuntime) -> None:
     """As a worker's thread does, and a shadow's."""
     second = TorchRuntime(artifact)
-    expected = OnnxRuntime(artifact.onnx, ONNX, threads=4)
+    expected = OnnxRuntime(artifact.file(ONNX), ONNX, threads=4)
     batches = [images(artifact, count, count) for count in (1, 5, 64, 200)] * 10
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         answers = [(batch, one.submit(engine, batch), other.submit(second, batch)) for batch in batches]
@@ -69,7 +69,7 @@ def test_another_thread_may_replay_while_a_second_engine_does(artifact: Artifact
 
 def test_the_evidence_is_that_of_the_cpu(artifact: Artifact, engine: TorchRuntime) -> None:
     batch = images(artifact, 5)
-    ours, theirs = engine.evidence(batch), OnnxRuntime(artifact.onnx, ONNX, threads=4).evidence(batch)
+    ours, theirs = engine.evidence(batch), OnnxRuntime(artifact.file(ONNX), ONNX, threads=4).evidence(batch)
     assert np.abs(ours.sum(axis=(1, 2)) - theirs.sum(axis=(1, 2))).max() < TOLERANCE[TORCH]
 
 
