@@ -12,13 +12,11 @@ import asyncio
 import contextvars
 import gc
 import logging
-import math
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from threading import Timer
 from typing import Any
 
 import bentoml
@@ -37,7 +35,7 @@ from starlette.types import ASGIApp
 import settings as configuration
 from model import runtimes, store
 from model.artifact import ONNX_INT8, TORCH, Artifact, ArtifactError, Outputs
-from model.batching import Batcher
+from model.batching import Batcher, Results
 from model.classifier import Classifier as Calibrated
 from model.classifier import Scores, VerificationError, check, verify
 from model.config import ConfigError
@@ -46,11 +44,11 @@ from model.explain import VIEWS
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.sandbox import Sandbox
-from model.tuning import BATCHES, LONG_SECONDS, ROUNDS, best_batch, compare
+from model.tuning import best_batch, compare, measure_batches
 from serving import arrays, connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.bodies import Bodies
-from serving.direct import Measuring, shorten, take
+from serving.direct import Measuring, bypass, remove_middleware
 from serving.door import Door
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
@@ -71,7 +69,7 @@ logger = logging.getLogger("classifier.service")
 
 settings = configuration.load()
 CORES = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system())))
-"""Of those that this process may use, in whole ones: a container may have a share of them, or some of them alone."""
+"""Whole CPUs that this process may use, by affinity and by the quota of its container."""
 WORKERS = CORES if settings.workers == "cpu_count" else settings.workers
 IS_WORKER = bentoml.server_context.worker_index is not None
 if IS_WORKER:
@@ -111,11 +109,11 @@ except AccessError as error:
 TAG = ",".join(TAGS)
 if RUNTIME == "fastest":
     try:
-        rates, failed = compare(load_models()[0], settings.threads)
+        measured = compare(load_models()[0], settings.threads)
     except runtimes.RuntimeUnavailableError as error:
         raise configuration.SettingsError(f"error: {error}") from None
-    RUNTIME = max(rates, key=rates.__getitem__)
-    os.environ[MEASURED] = orjson.dumps({"images_per_second": rates, "failed": failed}).decode()
+    RUNTIME = measured.fastest
+    os.environ[MEASURED] = orjson.dumps(measured._asdict()).decode()
 # A worker that is started later serves the same.
 os.environ.update({"MODEL": TAG, "SHADOW": SHADOW or "", "RUNTIME": RUNTIME})
 if USAGE:
@@ -126,28 +124,28 @@ if RUNTIME == TORCH and not GPUS and not IS_WORKER:
     logger.warning("RUNTIME='torch' finds no GPU and computes on the CPU, slower than the other runtimes")
 
 DEFAULT_BATCH = 32
-"""Until the best one has been measured; and of a hop to the runner."""
+"""Images in a batch until the best size has been measured; and in a hop to the runner."""
 PATHS = (*GUARDED, *UNLOGGED)
-BODIES = 5
-"""Of the largest size that one worker holds at once."""
+MAX_HELD_BODIES = 5
+"""Bodies of ``MAX_BODY_BYTES`` that one worker may hold at once."""
 CONCURRENCY = 1 if WORKERS >= CORES else 2
-"""Batches on their way to an engine. Where workers are fewer than cores, it need not wait for the event loop; elsewhere
-batches half as large cost more than that gains."""
+"""Batches on their way to an engine. With two it need not wait for the event loop, which pays where workers are fewer
+than cores; elsewhere batches half as large cost more than that gains."""
 VERIFY_SECONDS = 10.0
-"""For the reference images; longer means that the engine hangs."""
+"""Longest time for the reference images; an engine that takes longer hangs."""
 WRONG_SECONDS = 60.0
-"""Between one verification of an engine that answers wrongly and the next."""
+"""Interval at which an engine that answers wrongly is verified again."""
 RETRY_SECONDS = 0.5
-"""Between one look at a runner that is starting and the next."""
+"""Interval at which a runner that is starting is asked whether it is ready."""
 IDLE_SECONDS = 0.05
-"""Between one look at the queue and the next."""
-GARBAGE = 20_000
-"""Objects made and not freed, before any are looked through: by default 700, and a twentieth of the time is looking."""
-HOUR = 3600.0
-"""What a worker grants the runner; the deadlines of requests are ours."""
+"""Interval at which an engine that is to be measured looks whether the queue is empty."""
+GC_THRESHOLD = 20_000
+"""Allocations before a garbage collection; CPython's 700 would cost a twentieth of the time."""
+RUNNER_TIMEOUT = 3600.0
+"""BentoML's limit of one call to the runner: in effect none, for the deadlines of requests are ours."""
 
-SHARED: dict[str, Any] = {
-    "traffic": {"timeout": HOUR},
+SERVICE_OPTIONS: dict[str, Any] = {
+    "traffic": {"timeout": RUNNER_TIMEOUT},
     "logging": {"access": {"enabled": False}},
     "tracing": {"excluded_urls": ".*"},
     "runner_probe": {"enabled": False},  # its errors would be replies of 500; ``__is_ready__`` asks instead
@@ -163,7 +161,7 @@ class LeanService(Service[Any]):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
         assert isinstance(app, Starlette)
-        take(app, TimeoutMiddleware)
+        remove_middleware(app, TimeoutMiddleware)
         return app
 
 
@@ -173,7 +171,7 @@ class RunnerService(LeanService):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
         assert isinstance(app, Starlette)
-        return shorten(app, {"/infer": self.inner.infer, "/evidence": self.inner.evidence})
+        return bypass(app, {"/infer": self.inner.infer, "/evidence": self.inner.evidence})
 
 
 @bentoml.service(  # type: ignore[operator]  # a module of that name hides the function from mypy
@@ -183,7 +181,7 @@ class RunnerService(LeanService):
     resources={"gpu": GPUS} if GPUS else {},
     # By default the client closes its session every 100 requests, and calls in flight with it.
     runner_connection={"max_requests": 10**9, "max_age": 1e9},
-    **SHARED,
+    **SERVICE_OPTIONS,
 )
 class Runner:
     """Owns one engine and batches over every API worker."""
@@ -219,7 +217,7 @@ class Runner:
         """(N, H, W, 3) uint8 pixels to (N, h, w, K) float32 evidence."""
         return await self._answer(self._host.evidence, request)
 
-    async def _answer(self, compute: Callable[[Pixels], Awaitable[Outputs]], request: Request) -> Response:
+    async def _answer(self, compute: Callable[[Pixels], Awaitable[Results]], request: Request) -> Response:
         if not self._is_right:
             return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         pixels = arrays.unpack(await request.body(), request.headers[arrays.SHAPE], np.uint8)
@@ -238,9 +236,7 @@ def prove(engine: Runtime, served: Ensemble) -> bool:
         verify(engine, served.reference(RUNTIME))
     except VerificationError as error:
         logger.critical("not ready", extra={"reason": str(error)})
-        end = Timer(WRONG_SECONDS, os._exit, (1,))
-        end.daemon = True
-        end.start()
+        end = draining.exit_after(WRONG_SECONDS)
         if GPUS > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             end.join()
@@ -261,7 +257,7 @@ def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tupl
 
 
 def process_name(kind: str) -> str:
-    """Of this worker, in its logs and their files, and in its heartbeat."""
+    """Name of this worker in its logs and their files, and in its heartbeat."""
     return f"{kind}-{bentoml.server_context.worker_index or 1}"
 
 
@@ -282,10 +278,6 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _admit(count: int, ahead: int) -> None:
-    get_current_service().admit(count, ahead)
-
-
 class ClassifierService(LeanService):
     """Puts the gateway around BentoML's application, and the model card and the page beside its endpoints."""
 
@@ -304,13 +296,15 @@ class ClassifierService(LeanService):
             # Before BentoML's own route of that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name("api"))
-        bodies = Bodies(BODIES * settings.max_body_bytes)
+        bodies = Bodies(MAX_HELD_BODIES * settings.max_body_bytes)
         endpoints = {method.route: method.func for method in self.apis.values()}
-        shortened = shorten(app, endpoints)
+        direct = bypass(app, endpoints)
         if not (KEYS or settings.audit_directory):  # whose callers are told 401 first, and have a line each in that log
-            count = shortened.count if isinstance(shortened, Measuring) else None
-            connections.Connection.door = Door(endpoints, _admit, settings.log_requests, count)
-        return Gateway(shortened, PATHS, Page(), settings.log_requests, bodies, visits)
+            count = direct.count if isinstance(direct, Measuring) else None
+            connections.Connection.door = Door(
+                endpoints, lambda *load: get_current_service().admit(*load), settings.log_requests, count
+            )
+        return Gateway(direct, PATHS, Page(), settings.log_requests, bodies, visits)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above
@@ -319,7 +313,7 @@ class ClassifierService(LeanService):
     service_class=ClassifierService,
     image=IMAGE,
     envs=[{"name": "MODEL", "value": TAG}],  # of a Bento, which holds no other
-    **SHARED,
+    **SERVICE_OPTIONS,
 )
 class Classifier:
     """Classifies images: POST one to /classify, or several to /classify/batch."""
@@ -358,9 +352,9 @@ class Classifier:
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
         most = max(VIEWS, settings.max_queue)
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)
-        replies = Replies(TAG, self._classifier, self._drift)
+        replies = Replies(TAG, self._classifier)
         sandbox = Sandbox(settings.max_pixels)
-        self._pipeline = Pipeline(settings, self._classifier, replies, self._queue, explanations, sandbox)
+        self._pipeline = Pipeline(settings, self._classifier, replies, self._drift, self._queue, explanations, sandbox)
         for artifact in self._served.artifacts:
             metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
@@ -371,7 +365,7 @@ class Classifier:
         # What is there now stays, and need not be looked through for garbage ever again.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(GARBAGE)
+        gc.set_threshold(GC_THRESHOLD)
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
@@ -382,7 +376,7 @@ class Classifier:
             raise
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
         if self._verified:  # the reference images are no traffic
-            self._drift.see(images)
+            self._drift.count_images(images)
         return self._classifier.score(outputs)
 
     @bentoml.on_startup
@@ -431,27 +425,20 @@ class Classifier:
             return True
 
     async def _tune(self, host: Local) -> None:
-        """Measure batch sizes while no request waits, a batch at a time, and keep to the best."""
-        shape = self._reference.images.shape[1:]
-        batches = {size: np.resize(self._reference.images, (size, *shape)) for size in BATCHES}
-        fewest: dict[int, float] = {}
-        for _ in range(ROUNDS):  # over all sizes each, so that a bad moment hits none of them in all rounds
-            for size, images in batches.items():
-                if 2 * fewest.get(size // 2, 0) > LONG_SECONDS:
-                    break
-                while self._queue.waiting:  # noqa: ASYNC110  # an event would cost every request a little
-                    await asyncio.sleep(IDLE_SECONDS)
-                try:
-                    seconds = await host.seconds_of(images)
-                except Exception:
-                    logger.exception("batches are not measured")
-                    return
-                # What else the machine does only ever adds to it.
-                fewest[size] = min(fewest.get(size, math.inf), seconds)
-        self._queue.max_batch = best_batch(fewest)
+        """Measure batch sizes while no request waits, and keep to the best."""
+        try:
+            seconds = await measure_batches(host.seconds_of, self._reference.images, self._until_idle)
+        except Exception:
+            logger.exception("batches are not measured")
+            return
+        self._queue.max_batch = best_batch(seconds)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
-        rates = {size: round(size / seconds, 1) for size, seconds in fewest.items()}
+        rates = {size: round(size / taken, 1) for size, taken in seconds.items()}
         logger.info("measured batches", extra={"images_per_s": rates, "max_batch": self._queue.max_batch})
+
+    async def _until_idle(self) -> None:
+        while self._queue.waiting:  # noqa: ASYNC110  # an event would cost every request a little
+            await asyncio.sleep(IDLE_SECONDS)
 
     async def _reference_outputs(self) -> Outputs:
         """Outputs for the reference images, in batches that the smallest queue admits."""

@@ -66,27 +66,27 @@ class Settings(BaseSettings):
     threads: int = Field(default=1, ge=1)
     """CPU threads of one engine."""
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Images in one batch of a worker's engine; ``auto`` measures and keeps the smallest size within 3 % of the best,
-    for on a CPU more is slower. With a runner: in its batches, by ``auto`` as
-    many as there is a CUDA graph for, and in what a worker sends it at once, 32 by ``auto``."""
+    """Images in the largest batch of an engine. ``auto`` measures, and keeps the smallest size within 3 % of the best
+    rate, for on a CPU more is slower. With a runner it is the limit of the runner's batches, by ``auto`` those of its
+    largest CUDA graph, and of what a worker sends it at once, by ``auto`` 32."""
     max_queue: int = Field(default=512, ge=1)
-    """Images that may wait in one API worker; beyond it requests are answered 429."""
+    """Images that may wait in one API worker; a request with more of them is answered 429."""
     max_wait: float = Field(default=0.5, gt=0)
-    """How long images may wait for an engine, and large ones to be decoded, by the rate at which their queue drained
-    lately; beyond it they are refused at once, as by ``MAX_QUEUE``. A request to an empty queue is always taken."""
+    """Longest wait for an engine, or of large images for a decoder, as estimated from the rate at which that queue
+    drained lately. A request that would wait longer is answered 429 at once; an empty queue takes every request."""
     max_request_images: int = Field(default=256, ge=1)
-    """Images in one ``/classify/batch`` request."""
+    """Most images in one ``/classify/batch`` request."""
     request_timeout: float = Field(default=10.0, gt=0)
-    """Deadline of a request; one that waits longer is answered 504 and never computed. A caller may ask for a shorter
-    one by the header ``X-Request-Timeout``."""
+    """Deadline of a request; one that waits longer is answered 504 and not computed. A caller may ask for a shorter one
+    by the header ``X-Request-Timeout``."""
     drain_seconds: float = Field(default=0.0, ge=0)
     """After SIGTERM, how long requests are still taken while readiness is off, for a load balancer to notice that."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
-    """Body of one request."""
+    """Largest body of a request."""
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
-    """One image, as it was sent."""
+    """Largest image, as it was sent."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Width times height of one image, from its header."""
+    """Most pixels of an image, width times height, by its header."""
     api_keys: Path | None = None
     """File of API keys (serving/access.py), read again when it changes; without it anyone may call."""
     usage_file: Path | None = None
@@ -96,31 +96,31 @@ class Settings(BaseSettings):
     review_directory: PrivateDirectory | None = None
     """Folder that keeps images of low confidence for labelling and retraining; none by default."""
     review_below: float = Field(default=0.5, gt=0, le=1)
-    """Confidence under which an image is kept."""
+    """Confidence under which an image is kept for review."""
     review_share: float = Field(default=0.1, gt=0, le=1)
-    """Share of those that is kept, drawn at random."""
+    """Share of the images under ``REVIEW_BELOW`` that is kept, drawn at random."""
     review_days: float = Field(default=30.0, gt=0)
     """Age at which a kept image is removed."""
     review_bytes: int = Field(default=2**30, ge=2**20)
     """Size of the folder at which the oldest images are removed."""
     log_level: Level = "INFO"
-    """Of the lines on standard error."""
+    """Lowest level that is written to standard error."""
     log_requests: bool = True
-    """One line for each request."""
+    """Whether each request is one line of the log."""
     log_directory: WritableDirectory | None = None
     """Folder of rotating files of WARNING and above, one file a process; none by default."""
     smtp_host: str | None = None
     """Mail server for CRITICAL lines; none by default. ``SMTP_TO`` goes with it."""
     smtp_port: int = Field(default=25, ge=1, le=65535)
-    """Of that server."""
+    """Port of ``SMTP_HOST``."""
     smtp_from: str = "classifier@localhost"
     """Sender of those mails."""
     smtp_to: str | None = None
-    """Who gets them."""
+    """Recipients of those mails, with commas between."""
     smtp_user: str | None = None
-    """For a server that asks who sends."""
+    """User name, for a server that wants a login; STARTTLS is then required."""
     smtp_password: SecretStr | None = None
-    """Of that user."""
+    """Password of ``SMTP_USER``."""
 
     def resolved_runtime(self) -> str:
         """The runtime that is meant; ``fastest`` is left to be measured."""

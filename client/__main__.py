@@ -83,7 +83,7 @@ def in_flight(
 
 
 def _results(done: Iterable[Future[list[Row]]], others: Iterable[Future[list[Row]]]) -> Iterator[list[Row]]:
-    """Of what is ``done``; if some of it failed, of ``others`` that are answered within moments, too.
+    """Rows of what is ``done``; if some of it failed, also of ``others`` that are answered within moments.
 
     An API key is charged for what was answered, and it would be lost with what failed.
     """

@@ -1,4 +1,4 @@
-"""What stops the command."""
+"""The error that stops the command with one line."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from client.errors import ClientError
 from client.rows import Row
-from model.tables import table as aligned
+from model.tables import aligned
 
 ROW_GROUP = 10_000
 """Rows of a Parquet file that are in memory at once."""

@@ -13,7 +13,7 @@ from client.errors import ClientError
 from client.rows import Reply, failure
 
 SUFFIXES = frozenset((".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-"""Of the files that are taken from a folder. A file that is named itself is taken whatever it is called.
+"""Suffixes of the files that are taken from a folder. A file that is named itself is taken whatever it is called.
 
 They are Pillow's for the formats of the service; to ask it would take longer than to start without it.
 """

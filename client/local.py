@@ -18,7 +18,6 @@ from model.ensemble import Ensemble, EnsembleError
 from model.preprocess import Pixels, preprocess
 from model.runtimes import RuntimeUnavailableError
 from model.tuning import compare
-from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.replies import Replies
 from serving.requests import Options
@@ -45,13 +44,12 @@ class Local:
         threads = os.cpu_count() or 1
         runtime = self._settings.resolved_runtime()
         if runtime == "fastest":
-            rates, _ = compare(served, threads)
-            runtime = max(rates, key=rates.__getitem__)
+            runtime = compare(served, threads).fastest
         reference = served.reference(runtime)
         self._engine = served.engine(runtime, threads)
         verify(self._engine, reference)
         self._classifier = Classifier(served.config, reference, self._settings.foreign_rate)
-        self._replies = Replies(",".join(tags), self._classifier, Drift(served.config, reference))
+        self._replies = Replies(",".join(tags), self._classifier)
 
     def __call__(self, images: list[bytes]) -> list[Reply]:
         decoded = [self._decode(image) for image in images]

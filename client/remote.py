@@ -27,7 +27,7 @@ SECONDS = httpx.Timeout(60, connect=10)
 NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 """A wrong address or certificate, unless it has worked before: nothing to wait for."""
 SMALLER = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.GATEWAY_TIMEOUT)
-"""Of a batch: fewer images at once may do, where large ones are not decoded within the deadline of one request."""
+"""Replies after which a batch is divided: fewer large images may well be decoded within the deadline of one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the second attempt, doubled each time, unless the service says how long."""
 

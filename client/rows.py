@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 Reply = dict[str, Any]
-"""As in the results of ``/classify/batch``: a verdict, or ``{"error": {"code", "message"}}``."""
+"""One of the results of ``/classify/batch``: a verdict, or ``{"error": {"code", "message"}}``."""
 Row = dict[str, Any]
 Classify = Callable[[list[bytes]], list[Reply]]
 """Images to their replies, in order; called from several threads. Raises ``ClientError`` when it cannot work."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from inspect import getsource
 from itertools import pairwise
@@ -14,13 +14,10 @@ from typing import Any
 
 import yaml
 
+from model.tables import markdown
+
 RULES = Path(__file__).parents[1] / "monitoring/prometheus/rules"
 Schema = dict[str, Any]
-
-
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 @cache
@@ -48,22 +45,24 @@ def api() -> str:
         for method, operation in methods.items()
         if path not in INFRASTRUCTURE
     ]
-    probes = table(("request", "reply"), ((f"`GET {path}`", text) for path, text in INFRASTRUCTURE.items()))
-    return "\n".join([*(_operation(*one) for one in operations), "## Probes and metrics\n", probes, _schemas()])
+    probes = markdown(("request", "reply"), ((f"`GET {path}`", text) for path, text in INFRASTRUCTURE.items()))
+    return "\n\n".join([*(_operation(*one) for one in operations), "## Probes and metrics", probes, _schemas()])
 
 
 def _operation(path: str, method: str, operation: Schema) -> str:
-    parts = [f"## {method.upper()} {path}\n", operation["description"].replace("``", "`") + "\n"]
+    parts = [f"## {method.upper()} {path}", operation["description"].replace("``", "`")]
     if "requestBody" in operation:
         bodies = operation["requestBody"]["content"].items()
         parts += [
-            "Body, one of:\n",
-            table(("content type", "content"), ((f"`{m}`", _type(b["schema"])) for m, b in bodies)),
+            "Body, one of:",
+            markdown(("content type", "content"), ((f"`{m}`", _type(b["schema"])) for m, b in bodies)),
         ]
     if "parameters" in operation:
-        parts += [table(("parameter", "type", "what it asks for"), map(_parameter, operation["parameters"]))]
-    parts += [table(("status", "meaning", "content", "headers"), map(_reply, sorted(operation["responses"].items())))]
-    return "\n".join(parts)
+        parts += [markdown(("parameter", "type", "what it asks for"), map(_parameter, operation["parameters"]))]
+    parts += [
+        markdown(("status", "meaning", "content", "headers"), map(_reply, sorted(operation["responses"].items())))
+    ]
+    return "\n\n".join(parts)
 
 
 def _parameter(parameter: Schema) -> tuple[str, ...]:
@@ -77,15 +76,15 @@ def _reply(reply: tuple[str, Schema]) -> tuple[str, ...]:
 
 
 def _schemas() -> str:
-    parts = ["## Schemas\n"]
+    parts = ["## Schemas"]
     for name, schema in _document()["components"]["schemas"].items():
         required = schema.get("required", [])
         rows = (
             (f"`{field}`", _type(about), "" if field in required else "no", about.get("description", ""))
             for field, about in schema["properties"].items()
         )
-        parts += [f"### {name}\n", table(("field", "type", "always there", "what it is"), rows)]
-    return "\n".join(parts)
+        parts += [f"### {name}", markdown(("field", "type", "always there", "what it is"), rows)]
+    return "\n\n".join(parts)
 
 
 def _type(schema: Schema) -> str:
@@ -142,7 +141,7 @@ def settings() -> str:
         (f"`{name.upper()}`", _setting(about), _default(about.get("default")), explained.get(name, ""))
         for name, about in Settings.model_json_schema()["properties"].items()
     )
-    return table(("variable", "type", "default", "what it is"), rows)
+    return markdown(("variable", "type", "default", "what it is"), rows)
 
 
 def _setting(schema: Schema) -> str:
@@ -177,7 +176,7 @@ def alerts() -> str:
         (rule for rule in _rules() if "alert" in rule), key=lambda rule: order.index(rule["labels"]["severity"])
     )
     rows = ((_runbook(rule), rule["labels"]["severity"], rule["labels"]["component"], _plain(rule)) for rule in found)
-    return table(("alert", "severity", "component", "says"), rows)
+    return markdown(("alert", "severity", "component", "says"), rows)
 
 
 def _runbook(rule: Schema) -> str:
@@ -197,4 +196,4 @@ def objectives() -> str:
         if rule.get("record") == "classifier:slo_budget:ratio"
     }
     rows = ((f"`{name}`", f"{1 - share:.1%}", f"{share:.1%}") for name, share in shares.items())
-    return table(("objective", "target", "error budget"), rows)
+    return markdown(("objective", "target", "error budget"), rows)

@@ -31,6 +31,8 @@ from model.statistics import Edges
 
 Outputs = NDArray[np.float32]
 """(N, K + 1): K uncalibrated logits, then the familiarity of the image (``model.network.ServedNet``)."""
+Evidence = NDArray[np.float32]
+"""(N, h, w, K): what each place of a coarse grid adds to each logit."""
 Labels = NDArray[np.int64]
 
 TORCH, ONNX, ONNX_INT8 = RUNTIMES = "torch", "onnx", "onnx-int8"
@@ -54,17 +56,19 @@ class ArtifactError(ValueError):
 
 
 class Reference(NamedTuple):
-    """What one format of the network makes of ``images`` (N, H, W, 3), and of the validation images."""
+    """What one format of the network makes of ``images`` (N, H, W, 3), and of V validation images."""
 
     images: Pixels
     outputs: Outputs
+    """(N, K + 1)."""
     validation: Outputs
+    """(V, K + 1)."""
     labels: Labels
-    """True classes of the validation images."""
+    """(V,): true classes of the validation images."""
     edges: Edges
-    """Quantiles of the statistics of training images."""
-    spread: float = 1.0
-    """How many times larger than an error of a network's outputs one of ``outputs`` may be: those of an ensemble."""
+    """(4, BINS - 1): quantiles of the statistics of training images."""
+    tolerance: float = 1.0
+    """Factor of the error that is borne in ``outputs``: more than 1 for those of an ensemble."""
 
 
 @dataclass(frozen=True)

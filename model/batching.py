@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from model.preprocess import Pixels
 
-Outputs = NDArray[np.float32]
-Engine = Callable[[Pixels], Awaitable[Outputs]]
-"""(N, H, W, 3) uint8 to (N, ...) float32, a row for each image, without blocking the event loop."""
+Results = NDArray[np.float32]
+"""(N, ...): outputs or evidence, a row for each image."""
+Engine = Callable[[Pixels], Awaitable[Results]]
+"""(N, H, W, 3) uint8 to ``Results``, without blocking the event loop."""
 
 MEMORY = 0.9
 """Weight of the past in a moving average."""
@@ -45,7 +46,7 @@ class GoneError(RuntimeError):
 @dataclass(eq=False)
 class _Job:
     images: Pixels
-    result: asyncio.Future[Outputs]
+    result: asyncio.Future[Results]
     is_wanted: Callable[[], bool]
 
 
@@ -79,8 +80,8 @@ class Batcher:
         self.waiting = 0
         """Images that no engine has taken yet."""
 
-    async def __call__(self, images: Pixels, is_wanted: Callable[[], bool] = lambda: True) -> Outputs:
-        """Outputs (N, ...) for ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
+    async def __call__(self, images: Pixels, is_wanted: Callable[[], bool] = lambda: True) -> Results:
+        """Results (N, ...) for ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
 
         Unless its batch is already under way, nothing is computed for a caller that was cancelled, because it ran out
         of time, or for images that by then are no longer wanted: ``GoneError``. Raises ``QueueFullError`` when the
@@ -196,7 +197,7 @@ def moving_average(past: float, new: float) -> float:
     return MEMORY * (past or new) + (1 - MEMORY) * new
 
 
-def _settle(job: _Job, outcome: Outputs | Exception) -> None:
+def _settle(job: _Job, outcome: Results | Exception) -> None:
     """Answer a job, unless its caller has gone."""
     if job.result.done():
         return

@@ -155,7 +155,7 @@ def check(outputs: Outputs, reference: Reference, runtime_name: str) -> None:
             f"runtime {runtime_name!r} gave outputs of shape {outputs.shape}; expected {reference.outputs.shape}"
         )
     difference = float(np.abs(outputs - reference.outputs).max())
-    tolerance = TOLERANCE[runtime_name] * reference.spread
+    tolerance = TOLERANCE[runtime_name] * reference.tolerance
     # Written so that NaN fails too.
     if not difference <= tolerance:
         raise VerificationError(

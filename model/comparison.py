@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model.artifact import FILES, ONNX, ONNX_INT8, RUNTIMES, Artifact
-from model.tables import Row, table
+from model.tables import Row, aligned, between
 
 Card = Mapping[str, Any]
 Figures = Mapping[str, Any]
@@ -63,7 +63,7 @@ def compare(a: Artifact, b: Artifact) -> str:
     """A table of two artifacts with the differences, and what is to be known to read it."""
     names = [artifact.tag for artifact in (a, b)]
     rows = [("", *names, "difference"), *_accuracies(a.card, b.card), *_sizes(a.card, b.card), *_per_class(a, b)]
-    return "\n".join(["A, B: 95 % intervals in brackets", table(rows), "", _images_note(a.card, b.card), METHOD])
+    return "\n".join(["A, B: 95 % intervals in brackets", aligned(rows), "", _images_note(a.card, b.card), METHOD])
 
 
 def _accuracies(a: Card, b: Card) -> Iterator[Row]:
@@ -119,8 +119,7 @@ def _change(a: Figures, b: Figures) -> str:
 def _accuracy(figures: Figures | None) -> str:
     if figures is None:
         return "-"
-    low, high = figures["accuracy_95"]
-    return f"{figures['accuracy']:.2%} ({low:.2%} to {high:.2%})"
+    return f"{figures['accuracy']:.2%} ({between(figures['accuracy_95'])})"
 
 
 def _share(value: float | None) -> str:

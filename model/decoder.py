@@ -27,16 +27,16 @@ from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError
 from model.preprocess import MAX_PIXELS, Pixels, render, shrink
 
 SECONDS = 5.0
-"""Of processor time for one image, more where ``MAX_PIXELS`` is raised: the largest takes 3 on a slow processor."""
+"""Processor time for one image, more where ``MAX_PIXELS`` is raised: the largest takes 3 on a slow processor."""
 PATIENCE = 2 * SECONDS
-"""Of time as it passes, on a machine with other work."""
+"""Wall-clock time for one image, on a machine with other work."""
 BASE_MEMORY = 128 * 2**20
-"""Of a decoder, in bytes: the interpreter and the libraries, and something to spare."""
+"""Bytes of a decoder before any image: the interpreter and the libraries, and something to spare."""
 PIXEL_MEMORY = 8
-"""Bytes for a pixel of an opaque image, of which a GIF takes most."""
+"""Bytes for each pixel of an opaque image; a GIF takes the most."""
 ERRORS = {error.__name__: error for error in (ImageError, TooManyPixelsError, UnsupportedFormatError)}
 Work = Callable[[bytes, dict[str, Any]], Pixels]
-"""From an image and a task to pixels."""
+"""Takes an encoded image and a task, and returns pixels."""
 
 
 def memory_for(max_pixels: int) -> int:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model import runtimes
-from model.artifact import ONNX, Artifact, Outputs, Reference
+from model.artifact import ONNX, Artifact, Evidence, Outputs, Reference
 from model.classifier import calibrated, fit_temperature
 from model.config import ModelConfig
 from model.preprocess import Pixels
@@ -59,9 +58,9 @@ class Ensemble:
         if len(references) == 1:
             return references[0]
         # An error of a logit, over the temperature, moves its own logarithm and the sum of all.
-        spread = 2 / min(artifact.config.temperature for artifact in self.artifacts)
+        tolerance = 2 / min(artifact.config.temperature for artifact in self.artifacts)
         return references[0]._replace(
-            spread=max(1.0, spread),
+            tolerance=max(1.0, tolerance),
             outputs=self.combine([reference.outputs for reference in references]),
             validation=self.combine([reference.validation for reference in references]),
         )
@@ -90,5 +89,5 @@ class _Together:
     def __call__(self, images: Pixels) -> Outputs:
         return self._ensemble.combine([member(images) for member in self._members])
 
-    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+    def evidence(self, images: Pixels) -> Evidence:
         return np.asarray(np.mean([member.evidence(images) for member in self._members], axis=0), np.float32)

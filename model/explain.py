@@ -6,14 +6,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from model.artifact import Evidence
 from model.preprocess import Pixels, resize
 
-Evidence = NDArray[np.float32]
+Heat = NDArray[np.float32]
+"""(H, W), zero or more, with a sum of 1."""
 SHIFTS = (-0.25, -0.125, 0.0, 0.125, 0.25)
-"""Of a view, as shares of the image's side; each in both directions."""
+"""Shifts of the views, as shares of the image's side, each in both directions."""
 VIEWS = len(SHIFTS) ** 2
 MIN_SIDE, MAX_SIDE = 256, 1024
-"""Of the longer side of an overlay, in pixels."""
+"""Limits of the longer side of an overlay, in pixels."""
 
 
 def views(image: Pixels) -> Pixels:
@@ -24,7 +26,7 @@ def views(image: Pixels) -> Pixels:
     )
 
 
-def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], stride: int) -> Evidence:
+def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], stride: int) -> Heat:
     """(VIEWS, h, w, K) evidence of the ``views`` to one map (H, W) for a class, zero or more, that sums to 1.
 
     The network's own grid is coarse, a cell for every ``stride`` pixels; moving the image under it and averaging what
@@ -47,7 +49,7 @@ def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], st
     return np.asarray(positive / max(float(positive.sum()), 1e-12), np.float32)
 
 
-def overlay(image: Pixels, heat: Evidence) -> bytes:
+def overlay(image: Pixels, heat: Heat) -> bytes:
     """PNG of ``image`` (H, W, 3), at a size to be looked at, under an evidence map: bright is where it lies."""
     longer = max(image.shape[:2])
     scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
@@ -63,6 +65,6 @@ def overlay(image: Pixels, heat: Evidence) -> bytes:
 
 
 def _places(height: int, width: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """For each view, the row and the column of the image that its rows and columns show."""
+    """Rows and columns of the image that those of each view show."""
     rows, columns = np.arange(height), np.arange(width)
     return [(rows + round(y * height), columns + round(x * width)) for y in SHIFTS for x in SHIFTS]

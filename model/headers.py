@@ -14,7 +14,7 @@ MAX_STEPS = 4096
 """Parts of a file that are looked at; real files have tens before the first pixel."""
 
 MAX_SCANS = 64
-"""Of a JPEG. A progressive one has ten or so, and each, of a few bytes, may cost as much time as the whole image."""
+"""Most scans of a JPEG. A progressive one has some ten; each, of a few bytes, may take as long as the whole image."""
 
 JPEG_NO_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD8)})
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

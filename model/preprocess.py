@@ -14,24 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from model.headers import FORMATS, Header, ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
-
-__all__ = [
-    "FORMATS",
-    "MAX_PIXELS",
-    "Header",
-    "ImageError",
-    "Pixels",
-    "TooManyPixelsError",
-    "UnsupportedFormatError",
-    "decode",
-    "inspect",
-    "preprocess",
-    "read_header",
-    "render",
-    "resize",
-    "shrink",
-]
+from model.headers import FORMATS, Header, ImageError, TooManyPixelsError, read_header
 
 Pixels = NDArray[np.uint8]
 MAX_PIXELS = 50_000_000
@@ -91,7 +74,7 @@ def _opaque(data: bytes, kind: str, reduction: int) -> Pixels:
 
 
 def _over_white(data: bytes) -> Pixels:
-    """By Pillow: with transparency, OpenCV ignores EXIF, a PNG's transparent gray, and how a TIFF stores alpha."""
+    """Pillow's work: with transparency, OpenCV ignores EXIF, a PNG's transparent gray, and how a TIFF stores alpha."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             layer = ImageOps.exif_transpose(image.convert("RGBA"))

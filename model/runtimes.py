@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Outputs
+from model.artifact import ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Evidence, Outputs
 from model.preprocess import Pixels
 
 GRAPHED_IMAGES = 256
-"""Of the largest batch that a CUDA graph is recorded for, a power of two; fewer of images above ``GRAPHED_PIXELS``."""
+"""Images in the largest batch with a CUDA graph, a power of two; fewer where they have more than ``GRAPHED_PIXELS``."""
 GRAPHED_PIXELS = 64 * 64
 """Activations of 256 images of 224x224 pixels would take 6 GB."""
 PROBED = "CUDA_DEVICES_PROBED"
@@ -50,8 +50,8 @@ class Runtime(Protocol):
         """(N, H, W, 3) uint8 RGB to (N, K + 1) float32 outputs."""
         ...
 
-    def evidence(self, images: Pixels) -> NDArray[np.float32]:
-        """(N, H, W, 3) uint8 RGB to (N, h, w, K): what each place of a coarse grid adds to each logit."""
+    def evidence(self, images: Pixels) -> Evidence:
+        """(N, H, W, 3) uint8 RGB to (N, h, w, K) float32 evidence."""
         ...
 
 
@@ -78,7 +78,7 @@ class OnnxRuntime:
     def __call__(self, images: Pixels) -> Outputs:
         return self._run("outputs", images)
 
-    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+    def evidence(self, images: Pixels) -> Evidence:
         return self._run("evidence", images)
 
     def _run(self, output: str, images: Pixels) -> NDArray[np.float32]:
@@ -123,7 +123,7 @@ class TorchRuntime:
             return self._run(self._graphs, images)
         return self._run(partial(self._eagerly, self._network), images)
 
-    def evidence(self, images: Pixels) -> NDArray[np.float32]:
+    def evidence(self, images: Pixels) -> Evidence:
         return self._run(partial(self._eagerly, self._network.explain), images)
 
     def _eagerly(self, function: Callable[[Any], Any], images: Pixels) -> Any:

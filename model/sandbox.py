@@ -33,9 +33,9 @@ ROOT = Path(__file__).parent.parent
 """Where the package is, in a Bento as in a checkout."""
 COMMAND = (sys.executable, "-m", "model.decoder")
 MOST_TOLD = 2**16
-"""Bytes that a decoder says about an image, beside its pixels."""
+"""Most bytes that a decoder may say of an image, beside its pixels."""
 START_SECONDS = 60.0
-"""For the fork server to have imported everything, on a machine with other work."""
+"""Time for the fork server to import everything, on a machine with other work."""
 
 
 class DecoderError(ImageError):

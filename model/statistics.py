@@ -10,7 +10,7 @@ from model.preprocess import Pixels
 
 STATISTICS = ("brightness", "contrast", "sharpness", "colour")
 BINS = 10
-"""As many training images fall into each."""
+"""Intervals of a statistic; each holds as many training images as any other."""
 
 Edges = NDArray[np.float32]
 

@@ -28,13 +28,13 @@ from model.artifact import ALSO_SHIPPED, CARD, ONNX, ONNX_INT8, RUNTIMES, SHIPPE
 from model.classifier import verify
 from model.config import ConfigError
 from model.runtimes import create
-from model.tables import Row, table
+from model.tables import Row, aligned
 
 BENTO = Path(__file__).parents[2]
 """The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
 CHECKOUT = Path(__file__).parents[1]
 SHOWN_PROMOTIONS = 10
-"""Of each name, by ``list``."""
+"""Promotions of each name that ``list`` shows."""
 
 
 class StoreError(RuntimeError):
@@ -263,7 +263,7 @@ def listing() -> str:
         for name in served
         for entry in _history(name)[-SHOWN_PROMOTIONS:]
     ]
-    return "\n".join([table(rows), "* what MODEL=name serves from its next start", "", table(changes)])
+    return "\n".join([aligned(rows), "* what MODEL=name serves from its next start", "", aligned(changes)])
 
 
 def _minute(time: datetime) -> str:

@@ -1,14 +1,25 @@
-"""Text in columns, for a terminal."""
+"""Tables: in columns for a terminal, and in Markdown. And intervals, as all of them say them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Row = Sequence[str]
 
 
-def table(rows: Sequence[Row]) -> str:
+def aligned(rows: Sequence[Row]) -> str:
     """``rows`` in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(head: Row, rows: Iterable[Sequence[object]]) -> str:
+    """``rows`` under ``head`` as a table of Markdown (GitHub Flavored Markdown, 4.10)."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def between(interval: Sequence[float]) -> str:
+    """An interval of shares, in percent."""
+    return f"{interval[0]:.2%} to {interval[1]:.2%}"

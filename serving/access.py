@@ -50,7 +50,7 @@ GUARDED: tuple[str, ...] = get_args(Guarded)
 """Paths that ask for a key. The others are for probes and Prometheus, which have none: nginx does not pass them on, and
 a NetworkPolicy keeps them to the cluster."""
 CHECK_SECONDS = 1.0
-"""Between two looks at whether the file has changed."""
+"""Interval at which the file is checked for changes."""
 
 
 class AccessError(RuntimeError):

@@ -27,7 +27,7 @@ logger = logging.getLogger("classifier.audit")
 ROTATE_BYTES, ROTATE_FILES = 64 * 2**20, 15
 """The current file and 15 older ones: 1 GiB a process, three million requests for one image each."""
 WAITING_LINES = 10_000
-"""For a disk that is slow; beyond it lines are lost, and the log of the service says so."""
+"""Lines that may wait for a slow disk; more are lost, and the log of the service says so."""
 
 
 class Audit:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving import metrics
-from serving.errors import ApiError, outside
+from serving.errors import ApiError, standalone
 
 MAX_HEAD_BYTES = 2**16
 """Received one after another without being part of a body: headers, or what follows the last chunk. They are parsed to
@@ -35,12 +35,12 @@ CHANGING = UPGRADING | {b"transfer-encoding", b"expect"}
 CONNECTION = (b"connection", b"proxy-connection")
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
-"""Of an idle connection; any time that a timer takes notice of."""
+"""Delay of the end of an idle connection, so that bytes which have come already are read first; any time will do."""
 SHORTEST_SLEEP = 1e-9
-"""Some 60 us in practice. Without it whoever wakes first takes all connections that come at once, and keeps them."""
+"""Before a connection is taken; some 60 us in practice. Else the first worker to wake takes and keeps all that come."""
 NOTHING = memoryview(b"")
 FEW = 64
-"""Connections of one worker. Of more, each worker has its share; and a flood of them must not wait for sleeps."""
+"""Connections of a worker up to which it sleeps: with more each has its share, and a flood of them must not wait."""
 
 
 def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
@@ -114,9 +114,9 @@ class Joining:
 
 class Connection(HttpToolsProtocol):
     receive_seconds = 10.0
-    """For headers, and for what is left of a body after its reply. Nginx's limit is the same."""
+    """Longest wait for headers, and for what is left of a body after its reply. Nginx's limit is the same."""
     send_seconds = 30.0
-    """For what the operating system has not taken of a reply."""
+    """Longest wait for a client to read what the operating system has not taken of a reply."""
     door: ClassVar[Door | None] = None
     stand_back: ClassVar[bool] = False
     """Whether other processes listen on the same socket: each then lets the others come to the next connection."""
@@ -241,7 +241,7 @@ class Connection(HttpToolsProtocol):
         """With a reply in the form of every error."""
         error = ApiError(status, "invalid_request", message, {"connection": "close"})
         metrics.REJECTED.labels(error.code).inc()
-        self._send(outside(error, ()))
+        self._send(standalone(error, ()))
         self.transport.close()
 
     def _should_upgrade(self) -> bool:

@@ -79,15 +79,15 @@ class _Remembered:
         return self._children[key]
 
 
-def shorten(app: Starlette, endpoints: Mapping[str, Endpoint]) -> ASGIApp:
+def bypass(app: Starlette, endpoints: Mapping[str, Endpoint]) -> ASGIApp:
     """BentoML's ``app`` with its measuring outermost and the direct way to ``endpoints`` right behind it."""
     direct = Direct(app, endpoints)
-    options = take(app, RunnerTrafficMetricsMiddleware)
+    options = remove_middleware(app, RunnerTrafficMetricsMiddleware)
     # None where BentoML is configured to measure nothing.
     return direct if options is None else Measuring(direct, **options)
 
 
-def take(app: Starlette, layer: Any) -> dict[str, Any] | None:
+def remove_middleware(app: Starlette, layer: Any) -> dict[str, Any] | None:
     """Remove a middleware from ``app``; the options that it would have been made with, or None where it has none."""
     for entry in app.user_middleware:
         if entry.cls is layer:

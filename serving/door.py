@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining, metrics
-from serving.errors import ApiError, from_exception, outside
+from serving.errors import ApiError, from_exception, standalone
 
 logger = logging.getLogger("classifier.access")
 
@@ -43,7 +43,7 @@ class Door:
         self._refused: defaultdict[str, list[float]] = defaultdict(list)
         self._ahead = 0
         self._refusal: ApiError | None = None
-        """Of this turn."""
+        """Shared by all that are refused in this turn."""
 
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Response | None:
         """The refusal of a POST to ``target``, or None for one that is to be heard."""
@@ -63,7 +63,7 @@ class Door:
                 return None
         if not self._refused:
             asyncio.get_running_loop().call_later(GATHER_SECONDS, self._tell)
-        response = outside(self._refusal, headers)
+        response = standalone(self._refusal, headers)
         self._refused[path].append(time.perf_counter() - started)
         return response
 

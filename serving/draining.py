@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from types import FrameType
@@ -35,6 +36,14 @@ def install(seconds: float) -> None:
             logger.info("draining", extra={"seconds": seconds})
 
     signal.signal(signal.SIGTERM, begin)
+
+
+def exit_after(seconds: float) -> threading.Timer:
+    """End this process then, whatever its other threads do; join the timer to do nothing until then."""
+    end = threading.Timer(seconds, os._exit, (1,))
+    end.daemon = True
+    end.start()
+    return end
 
 
 def skip() -> None:

@@ -35,6 +35,8 @@ class Drift:
         self._edges = reference.edges
         self._telling = {n for n, e in zip(STATISTICS, reference.edges, strict=True) if (np.diff(e) > 0).all()}
         self._unseen: list[Pixels] = []
+        # At 0 from the start, and at hand for every image.
+        self._verdicts = [metrics.IMAGES.labels(name) for name in config.classes]
         probabilities = calibrated(reference.validation, config.temperature)
         verdicts = np.bincount(probabilities.argmax(axis=1), minlength=len(config.classes))
         confidences = np.bincount(
@@ -46,7 +48,7 @@ class Drift:
         for name in self._telling:
             _expect(name, {str(i): 1 for i in range(BINS)})
 
-    def see(self, images: Pixels) -> None:
+    def count_images(self, images: Pixels) -> None:
         """Count a batch (N, H, W, 3), soon: not while its replies wait, and many images in one go cost less."""
         self._unseen.append(images)
         if len(self._unseen) == 1:
@@ -60,9 +62,11 @@ class Drift:
                 for index in np.flatnonzero(counts).tolist():
                     _images(name, str(index)).inc(int(counts[index]))
 
-    @staticmethod
-    def hear(prediction: Prediction) -> None:
-        """Count a verdict."""
+    def count_verdict(self, prediction: Prediction) -> None:
+        self._verdicts[prediction.class_index].inc()
+        metrics.CONFIDENCE.observe(prediction.confidence)
+        if not prediction.in_distribution:
+            metrics.FOREIGN_IMAGES.inc()
         _images(CLASS, prediction.class_name).inc()
         _images(CONFIDENCE, str(bisect_right(CONFIDENCE_EDGES, prediction.confidence))).inc()
 

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model.batching import GoneError, QueueFullError
-from model.preprocess import ImageError, TooManyPixelsError, UnsupportedFormatError
+from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError
 from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id
 
 ERROR_HEADER = "x-error-code"
@@ -71,7 +71,7 @@ def from_status(status: int) -> ApiError:
             return ApiError(known, known.name.lower(), known.description or known.phrase)
 
 
-def outside(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
+def standalone(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
     """The whole reply to a request with these headers, of which no layer of the application has heard."""
     chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER))
     token = request_id.set(chosen)  # which the reply tells

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from threading import Lock, Thread, Timer
+from threading import Lock, Thread
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import numpy as np
 
-from model.artifact import Outputs
+from model.artifact import Evidence, Outputs
+from model.batching import Results
 from model.preprocess import Pixels
 from model.runtimes import EngineLostError, Runtime
 from model.tuning import seconds_of
@@ -28,24 +29,22 @@ from serving.logs import Seldom
 logger = logging.getLogger("classifier.hosts")
 
 AT_ONCE_SECONDS = 0.004
-"""For which the event loop of a worker may stand still."""
+"""Longest time for which work may block the event loop of a worker."""
 HANG_SECONDS = 60.0
-"""For one batch: what takes longer will not come back."""
-LOOKS = 10
-"""In that time, at what is computed."""
+"""A batch that takes longer will not come back."""
+HANG_CHECKS = 10
+"""Checks of what is computed within ``HANG_SECONDS``; a batch that all of them see hangs."""
 GRACE_SECONDS = 15.0
-"""For a process to end by itself, which a thread that hangs may keep it from."""
+"""Time for a process to end by itself, which a hanging thread may keep it from."""
 PROBE_SECONDS = 5.0
-"""For the runner's word that it is ready."""
+"""Longest wait for the runner to say whether it is ready."""
 Answer = TypeVar("Answer")
 
 
 def give_up(reason: str) -> None:
     """End this process: nothing that it can do brings its engine back, and the supervisor starts another one."""
     logger.critical("the engine is lost", extra={"reason": reason})
-    end = Timer(GRACE_SECONDS, os._exit, (1,))
-    end.daemon = True
-    end.start()
+    draining.exit_after(GRACE_SECONDS)
     draining.skip()
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -59,7 +58,7 @@ class Host(Protocol):
 
     async def infer(self, images: Pixels) -> Outputs: ...
 
-    async def evidence(self, images: Pixels) -> Outputs: ...
+    async def evidence(self, images: Pixels) -> Evidence: ...
 
 
 class Local:
@@ -109,7 +108,7 @@ class Local:
             self._seconds_per_image = (time.perf_counter() - started) / len(images)
         return outputs
 
-    async def evidence(self, images: Pixels) -> Outputs:
+    async def evidence(self, images: Pixels) -> Evidence:
         return await self._in_thread(self._engine.evidence, images)
 
     async def seconds_of(self, images: Pixels) -> float:
@@ -134,10 +133,10 @@ class Local:
             self._batch = None
 
     def _watch(self) -> None:
-        looks, batch = 0, None
-        while looks < LOOKS:  # counted, for a process that was paused meanwhile, as by `docker pause`, does not hang
-            time.sleep(self._patience / LOOKS)
-            looks = looks + 1 if self._batch and self._batch is batch else 0
+        checks, batch = 0, None
+        while checks < HANG_CHECKS:  # counted, for a process that was paused, as by `docker pause`, does not hang
+            time.sleep(self._patience / HANG_CHECKS)
+            checks = checks + 1 if self._batch and self._batch is batch else 0
             batch = self._batch
         self._lose(f"a batch takes more than {self._patience:g} s")
 
@@ -170,10 +169,10 @@ class Remote:
     async def infer(self, images: Pixels) -> Outputs:
         return await self._ask("/infer", images)
 
-    async def evidence(self, images: Pixels) -> Outputs:
+    async def evidence(self, images: Pixels) -> Evidence:
         return await self._ask("/evidence", images)
 
-    async def _ask(self, path: str, images: Pixels) -> Outputs:
+    async def _ask(self, path: str, images: Pixels) -> Results:
         message = arrays.pack(images)
         try:
             try:
@@ -184,7 +183,7 @@ class Remote:
             logger.error("the runner failed", extra={"reason": repr(error)})
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
 
-    async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Outputs:
+    async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Results:
         session = await self._session()
         async with session.post(path, data=body, headers=headers, raise_for_status=True) as reply:
             return arrays.unpack(await reply.read(), reply.headers[arrays.SHAPE], np.float32)

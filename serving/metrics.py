@@ -12,9 +12,9 @@ from prometheus_client import Counter, Gauge, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
 
 FILES = ("counter", "histogram", "gauge_all", "gauge_livesum", "gauge_livemax")
-"""What the client library keeps for each process, as mapped files of these names, its number and ``.db``."""
+"""Memory-mapped files of the client library: each process has one per kind, ``<kind>_<pid>.db``."""
 RESERVED_BYTES = 2**17
-"""Of each file; a worker that has seen everything fills a tenth of that."""
+"""Disk space reserved for each file; a worker that has seen everything fills a tenth of that."""
 
 
 def _prepare(folder: Path) -> None:

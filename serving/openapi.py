@@ -33,7 +33,7 @@ KEY_ERRORS = {
     HTTPStatus.TOO_MANY_REQUESTS: "overloaded, as without keys; rate_limited or quota_exceeded: too many images were "
     "sent with this API key; Retry-After says for how long",
 }
-"""What comes to them where API keys are asked for."""
+"""Errors that are added where API keys are asked for."""
 KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},

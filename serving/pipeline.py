@@ -17,11 +17,13 @@ from starlette.responses import Response
 from model import explain
 from model.batching import Batcher
 from model.classifier import Classifier, Prediction, Scores
-from model.preprocess import Header, ImageError, Pixels, inspect, read_header, render
+from model.headers import Header, ImageError, read_header
+from model.preprocess import Pixels, inspect, render
 from model.sandbox import DecoderError, Sandbox
 from serving import metrics, visits
 from serving.context import client_waits
 from serving.decoding import Decoding
+from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.hosts import AT_ONCE_SECONDS
 from serving.replies import Replies
@@ -32,7 +34,7 @@ from settings import Settings
 logger = logging.getLogger("classifier.pipeline")
 
 LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
-"""From here on decoding takes longer than handing it to a process; a small file may well hold a large image."""
+"""From these sizes on decoding takes longer than handing it to a process; a small file may well hold a large image."""
 JSON, PNG = "application/json", "image/png"
 Work = TypeVar("Work")
 
@@ -45,11 +47,12 @@ class Pipeline:
         settings: Settings,
         classifier: Classifier,
         replies: Replies,
+        drift: Drift,
         infer: Batcher,
         evidence: Batcher,
         sandbox: Sandbox,
     ) -> None:
-        self._settings, self._classifier, self._replies = settings, classifier, replies
+        self._settings, self._classifier, self._replies, self._drift = settings, classifier, replies, drift
         self._infer, self._evidence, self._sandbox = infer, evidence, sandbox
         self._size = classifier.config.input_size
         self._decoding = Decoding(settings.max_wait)
@@ -59,7 +62,7 @@ class Pipeline:
         stages = metrics.Stages()
         _, _, prediction = await self._classify_one(request, stages, self._admit_one)
         with stages.timed("reply"):
-            document = orjson.dumps(self._replies(prediction, options))
+            document = orjson.dumps(self._reply(prediction, options))
         return Response(document, headers=stages.headers(), media_type=JSON)
 
     async def classify_batch(self, request: Request) -> Response:
@@ -83,7 +86,15 @@ class Pipeline:
         return Response(document, headers=stages.headers(), media_type=JSON)
 
     def _result(self, verdict: Verdict, options: Options) -> dict[str, Any]:
-        return verdict.body() if isinstance(verdict, ApiError) else self._replies(verdict, options)
+        return verdict.body() if isinstance(verdict, ApiError) else self._reply(verdict, options)
+
+    def _reply(self, prediction: Prediction, options: Options) -> dict[str, Any]:
+        """What is said of an image, once: it is counted."""
+        self._drift.count_verdict(prediction)
+        reply = self._replies(prediction, options)
+        if reply.get("abstained"):
+            metrics.ABSTAINED_IMAGES.inc()
+        return reply
 
     async def explain(self, request: Request) -> Response:
         """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
@@ -94,7 +105,7 @@ class Pipeline:
         evidence = await self._evidence(views, client_waits())
         stride = self._classifier.config.stride
         heat = await asyncio.to_thread(explain.evidence_map, evidence, prediction.class_index, self._size, stride)
-        reply = self._replies(prediction, options)  # which counts the verdict, for a picture of it too
+        reply = self._reply(prediction, options)
         if JSON in request.headers.get("accept", ""):
             reply["evidence"] = heat.astype(float).round(6).tolist()
             return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)

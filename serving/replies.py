@@ -5,29 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from model.classifier import Classifier, Prediction
-from serving import metrics
 from serving.context import request_id
-from serving.drift import Drift
 from serving.requests import Options
 
 DIGITS = 6
-"""Of a probability."""
+"""Decimal places of a probability."""
 
 
 class Replies:
-    """Makes replies in the name of the model ``tag``, and counts what they say."""
+    """Makes replies in the name of the model ``tag``."""
 
-    def __init__(self, tag: str, classifier: Classifier, drift: Drift) -> None:
-        self._tag, self._classifier, self._drift = tag, classifier, drift
-        # At 0 from the start, and at hand for every image.
-        self._images = [metrics.IMAGES.labels(name) for name in classifier.config.classes]
+    def __init__(self, tag: str, classifier: Classifier) -> None:
+        self._tag, self._classifier = tag, classifier
 
     def __call__(self, prediction: Prediction, options: Options) -> dict[str, Any]:
-        self._images[prediction.class_index].inc()
-        metrics.CONFIDENCE.observe(prediction.confidence)
-        self._drift.hear(prediction)
-        if not prediction.in_distribution:
-            metrics.FOREIGN_IMAGES.inc()
         reply = {
             "predicted_class": prediction.class_index,
             "class_name": prediction.class_name,
@@ -49,9 +40,9 @@ class Replies:
         chosen.sort(key=lambda index: -prediction.probabilities[index])
         return [self._classifier.config.classes[index] for index in chosen]
 
-    def _abstain(self, prediction: Prediction, options: Options, reply: dict[str, Any]) -> None:
+    @staticmethod
+    def _abstain(prediction: Prediction, options: Options, reply: dict[str, Any]) -> None:
         too_unsure = options.abstain_below is not None and prediction.confidence < options.abstain_below
         reply["abstained"] = too_unsure or (options.abstain_foreign and not prediction.in_distribution)
         if reply["abstained"]:
-            metrics.ABSTAINED_IMAGES.inc()
             reply["predicted_class"] = reply["class_name"] = None

@@ -24,7 +24,7 @@ JSON, MULTIPART = "application/json", "multipart/form-data"
 Item = bytes | ApiError
 """One image of a batch, or what is wrong with it."""
 OTHER_VALUES = 100_000
-"""Of a JSON body, beside its images: what else it tells is not read, but takes some 64 bytes each until then."""
+"""Values that a JSON body may hold besides its images. None is used, and each takes some 64 bytes when parsed."""
 WHITESPACE = b" \t\n\v\f\r"
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TextIO
 import orjson
 
 from model.classifier import Prediction
-from model.preprocess import read_header
+from model.headers import read_header
 from serving.logs import Seldom
 from settings import Settings
 
@@ -33,14 +33,14 @@ logger = logging.getLogger("classifier.review")
 WAITING_IMAGES = 16
 """Images in memory that wait for the thread; of more, none is kept."""
 SWEEP_SECONDS = 600.0
-"""Between two looks for images that have grown too old."""
+"""Interval at which images that have grown too old are removed."""
 SWEEP_TO = 0.9
 """Share of the size cap that is left when it was reached, so that the directory is not listed for every image."""
 BLOCK = 4096
 """A file takes whole blocks of the disk, and there are many small ones."""
 DAY_SECONDS = 86_400
 NAME = re.compile("[0-9a-f]{64}")
-"""Of what is kept, less its suffix."""
+"""Stem of a kept file: the image's SHA-256."""
 LEDGER = ".bytes"
 """File with the bytes that are kept; whoever changes the directory holds its lock."""
 

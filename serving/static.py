@@ -26,7 +26,7 @@ TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }
-"""Of files; what has another suffix is not served."""
+"""Media types by suffix; a file with another suffix is not served."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

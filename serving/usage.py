@@ -25,9 +25,9 @@ logger = logging.getLogger("classifier.usage")
 
 DAY_SECONDS = 86_400
 PATIENCE_SECONDS = 1.0
-"""For another process to let go of the file; it needs well under a millisecond."""
+"""Longest wait for another process to let go of the file; it needs well under a millisecond."""
 REST_SECONDS = 10.0
-"""After a failure, in which the file is left alone: else each request would wait for it, one after another."""
+"""Time for which the file is left alone after a failure: else each request would wait for it, one after another."""
 SET_UP = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;

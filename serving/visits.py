@@ -28,9 +28,9 @@ from serving.usage import Usage
 from settings import Settings
 
 Verdict = Prediction | ApiError
-"""What is said of one image."""
+"""The outcome for one image."""
 LARGE_BYTES = 65_536
-"""From here on hashing takes longer than handing it to a thread."""
+"""From this size on hashing takes longer than handing it to a thread."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Visits:
     def open(
         cls, settings: Settings, model: str, keys: Keys | None, usage: Usage | None, process_name: str
     ) -> Visits | None:
-        """For the worker called ``process_name``; None where nothing is asked for."""
+        """Visits of the worker called ``process_name``; None where nothing is asked for."""
         audit = Audit(settings.audit_directory, process_name) if settings.audit_directory else None
         review = Review(settings) if settings.review_directory else None
         return cls(model, keys, usage, audit, review) if keys or audit or review else None
@@ -70,7 +70,7 @@ class Visit:
     _path: str
     _client: str | None
     _name: str | None = None
-    """Of the key; None where nobody asks for one."""
+    """Name of the key; None where nobody asks for one."""
     _key: Key | None = None
     _images: list[dict[str, Any]] = field(default_factory=list)
 

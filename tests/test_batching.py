@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batching import Batcher, Engine, GoneError, Outputs, QueueFullError
+from model.batching import Batcher, Engine, GoneError, QueueFullError, Results
 from model.preprocess import Pixels
 
 PATIENCE = 10.0
@@ -24,13 +24,13 @@ def images(*values: int) -> Pixels:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
 
 
-def answer(batch: Pixels) -> Outputs:
+def answer(batch: Pixels) -> Results:
     """Two outputs an image, from which the image can be told."""
     value = batch[:, 0, 0, 0].astype(np.float32)
     return np.stack([value, -value], axis=1)
 
 
-def values(outputs: Outputs) -> list[int]:
+def values(outputs: Results) -> list[int]:
     assert outputs.shape[1] == 2
     assert (outputs[:, 0] == -outputs[:, 1]).all()
     return [int(value) for value in outputs[:, 0]]
@@ -43,7 +43,7 @@ class HeldEngine:
         self.batches: list[Pixels] = []
         self._outcomes: list[asyncio.Future[None]] = []
 
-    async def __call__(self, batch: Pixels) -> Outputs:
+    async def __call__(self, batch: Pixels) -> Results:
         self.batches.append(batch)
         outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outcomes.append(outcome)
@@ -65,7 +65,7 @@ def slow_at_first(seconds: float) -> Engine:
     """An engine that takes so long for its first batch, and next to nothing for all others."""
     delays = chain([seconds], repeat(0.001))
 
-    async def engine(batch: Pixels) -> Outputs:
+    async def engine(batch: Pixels) -> Results:
         await asyncio.sleep(next(delays))
         return answer(batch)
 
@@ -127,7 +127,7 @@ def test_batches_grow_while_the_engine_is_busy() -> None:
 
 def test_every_caller_gets_its_own_images_in_order() -> None:
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             await asyncio.sleep(0)
             return answer(batch)
 
@@ -147,7 +147,7 @@ def test_max_batch_is_never_exceeded_and_every_batch_is_observed() -> None:
         sizes: list[int] = []
         observed: list[int] = []
 
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             sizes.append(len(batch))
             await asyncio.sleep(0)
             return answer(batch)
@@ -214,7 +214,7 @@ def test_no_caller_is_forgotten_whenever_it_arrives(concurrency: int) -> None:
     """A caller may arrive in the very moment in which a drain has found the queue empty and is about to end."""
 
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             await asyncio.sleep(0)
             return answer(batch)
 
@@ -273,7 +273,7 @@ def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
     async def scenario() -> None:
         release = asyncio.Event()
 
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             await asyncio.sleep(0.1)
             if batch[0, 0, 0, 0] == 1:
                 await release.wait()
@@ -493,7 +493,7 @@ def test_a_slow_start_refuses_nobody() -> None:
 
 def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             await asyncio.sleep(0.05)
             return answer(batch)
 
@@ -515,7 +515,7 @@ def one_after_another(images_per_second: float) -> Engine:
     """An engine that works on one batch at a time, however many it has been sent."""
     in_use = asyncio.Lock()
 
-    async def engine(batch: Pixels) -> Outputs:
+    async def engine(batch: Pixels) -> Results:
         async with in_use:
             await asyncio.sleep(len(batch) / images_per_second)
         return answer(batch)
@@ -545,7 +545,7 @@ def test_a_remote_engine_that_has_become_slow_is_noticed_though_none_waits() -> 
     async def scenario() -> None:
         in_use, seconds = asyncio.Lock(), 0.0
 
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             async with in_use:
                 await asyncio.sleep(len(batch) * seconds)
             return answer(batch)
@@ -596,7 +596,7 @@ def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
 
 def test_an_engine_that_answers_at_once_leaves_the_event_loop_its_turns() -> None:
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             batches.append(len(batch))
             return answer(batch)
 
@@ -616,7 +616,7 @@ def test_what_an_engine_does_is_done_in_nobodys_name() -> None:
     name: ContextVar[str] = ContextVar("name", default="nobody")
 
     async def scenario() -> None:
-        async def engine(batch: Pixels) -> Outputs:
+        async def engine(batch: Pixels) -> Results:
             seen.append(name.get())
             return answer(batch)
 

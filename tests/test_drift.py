@@ -94,7 +94,7 @@ def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> 
         return found
 
     async def see() -> None:
-        drift.see(gray)
+        drift.count_images(gray)
         await asyncio.sleep(5 * GATHER_SECONDS)
 
     metrics.EXPECTED_SHARE.clear()

@@ -18,19 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import preprocess as module
-from model.headers import MAX_SCANS
-from model.preprocess import (
-    FORMATS,
-    MAX_PIXELS,
-    ImageError,
-    Pixels,
-    TooManyPixelsError,
-    UnsupportedFormatError,
-    inspect,
-    preprocess,
-    read_header,
-    resize,
-)
+from model.headers import FORMATS, MAX_SCANS, ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
+from model.preprocess import MAX_PIXELS, Pixels, inspect, preprocess, resize
 from tests.live import png_header
 
 HEIGHT, WIDTH = 48, 64
@@ -303,7 +292,7 @@ def test_hostile_images_leave_no_trace_on_standard_error() -> None:
     """Decoders that print would let anyone fill the log with lines that are not JSON."""
     program = (
         "import sys\n"
-        "from model.preprocess import ImageError, preprocess\n"
+        "from model.headers import ImageError\nfrom model.preprocess import preprocess\n"
         "for line in sys.stdin:\n"
         "    try:\n"
         "        preprocess(bytes.fromhex(line), (32, 32))\n"

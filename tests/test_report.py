@@ -131,8 +131,8 @@ def test_models_beside_each_other_tell_what_was_not_measured(
     assert rows[-1].endswith(" | - | - | - | - |")
     assert " - " not in rows[-2]
     assert "| trained for |" in rows[2]
-    story = {**artifact.card["training"], "teachers": [toy_artifact.card["training"]]}
-    taught = seal(few.path, {**few.card, "training": story})
+    record = {**artifact.card["training"], "teachers": [toy_artifact.card["training"]]}
+    taught = seal(few.path, {**few.card, "training": record})
     assert "| trained for, without teachers |" in readme.sizes([artifact, taught])
 
 

@@ -27,8 +27,8 @@ from model.artifact import ONNX_INT8, Artifact
 from model.batching import Batcher
 from model.classifier import Classifier, Scores
 from model.decoder import BASE_MEMORY, memory_for
-from model.headers import FORMATS, ImageError, UnsupportedFormatError
-from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess, read_header, shrink
+from model.headers import FORMATS, ImageError, UnsupportedFormatError, read_header
+from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess, shrink
 from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import metrics
@@ -147,7 +147,7 @@ def pipeline(faulty: Sandbox) -> Pipeline:
 
     queue = Batcher(infer, max_batch=64, max_queue=64)
     return Pipeline(
-        Settings(), classifier, Replies("toy:1", classifier, Drift(artifact.config, reference)), queue, queue, faulty
+        Settings(), classifier, Replies("toy:1", classifier), Drift(artifact.config, reference), queue, queue, faulty
     )
 
 

@@ -220,6 +220,12 @@ class TestPromotions:
         with serve("embedded", home, MODEL="toy", WORKERS=1) as url:
             assert f"toy:{version_of(url)}" == a
 
+    def test_a_version_that_leaves_the_store_goes_on_being_served(self, home: Path, versions: Versions) -> None:
+        a = tag(versions["a"])
+        with serve("embedded", home, MODEL=a, WORKERS=1) as url:
+            shutil.rmtree(home / "models" / a.replace(":", "/"))
+            assert f"toy:{version_of(url)}" == a
+
 
 def version_of(url: str) -> str:
     return str(requests.get(f"{url}/model", timeout=30).json()["version"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from model.preprocess import Pixels
-from model.tuning import best_batch, images_per_second
+from model.tuning import BATCHES, LONG_SECONDS, ROUNDS, best_batch, images_per_second, measure_batches
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,28 @@ def test_a_rate_is_images_over_the_median_time() -> None:
 
     engine = Engine()
     assert images_per_second(engine, np.zeros((8, 4, 4, 3), np.uint8), lambda: engine.now) == pytest.approx(400)
+
+
+def test_batches_are_measured_when_nobody_waits_and_the_least_time_counts() -> None:
+    """Of an engine whose first batch of 8 meets a bad moment, and whose batches of 32 and more would take long."""
+    measured: Counter[int] = Counter()
+    idle = False
+
+    async def until_idle() -> None:
+        nonlocal idle
+        idle = True
+
+    async def measure(images: Pixels) -> float:
+        nonlocal idle
+        assert idle, "requests come first"
+        idle = False
+        assert set(map(int, images[:, 0, 0, 0])) == {1, 2, 3}, "of all images that there are"
+        measured[len(images)] += 1
+        seconds_per_image = LONG_SECONDS / 20
+        return 9.0 if measured == {4: 1, 8: 1} else len(images) * seconds_per_image
+
+    images = np.tile(np.array([1, 2, 3], np.uint8).reshape(3, 1, 1, 1), (1, 4, 4, 3))
+    seconds = asyncio.run(measure_batches(measure, images, until_idle))
+    assert seconds == pytest.approx({size: size * LONG_SECONDS / 20 for size in (4, 8, 16)})
+    assert measured == {4: ROUNDS, 8: ROUNDS, 16: ROUNDS - 1}, "not 16 after a bad moment of 8"
+    assert max(BATCHES) > 16

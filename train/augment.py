@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     labels: Tensor
     size: int
     number: int
-    """Of the batch, counted over all epochs."""
+    """Number of the batch, counted over all epochs."""
 
 
 class Augmented:
@@ -147,7 +147,7 @@ class Augmented:
         pixels[kind] += 30 * self.recipe.corrupt * amount * noise * (where < density) / density.sqrt()
 
     def _lose_detail(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
-        """By a blur, or, for every other batch, by larger pixels."""
+        """Blur, or, in every other batch, make larger pixels."""
         amount = draw.uniform(self.recipe.corrupt, 1, 1, 1)[kind].abs().to(self.device)
         coarse = draw.batch_uniform(0.45, 1.55)
         if coarse > 1:

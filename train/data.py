@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.preprocess import ImageError, Pixels, inspect, read_header, render, resize
+from model.headers import ImageError, read_header
+from model.preprocess import Pixels, inspect, render, resize
 from train.command import CommandError
 
 CIFAR10 = "cifar10"
@@ -38,16 +39,16 @@ SPLIT_SEED = 0
 VALIDATION = ("val", "valid", "validation")
 """Folders beside ``train`` that are taken for the validation split."""
 COPIES = 2
-"""Of the pixels in memory, while the images of a split become one array."""
+"""Peak memory as a multiple of the decoded pixels, while the images of a split become one array."""
 DIGEST_BITS = 63
-"""What a tensor of int64 holds."""
+"""Bits of a digest, so that a tensor of int64 holds it."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 FLAT = 1.0
 """Standard deviation, in units of 0..255, of a channel that hardly has one: what divides by it stays finite."""
 
 
 BATCH_PIXELS = 512 * 64 * 64
-"""Of a batch whose size nobody asked for: the default network takes about 3 GB to learn from them."""
+"""Pixels in a batch whose size nobody asked for: the default network takes about 3 GB to learn from them."""
 
 
 class DataError(CommandError):
@@ -70,7 +71,7 @@ class Split:
     sizes: tuple[tuple[int, int], ...] = ()
     """Width and height of each image as it was found, before it took the size of ``images``."""
     digests: tuple[int, ...] = ()
-    """Of the content of each file, as ``digest`` gives it: the same at every size of ``images``."""
+    """Digest of the content of each file, as ``digest`` gives it: the same at every size of ``images``."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,7 +100,7 @@ class Data:
         counts = np.zeros((3, 256))
         for image in self.train.images:
             for channel in range(3):
-                counts[channel] += cv2.calcHist([image], [channel], None, [256], [0, 256])[:, 0]
+                counts[channel] += cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel()
         values, histograms = np.arange(256), counts / counts[0].sum()
         means = [float(h @ values) for h in histograms]
         stds = [float((h @ (values - m) ** 2) ** 0.5) for h, m in zip(histograms, means, strict=True)]

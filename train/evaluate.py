@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -32,20 +33,23 @@ from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs, seal
 from model.classifier import Classifier, Probabilities, calibrated
 from model.preprocess import Pixels
 from model.runtimes import Runtime, create, cuda_devices
+from model.tables import between
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load, test_files
 
 BATCH = 100
+THREADS = len(os.sched_getaffinity(0))
+"""Of an engine that judges many images; its speed is measured with one."""
 PATIENCE_SECONDS = 60.0
-"""For a service that is overloaded or restarts."""
+"""Longest wait for a service that is overloaded or restarts."""
 ECE_BINS = 15
 Z_95 = 1.959964
 SET_LEVELS = (0.9, 0.95, 0.99)
 SPEED_BATCH = 8
 INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp")
-"""Of x86, then of ARM, the best first: INT8 is several times faster by one than by another."""
+"""Extensions of x86, then of ARM, the best first: INT8 is several times faster with one than with another."""
 MAX_INT8_LOSS = 0.003
 """Largest share of images that INT8 may get wrong beyond what FP32 does."""
 
@@ -171,7 +175,7 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
     require_own_data(artifact, data)
     result = {}
     for name in runtimes:
-        runtime = create(name, artifact, threads=2)
+        runtime = create(name, artifact, THREADS)
         outputs = run_runtime(runtime, data.test.images)
         result[name] = figures(outputs, data.test, artifact, name)
         result[name]["speed"] = {
@@ -228,7 +232,7 @@ def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
 
 
 def accuracy_line(hits: int, count: int, interval: Sequence[float]) -> str:
-    return f"accuracy {hits / count:.2%} (95 % interval {interval[0]:.2%} to {interval[1]:.2%}, n={count})"
+    return f"accuracy {hits / count:.2%} (95 % interval {between(interval)}, n={count})"
 
 
 def print_report(name: str, metrics: dict[str, Any], artifact: Artifact) -> None:

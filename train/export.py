@@ -263,7 +263,7 @@ def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]
     }
 
 
-def spread(images: Pixels, count: int) -> Pixels:
+def evenly_spaced(images: Pixels, count: int) -> Pixels:
     """``count`` of ``images``, or all that there are, at even distances: folders come sorted by class."""
     chosen = np.linspace(0, len(images), min(len(images), count), endpoint=False).astype(int)
     return np.asarray(images[chosen])
@@ -295,7 +295,7 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
 def _write(run: Path, data: Data, out: Path) -> Artifact:
     if not (run / runs.RUN).exists():
         raise DataError(f"{run}: not a finished run, for it has no {runs.RUN}; go on with --resume")
-    training = runs.read_story(run)
+    training = runs.read_record(run)
     config, network = load_run(run)
     if config.classes != data.classes:
         raise DataError(
@@ -303,7 +303,7 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
         )
     if training["data_sha256"] != data.sha256():
         raise DataError(f"{data.source}: not the data of the run, whose splits differ; expected {training['source']}")
-    banked = spread(data.train.images, BANK_IMAGES)
+    banked = evenly_spaced(data.train.images, BANK_IMAGES)
     config = config.model_copy(update={"bank": len(banked)})
     served = ServedNet(config).eval()
     served.network = network
@@ -312,12 +312,12 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     weights_path, fp32, int8 = (out / files.FILES[runtime] for runtime in RUNTIMES)
     runs.write_weights(weights, weights_path)
     export_onnx(served, config, fp32)
-    quantize(fp32, int8, spread(data.train.images, CALIBRATION_IMAGES))
+    quantize(fp32, int8, evenly_spaced(data.train.images, CALIBRATION_IMAGES))
     store_half(fp32, weights_path)
     store_half(int8)
 
-    samples = spread(data.val.images, REFERENCE_IMAGES)
-    limits = edges(spread(data.train.images, STATISTICS_IMAGES))
+    samples = evenly_spaced(data.val.images, REFERENCE_IMAGES)
+    limits = edges(evenly_spaced(data.train.images, STATISTICS_IMAGES))
     references = []
     for path, name in ((fp32, ONNX), (int8, ONNX_INT8)):
         runtime = OnnxRuntime(path, name)

@@ -44,7 +44,7 @@ from train.muon import Muon
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
-from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_story, write_weights
+from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_record, write_weights
 from train.strips import in_strips, strips_pay
 
 SMALLEST_MAP = 3
@@ -65,7 +65,7 @@ def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
 
 
 def choose_batch_size(images: int, size: tuple[int, int]) -> int:
-    """For so many training images of ``size`` (height, width)."""
+    """Batch size for so many training images of ``size`` (height, width)."""
     return max(SMALLEST_BATCH, min(batch_of(size, DEFAULTS.batch_size), images // EPOCH_STEPS))
 
 
@@ -151,7 +151,7 @@ class Fit:
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.data_sha256 = data.sha256()
         self.digests: set[int] | None = set(data.train.digests)
-        """Of the files that the network has learned from; None when that of ``--start`` does not tell its own."""
+        """Digests of the files that the network has learned from; None when ``--start`` does not tell its own."""
         self.epochs_done = 0
         self.history: list[dict[str, float]] = []
 
@@ -228,7 +228,7 @@ class Fit:
         return torch.stack([loss.detach(), hits, torch.full_like(hits, len(batch.labels))])
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Of the labels, and of a teacher who sees the same image uncorrupted (Beyer et al., 2022, arXiv:2106.05237).
+        """Loss by the labels and by a teacher who sees the image uncorrupted (Beyer et al., 2022, arXiv:2106.05237).
 
         Each batch has one teacher, in turn, who sees it mirrored every other time. The gradient is linear in what is
         taught: on average the student learns from the mean of them all, at the cost of one.
@@ -324,7 +324,7 @@ class Fit:
                 f"{start.path}: a network of {theirs}; expected {ours} (--like takes its recipe)"
             ) from error
         self.learned_from["start"].append(start.sha256())
-        if start.story["data_sha256"] != self.data_sha256:
+        if start.record["data_sha256"] != self.data_sha256:
             self._require_unseen(start)
         self.digests = None if start.digests is None else start.digests.union(self.data.train.digests)
 
@@ -339,7 +339,7 @@ class Fit:
                 )
         elif not (self.data.by_content and start.holds_out_by_content()):
             print(
-                f"--start {start.path}: was trained on other data, {start.story['source']}, and has no record of the "
+                f"--start {start.path}: was trained on other data, {start.record['source']}, and has no record of the "
                 "images: figures are too good if some are validation or test images here"
             )
 
@@ -354,8 +354,8 @@ class Fit:
         teacher.load_state_dict(trained.weights)
         self.teachers.append(teacher.eval().requires_grad_(False))
         self.learned_from["teacher"].append(trained.sha256())
-        if trained.story["data_sha256"] != self.data_sha256:
-            print(f"--teacher {trained.path}: was trained on other data, {trained.story['source']}")
+        if trained.record["data_sha256"] != self.data_sha256:
+            print(f"--teacher {trained.path}: was trained on other data, {trained.record['source']}")
 
     def resume(self) -> None:
         """Take up the checkpoint in ``out``; raises ``DataError`` when recipe, data, start or teachers are others."""
@@ -431,11 +431,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     given = {name: value for name in Recipe.model_fields if (value := getattr(options, name)) is not None}
     recipe = read_recipe(given)
     if options.like:
-        story = read_story(options.like)
-        given = story["recipe"] | given
+        record = read_record(options.like)
+        given = record["recipe"] | given
         recipe = read_recipe(given, f"{options.like}: ")
         for option, key in (("start", "start"), ("teacher", "teachers")):
-            if key in story and not getattr(options, option):
+            if key in record and not getattr(options, option):
                 print(f"--like {options.like}: trained with --{option}, which is not taken over")
         options.size = options.size or ModelConfig.load(options.like / CONFIG).input_size[0]
     options.batch_size = given.get("batch_size")
@@ -525,9 +525,9 @@ def write_run(
     """``run.json``, which makes the run a finished one."""
     about: dict[str, object] = {**describe_run(fit, typed(sys.argv[1:]), started), "check": findings}
     if teachers:
-        about["teachers"] = [teacher.story for teacher in teachers]
+        about["teachers"] = [teacher.record for teacher in teachers]
     if start:
-        about["start"] = start.story
+        about["start"] = start.record
     (fit.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
 
 

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from model.artifact import ONNX_INT8, Artifact, Outputs
 from model.classifier import Classifier
-from model.preprocess import ImageError, Pixels, preprocess
+from model.headers import ImageError
+from model.preprocess import Pixels, preprocess
 from model.runtimes import create
 from train import command
 from train.data import DataError, load, read_files
-from train.evaluate import require_own_data, run_runtime, write_figures
+from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
 
 MADE = 500
 """Images of each kind."""
@@ -123,7 +124,7 @@ def main() -> None:
     images = {kind: np.stack([make(rng, config.input_size) for _ in range(MADE)]) for kind, make in KINDS.items()}
     if options.photos:
         images["photographs"] = foreign_photos(options.photos, config.classes, config.input_size)
-    runtime = create(ONNX_INT8, artifact, threads=2)
+    runtime = create(ONNX_INT8, artifact, THREADS)
     classifier = Classifier(config, artifact.reference(ONNX_INT8))
     ordinary = run_runtime(runtime, data.test.images)
     found = measure(classifier, ordinary, {kind: run_runtime(runtime, pixels) for kind, pixels in images.items()})

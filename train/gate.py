@@ -20,22 +20,23 @@ import numpy as np
 
 from model import runtimes
 from model.artifact import ONNX, ONNX_INT8, Artifact
+from model.tables import markdown
 from train.command import CommandError, run
 from train.data import load
-from train.evaluate import figures, int8_tolerance, require_own_data, run_runtime, within
+from train.evaluate import THREADS, figures, int8_tolerance, require_own_data, run_runtime, within
 from train.robustness import IMAGES, robustness, sample
 
 RUNTIME = ONNX_INT8
-"""What is served on a CPU; accuracy and calibration are judged on it."""
+"""The runtime that serves on a CPU; accuracy and calibration are judged on it."""
 ACCURACY_LOSS = 0.005
 CALIBRATION_LOSS = 0.01
 ROBUSTNESS_LOSS = 0.01
-"""Of accuracy on corrupted images. More than on clean ones: fewer are corrupted, so that chance moves it more."""
+"""Bearable loss on corrupted images: more than on clean ones, for they are fewer, and chance moves it more."""
 SLOWDOWN = 1.1
 BATCH, ROUNDS = 32, 40
 
 Row = tuple[str, float, float]
-"""What is compared, by how much the new one is worse, and how much worse it may be."""
+"""Name of a figure, by how much the new model is worse, and by how much it may be."""
 
 
 def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row]:
@@ -83,7 +84,7 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
     if old.config.input_size != new.config.input_size:
         data = load(source, old.config.input_size)
     print(f"{old.path} was trained on other data: it is measured on the test images of {source}")
-    runtime = runtimes.create(RUNTIME, old, threads=2)
+    runtime = runtimes.create(RUNTIME, old, THREADS)
     metrics = {RUNTIME: figures(run_runtime(runtime, data.test.images), data.test, old, RUNTIME)}
     if "robustness" in old.card.get("metrics", {}):
         metrics["robustness"] = robustness(runtime, sample(data.test, IMAGES))
@@ -104,11 +105,10 @@ def slowdown(new: Artifact, old: Artifact) -> float:
 
 
 def table(name: str, rows: list[Row]) -> str:
-    lines = [
-        f"| {what} | {found:.4f} | {limit:.4g} | {'yes' if within(found, limit) else 'NO'} |"
-        for what, found, limit in rows
-    ]
-    return "\n".join([f"| {name} | found | allowed | passes |", "| --- | --- | --- | --- |", *lines, ""])
+    cells = (
+        (what, f"{found:.4f}", f"{limit:.4g}", "yes" if within(found, limit) else "NO") for what, found, limit in rows
+    )
+    return markdown((name, "found", "allowed", "passes"), cells) + "\n"
 
 
 def main() -> None:

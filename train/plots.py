@@ -19,9 +19,9 @@ BLUE, ORANGE, GREEN, RED = "#0969da", "#bc4c00", "#1a7f37", "#cf222e"
 FAMILY_COLOURS = (BLUE, GREEN, ORANGE, "#8250df")
 DPI = 100
 COLOURS = 256
-"""Of the PNG's palette; plots need few, and photographs of 32 pixels look the same."""
+"""Size of the PNG's palette; plots need few colours, and photographs of 32 pixels look the same."""
 NUMBERED_CLASSES = 20
-"""Up to so many classes the confusion matrix tells its counts."""
+"""Most classes for which the cells of the confusion matrix show their counts."""
 
 
 def save(figure: Figure, path: Path) -> None:

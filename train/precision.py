@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
-"""Of x86 and of ARM, as ``torch.cpu.get_capabilities`` names them."""
+"""Extensions of x86 and of ARM, as ``torch.cpu.get_capabilities`` names them."""
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -17,7 +17,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Of convolutions: FP16 on CUDA, elsewhere bfloat16 if the processor has it, or else float32."""
+    """Type of convolutions: FP16 on CUDA, elsewhere bfloat16 if the processor has it, or else float32."""
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if has_bfloat16(device) else torch.float32

@@ -19,21 +19,22 @@ from model.artifact import ACCURATE, ALSO_SHIPPED, ONNX_INT8, SHIPPED, Artifact
 from model.classifier import Classifier
 from model.preprocess import preprocess
 from model.runtimes import create
+from model.tables import between, markdown
 from train import command
 from train.command import CommandError
 from train.data import CIFAR10
 from train.report import of_the_same_data
 from train.runs import runs
-from train.sections import between, measured, percent, table
+from train.sections import measured, percent
 
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)
 EXAMPLE = re.compile(r"(?<=\n)\$ curl -F .+ http://localhost:3000/classify .*\n\{.+\}(?=\n)")
 PICTURES = "tests/images"
 DIGITS = 6
-"""Of a probability, as the service rounds it."""
+"""Decimal places of a probability, as the service rounds it."""
 NAMED_CLASSES = 20
-"""More of them are counted alone."""
+"""Most classes that are listed by name; more are only counted."""
 NOT_MEASURED = "-"
 
 
@@ -89,7 +90,7 @@ def sizes(artifacts: list[Artifact]) -> str:
     time = "trained for, without teachers" if taught else "trained for"
     head = ("`MODEL`", "parameters", time, "accuracy, INT8", "corrupted", "photographs", "images/s, one core")
     on_gpu = next((f", but on a GPU `{a.config.name}` is" for a in artifacts if a.path == ACCURATE), "")
-    return f"The first is the default{on_gpu}; `MODEL` in the environment of `make serve` names one.\n\n" + table(
+    return f"The first is the default{on_gpu}; `MODEL` in the environment of `make serve` names one.\n\n" + markdown(
         head, rows
     )
 
@@ -129,7 +130,7 @@ def accuracy(artifact: Artifact) -> str:
         rows.append((f"`{name}`", *shown, f"{percent(sets['coverage'])}, {sets['size']:.2f}"))
     count = figures["images"]
     scaling = "calibration error (15 bins) raw → scaled"
-    return table(
+    return markdown(
         ("runtime", f"accuracy, {count:,} test images", "95 % interval", scaling, "99 % sets: coverage, size"), rows
     )
 
@@ -142,7 +143,7 @@ def rest(artifact: Artifact) -> Iterator[str]:
         f"{megabytes:.1f} MB, for `model.onnx` refers to\nthe weights in `model.safetensors`."
     )
     if rows := list(further(artifact.card["metrics"])):
-        yield table(("what else was measured, INT8", ""), rows)
+        yield markdown(("what else was measured, INT8", ""), rows)
     yield (
         "The [model card](docs/model-card.md) has the plots; the card (`GET /model`, or `model/pretrained/card.json`)"
         " has each class,\nthe confusion matrix and the log of every epoch."

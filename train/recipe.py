@@ -13,19 +13,19 @@ class Recipe(BaseModel):
     epochs: int = Field(default=25, ge=1)
     """How often every training image is seen."""
     batch_size: int = Field(default=512, ge=1)
-    """Largest, of all processes together. Without the flag fewer for large images, for memory, and for few of them."""
+    """Images in a batch of all processes together. Without the flag it is smaller for large images, and for few."""
     lr: float = Field(default=0.25, ge=0)
     """Learning rate of BatchNorm and the head."""
     momentum: float = Field(default=0.9, gt=0, lt=1)
-    """Of BatchNorm and the head."""
+    """SGD momentum of BatchNorm and the head."""
     muon_lr: float = Field(default=0.1, ge=0)
     """Learning rate of the filters: the length of a step relative to the weights'."""
     muon_momentum: float = Field(default=0.6, ge=0, lt=1)
-    """Of the filters."""
+    """Muon momentum of the filters."""
     low_res: float = Field(default=0.6, ge=0, le=1)
-    """Share of the epochs, the first ones, that see images of 3/4 of the size and cost little more than half."""
+    """Share of the epochs, from the first, at 3/4 of the resolution: each costs little more than half."""
     weight_decay: float = Field(default=5e-4, ge=0)
-    """Of the head."""
+    """Weight decay of the head."""
     warmup: float = Field(default=0.08, ge=0, le=1)
     """Share of the steps in which the learning rate rises, before it falls to zero; both linearly."""
     label_smoothing: float = Field(default=0.1, ge=0, le=1)
@@ -39,7 +39,7 @@ class Recipe(BaseModel):
     zoom: float = Field(default=1.3, ge=1)
     """Every other image is scaled by up to this factor, up or down, and stretched by up to its square root."""
     corrupt: float = Field(default=0.0, ge=0)
-    """Strength of noise, lost detail or changed colours, each on a quarter of the images; 1 is strong."""
+    """Strength of noise, of lost detail and of changed colours, each on a quarter of the images; 1 is strong."""
     distill: float = Field(default=0.9, ge=0, le=1)
     """Weight of the teachers' verdicts against the labels, where there are teachers."""
     distill_temperature: float = Field(default=2.0, gt=0)
@@ -49,7 +49,7 @@ class Recipe(BaseModel):
     depth: int = 3
     """Convolutions in a stage."""
     seed: int = Field(default=0, ge=0)
-    """Of the first weights, the order of the images and what is made of them."""
+    """Seed of the first weights, of the order of the images and of their augmentation."""
 
 
 DEFAULTS = Recipe()

@@ -24,18 +24,19 @@ from model.classifier import calibrated, verdicts
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
 from model.runtimes import create
+from model.tables import markdown
 from train import command, plots, sections
 from train.command import CommandError
 from train.data import Data, Split, load
-from train.evaluate import require_own_data, run_runtime
-from train.sections import Page, detailed, percent, table
+from train.evaluate import THREADS, require_own_data, run_runtime
+from train.sections import Page, detailed, percent
 
 ORIGINS = {
     "cifar10": "CIFAR-10, a labelled part of the 80 Million Tiny Images: Krizhevsky, A. (2009), *Learning Multiple "
     "Layers of Features from Tiny Images*, University of Toronto. It comes without a licence; its pictures were "
     "collected from the web and belong to their photographers."
 }
-"""By the beginning of the source's name."""
+"""Licences by the beginning of the source's name."""
 MISTAKES, MISTAKEN_CLASSES = 5, 10
 """How many mistakes are shown of a class, and of how many classes, the worst first."""
 CONFUSED_PAIRS = 3
@@ -43,7 +44,7 @@ CONFUSED_PAIRS = 3
 
 def worst(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]]:
     """The most confident mistakes on images of each class, each with the verdict, for the classes with most of them."""
-    runtime = create(detailed(artifact), artifact, threads=2)
+    runtime = create(detailed(artifact), artifact, THREADS)
     probabilities = calibrated(run_runtime(runtime, test.images), artifact.config.temperature)
     verdicts, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = verdicts != test.labels
@@ -78,7 +79,7 @@ def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | No
         return None
     best = sorted(measured, key=lambda label: float(figures[label]["accuracy"]), reverse=True)[:2]
     ensemble = Ensemble([artifacts[label] for label in best])
-    said = verdicts(run_runtime(ensemble.engine(ONNX_INT8, threads=2), test.images))
+    said = verdicts(run_runtime(ensemble.engine(ONNX_INT8, THREADS), test.images))
     rate = 1 / sum(1 / figures[label]["speed"]["images_per_s"] for label in best)
     name = f"{' and '.join(best)} (speed derived)"
     return {"name": name, "accuracy": float((said == test.labels).mean()), "images_per_s": round(rate)}
@@ -168,9 +169,9 @@ def about_data(artifact: Artifact, note: str) -> str:
     parts += [note] if note else known or ["Its origin and licence are known to who trained on it, not to this page."]
     findings = training.get("check")
     if findings is None:
-        return "\n\n".join([*parts, table(("split", "images"), [*training["images"].items()])])
+        return "\n\n".join([*parts, markdown(("split", "images"), [*training["images"].items()])])
     rows = [(split, sum(c.values()), min(c.values()), max(c.values())) for split, c in findings["images"].items()]
-    parts.append(table(("split", "images", "smallest class", "largest class"), rows))
+    parts.append(markdown(("split", "images", "smallest class", "largest class"), rows))
     sizes = findings["sizes"]
     near = findings["nearly_in_training"]
     parts.append(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,13 +21,15 @@ from tqdm import tqdm
 
 from model.artifact import ONNX_INT8, RUNTIMES, Artifact
 from model.classifier import verdicts
-from model.preprocess import ImageError, Pixels, preprocess
+from model.headers import ImageError
+from model.preprocess import Pixels, preprocess
 from model.runtimes import Runtime, create
+from model.tables import between
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from train.data import DataError, Split, batch_of, load, read_files, stratified
-from train.evaluate import Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
+from train.evaluate import THREADS, Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
 
 IMAGES = 2000
 SEED = 0
@@ -158,8 +159,7 @@ def print_photographs(metrics: dict[str, Any]) -> None:
 
 
 def _line(figures: dict[str, Any]) -> str:
-    interval: Sequence[float] = figures["accuracy_95"]
-    return f"{figures['accuracy']:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
+    return f"{figures['accuracy']:.2%} ({between(figures['accuracy_95'])})"
 
 
 def main() -> None:
@@ -175,7 +175,7 @@ def main() -> None:
     artifact = Artifact.load(options.artifact)
     data = load(options.source, artifact.config.input_size)
     require_own_data(artifact, data)
-    runtime = create(options.runtime, artifact, threads=2)
+    runtime = create(options.runtime, artifact, THREADS)
     # The photographs first: what is wrong with them is told before the long part.
     metrics = {"photographs": photographs(runtime, artifact, options.photos)} if options.photos else {}
     metrics["robustness"] = robustness(runtime, sample(data.test, options.images))

@@ -25,22 +25,22 @@ class Trained(NamedTuple):
 
     path: Path
     weights: dict[str, Tensor]
-    story: dict[str, Any]
+    record: dict[str, Any]
     config: ModelConfig
     digests: set[int] | None
-    """Of all files that it has learned from; an artifact, which is small, does not tell."""
+    """Digests of all files that it has learned from; an artifact, which is small, does not tell."""
 
     @classmethod
     def read(cls, path: Path) -> Trained:
         """Raises ``DataError`` unless ``path`` is a finished run or an artifact."""
-        return cls(path, read_weights(path), read_story(path), ModelConfig.load(path / CONFIG), read_digests(path))
+        return cls(path, read_weights(path), read_record(path), ModelConfig.load(path / CONFIG), read_digests(path))
 
     def holds_out_by_content(self) -> bool:
         """Whether each of the runs that led to it did, so that none learned from what any other such run holds out."""
-        return all(run.get("held_out_by_content", False) for run in runs(self.story))
+        return all(run.get("held_out_by_content", False) for run in runs(self.record))
 
     def sha256(self) -> str:
-        """Of the weights: what is in a folder may be another network tomorrow."""
+        """Hash of the weights: what is in a folder may be another network tomorrow."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.weights.items()):
             digest.update(name.encode())
@@ -85,7 +85,7 @@ def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         raise DataError(f"{path}: {error}") from error
 
 
-def read_story(trained: Path) -> dict[str, Any]:
+def read_record(trained: Path) -> dict[str, Any]:
     """What a finished run, or the card of an artifact, tells of its training."""
     path = trained / (RUN if (trained / RUN).exists() else CARD)
     if not path.exists():
@@ -94,8 +94,8 @@ def read_story(trained: Path) -> dict[str, Any]:
         told = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
-    story: dict[str, Any] = told if path.name == RUN else told["training"]
-    return story
+    record: dict[str, Any] = told if path.name == RUN else told["training"]
+    return record
 
 
 def runs(training: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model.artifact import FILES, ONNX_INT8, RUNTIMES, Artifact
+from model.tables import between, markdown
 from train import plots
 from train.command import CommandError
 from train.evaluate import Reliability, accuracy_interval, calibration_error_by_chance
@@ -30,17 +30,8 @@ class Page:
         return f"![{alt}](images/{path.name})"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def percent(share: float) -> str:
     return f"{share:.2%}"
-
-
-def between(interval: Sequence[float]) -> str:
-    return f"{interval[0]:.2%} to {interval[1]:.2%}"
 
 
 def measured(artifact: Artifact) -> list[str]:
@@ -81,7 +72,7 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
         [
             "### Accuracy",
             f"On the test images, one view of each{speed(figures)}.",
-            table(head, rows),
+            markdown(head, rows),
             f"Each class, by `{name}`:",
             per_class(figures),
             page.picture(matrix, f"{label}-confusion", "Confusion matrix"),
@@ -113,7 +104,7 @@ def prediction_sets(artifact: Artifact) -> str:
         [
             "### Prediction sets",
             "Split conformal prediction: how often the set of classes holds the true one, and how large it is.",
-            table(("level", "coverage", "classes, mean"), rows),
+            markdown(("level", "coverage", "classes, mean"), rows),
         ]
     )
 
@@ -125,7 +116,7 @@ def per_class(figures: dict[str, Any]) -> str:
         hits, count, verdicts = (int(v) for v in (matrix[index, index], matrix[index].sum(), matrix[:, index].sum()))
         precision = percent(hits / verdicts) if verdicts else "never said"
         rows.append((name, percent(hits / count), between(accuracy_interval(hits, count)), count, precision))
-    return table(("class", "found (recall)", "95 % interval", "n", "right when said (precision)"), rows)
+    return markdown(("class", "found (recall)", "95 % interval", "n", "right when said (precision)"), rows)
 
 
 def calibration(page: Page, label: str, artifact: Artifact) -> str:
@@ -149,7 +140,7 @@ def listed(title: str, about: str, metrics: dict[str, Any] | None) -> str:
     """A section that tells all of ``metrics`` as a table, if there are any."""
     if metrics is None:
         return ""
-    return "\n\n".join([title, about, table(("figure", "value"), flattened(metrics))])
+    return "\n\n".join([title, about, markdown(("figure", "value"), flattened(metrics))])
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -178,7 +169,7 @@ def corruptions(page: Page, label: str, artifact: Artifact) -> str:
             f"{metrics['images']} test images by `{metrics['runtime']}`, under {len(metrics['corruptions'])} "
             "corruptions at the five severities of CIFAR-10-C (Hendrycks & Dietterich, 2019, arXiv:1903.12261). "
             "`train/corruptions.py` makes them anew: figures are near those on the published files, not the same.",
-            table(("images", "accuracy", "95 % interval"), rows),
+            markdown(("images", "accuracy", "95 % interval"), rows),
             picture,
         ]
     )
@@ -194,7 +185,7 @@ def photographs(artifact: Artifact) -> str:
         [
             "### Photographs",
             f"`{metrics['source']}`: pictures of any size, prepared as the service does, by `{metrics['runtime']}`.",
-            table(("class", "accuracy", "95 % interval", "n"), rows),
+            markdown(("class", "accuracy", "95 % interval", "n"), rows),
         ]
     )
 
@@ -215,7 +206,7 @@ def provenance(artifact: Artifact) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in card["versions"].items())
     rows = [(f"`{name}`", f"{file['bytes']:,}", f"`{file['sha256']}`") for name, file in card["files"].items()]
     about = f"Version `{artifact.version}`, exported at commit `{card['git_commit']}` with {versions}."
-    return "\n\n".join(["### Provenance", about, table(("file", "bytes", "SHA-256"), rows)])
+    return "\n\n".join(["### Provenance", about, markdown(("file", "bytes", "SHA-256"), rows)])
 
 
 def frontier(page: Page, cards: dict[str, Any], together: dict[str, Any] | None) -> str:
@@ -232,4 +223,4 @@ def frontier(page: Page, cards: dict[str, Any], together: dict[str, Any] | None)
     rows = [(point["name"], percent(point["accuracy"]), point["images_per_s"]) for point in points]
     picture = page.picture(plots.frontier(points), "frontier", "Accuracy against speed")
     head = ("model", "accuracy, INT8", "images/s, one core")
-    return "\n\n".join(["## Accuracy against speed", table(head, rows), picture])
+    return "\n\n".join(["## Accuracy against speed", markdown(head, rows), picture])

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from model.tables import markdown
 from tests.benchmark import bars, plots
 from tests.benchmark.results import EMBEDDED, ONE_REPLICA, ONE_WORKER, TWO_REPLICAS, Results
 
@@ -18,10 +19,8 @@ MIDDLE = 64
 """Connections."""
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *(list(row) for row in rows)]]
-    return [lines[0], "| --- " * len(head) + "|", *lines[1:], ""]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [markdown(head, rows), ""]
 
 
 def milliseconds(seconds: float | None) -> str:

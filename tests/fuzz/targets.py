@@ -12,7 +12,8 @@ import numpy as np
 from starlette.requests import Request
 from starlette.types import Message
 
-from model.preprocess import ImageError, inspect, render
+from model.headers import ImageError
+from model.preprocess import inspect, render
 from model.sandbox import DecoderError, Sandbox
 from serving.errors import ApiError
 from serving.requests import read_image, read_images

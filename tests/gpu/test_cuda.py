@@ -76,9 +76,9 @@ def test_the_evidence_is_that_of_the_cpu(artifact: Artifact, engine: TorchRuntim
 def test_a_training_learns(tmp_path: Path) -> None:
     folder = toy.make_folder(tmp_path / "folder")
     toy.run("train.fit", folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
-    story = json.loads((tmp_path / "run" / RUN).read_text())
-    assert (story["precision"], story["device"]) == ("float16", torch.cuda.get_device_name())
-    assert story["history"][-1]["val_accuracy"] > 0.7
+    record = json.loads((tmp_path / "run" / RUN).read_text())
+    assert (record["precision"], record["device"]) == ("float16", torch.cuda.get_device_name())
+    assert record["history"][-1]["val_accuracy"] > 0.7
 
 
 def rate(function: Callable[[Pixels], object], batch: Pixels) -> float:
