@@ -73,6 +73,7 @@ CORES = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system()))
 WORKERS = CORES if settings.workers == "cpu_count" else settings.workers
 IS_WORKER = bentoml.server_context.worker_index is not None
 if IS_WORKER:
+    supervision.follow()
     connections.install()
     connections.Connection.stand_back = WORKERS != 1
 else:

@@ -77,7 +77,7 @@ def _over_white(data: bytes) -> Pixels:
     """Pillow's work: with transparency, OpenCV ignores EXIF, a PNG's transparent gray, and how a TIFF stores alpha."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            layer = ImageOps.exif_transpose(image.convert("RGBA"))
+            layer = ImageOps.exif_transpose(_with_alpha(image))
     except UnidentifiedImageError:  # whose own words are of objects in memory
         raise ImageError("the image cannot be decoded: its data is truncated or broken") from None
     except Exception as error:
@@ -87,15 +87,22 @@ def _over_white(data: bytes) -> Pixels:
     return np.asarray(white.convert("RGB"))
 
 
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """As RGBA. Pillow takes 16 bits of gray for 8, and what is above 255 for white."""
+    if not image.mode.startswith("I;16"):
+        return image.convert("RGBA")
+    gray = np.asarray(image)
+    opaque = gray != image.info.get("transparency")
+    return Image.merge("LA", [Image.fromarray(np.uint8(p)) for p in (gray >> 8, opaque * 255)]).convert("RGBA")
+
+
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """(H, W, 3) to (height, width, 3): area interpolation when shrinking (no aliasing), cubic when enlarging."""
-    height, width = size
-    if image.shape[:2] == size:
-        return image
-    shrinking = image.shape[0] >= height and image.shape[1] >= width
-    return np.asarray(
-        cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC), np.uint8
-    )
+    """(H, W, 3) to (height, width, 3): by area interpolation where a side shrinks (no aliasing), then by cubic."""
+    least = min(image.shape[0], size[0]), min(image.shape[1], size[1])
+    for (height, width), how in ((least, cv2.INTER_AREA), (size, cv2.INTER_CUBIC)):
+        if image.shape[:2] != (height, width):
+            image = np.asarray(cv2.resize(image, (width, height), interpolation=how), np.uint8)
+    return image
 
 
 def preprocess(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> Pixels:

@@ -8,6 +8,9 @@ from starlette.types import Message, Receive
 
 from serving.errors import ApiError
 
+SMALL = 2**16
+"""Bytes of a request that are taken however many others are held: large uploads that stall keep no small image out."""
+
 
 class Bodies:
     """Counts the bytes of bodies that are held; who sends more than ``limit`` leaves room for is answered 429."""
@@ -33,7 +36,7 @@ class Meter:
         message = await self._receive()
         size = len(message.get("body", b""))
         bodies = self._bodies
-        if bodies.held + size > bodies.limit:
+        if bodies.held + size > bodies.limit and self._held + size > SMALL:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
                 "overloaded",

@@ -22,18 +22,28 @@ from serving import metrics
 
 CLASS, CONFIDENCE = "class", "confidence"
 GATHER_SECONDS = 0.02
+LEAST_IMAGES, LEAST_CONFIDENCES = 10, 100
+"""Validation images from which on statistics and confidences are compared. Of fewer, which go with few training images,
+the index is above the threshold of its alert by chance: for 20 confidences in a fifth of all cases."""
 CONFIDENCE_EDGES = (0.5, 0.7, 0.9, 0.95, 0.99)
 
 
 class Drift:
     """Tells Prometheus what to expect, and what comes.
 
-    A statistic whose edges tie, as the colour of gray images, is left out: its bins do not hold a tenth each.
+    A statistic whose edges tie, with each other or with 0, as the colour of gray images, is left out: its bins do not
+    hold a tenth each. What is expected of too few images is left out as well.
     """
 
     def __init__(self, config: ModelConfig, reference: Reference) -> None:
         self._edges = reference.edges
-        self._telling = {n for n, e in zip(STATISTICS, reference.edges, strict=True) if (np.diff(e) > 0).all()}
+        images = len(reference.labels)
+        self._telling = {
+            name
+            for name, edges in zip(STATISTICS, reference.edges, strict=True)
+            if images >= LEAST_IMAGES and (np.diff(edges, prepend=0) > 0).all()
+        }
+        self._tells_confidence = images >= LEAST_CONFIDENCES
         self._unseen: list[Pixels] = []
         # At 0 from the start, and at hand for every image.
         self._verdicts = [metrics.IMAGES.labels(name) for name in config.classes]
@@ -44,7 +54,8 @@ class Drift:
             minlength=len(CONFIDENCE_EDGES) + 1,
         )
         _expect(CLASS, dict(zip(config.classes, verdicts.tolist(), strict=True)))
-        _expect(CONFIDENCE, {str(i): count for i, count in enumerate(confidences.tolist())})
+        if self._tells_confidence:
+            _expect(CONFIDENCE, {str(i): count for i, count in enumerate(confidences.tolist())})
         for name in self._telling:
             _expect(name, {str(i): 1 for i in range(BINS)})
 
@@ -68,7 +79,8 @@ class Drift:
         if not prediction.in_distribution:
             metrics.FOREIGN_IMAGES.inc()
         _images(CLASS, prediction.class_name).inc()
-        _images(CONFIDENCE, str(bisect_right(CONFIDENCE_EDGES, prediction.confidence))).inc()
+        if self._tells_confidence:
+            _images(CONFIDENCE, str(bisect_right(CONFIDENCE_EDGES, prediction.confidence))).inc()
 
 
 @cache

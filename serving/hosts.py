@@ -25,11 +25,10 @@ from model.tuning import seconds_of
 from serving import arrays, draining, metrics
 from serving.errors import ApiError
 from serving.logs import Seldom
+from serving.pacing import AT_ONCE_SECONDS
 
 logger = logging.getLogger("classifier.hosts")
 
-AT_ONCE_SECONDS = 0.004
-"""Longest time for which work may block the event loop of a worker."""
 HANG_SECONDS = 60.0
 """A batch that takes longer will not come back."""
 HANG_CHECKS = 10

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import orjson
@@ -25,7 +24,7 @@ from serving.context import client_waits
 from serving.decoding import Decoding
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
-from serving.hosts import AT_ONCE_SECONDS
+from serving.pacing import paced
 from serving.replies import Replies
 from serving.requests import Item, Options, read_image, read_images, read_options
 from serving.visits import Verdict
@@ -36,7 +35,6 @@ logger = logging.getLogger("classifier.pipeline")
 LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
 """From these sizes on decoding takes longer than handing it to a process; a small file may well hold a large image."""
 JSON, PNG = "application/json", "image/png"
-Work = TypeVar("Work")
 
 
 class Pipeline:
@@ -185,16 +183,6 @@ class Pipeline:
                 item = from_exception(error)
         metrics.REJECTED.labels(item.code).inc()
         return item
-
-
-async def paced(items: Iterable[Work]) -> AsyncIterator[Work]:
-    """``items``; the event loop turns whenever what is done with them has kept it for ``AT_ONCE_SECONDS``."""
-    since = time.perf_counter()
-    for item in items:
-        yield item
-        if time.perf_counter() - since > AT_ONCE_SECONDS:
-            await asyncio.sleep(0)
-            since = time.perf_counter()
 
 
 def _is_decoded_here(item: Item, header: Header | ApiError) -> bool:

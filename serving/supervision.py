@@ -5,12 +5,14 @@
 - Meanwhile it keeps a port open on which nobody accepts: here, a proxy is refused at once and turns to another replica.
 - A second server with the same home empties the metrics of the first: here, each has a folder of its own.
 - Any user of the machine may command it, over a TCP port: here, over a socket in a private folder.
+- Killed, it leaves its workers behind, which keep the port: here, they stop.
 - It does not start where the driver of a GPU does not answer, even without need of it: here, there is no GPU then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import shutil
@@ -33,6 +35,8 @@ from circus.watcher import Watcher
 from model.runtimes import cuda_devices
 
 CHECK_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 WORKERS = "service"
 """BentoML's name for the watcher of the API workers; those of runners are called otherwise."""
 
@@ -102,6 +106,11 @@ def _metrics_folder() -> Path:
 
 def _usable_gpus() -> list[int]:
     return list(range(cuda_devices()))
+
+
+def follow() -> None:
+    """Let this worker stop, as by SIGTERM, when the supervisor ends without having told it to."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def install() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -56,8 +57,7 @@ class Visits:
         """A visit for a request to the guarded API, and none for another."""
         if scope["path"] not in GUARDED:
             return None
-        client = scope.get("client")
-        visit = Visit(self, scope["path"], client[0] if client else None)
+        visit = Visit(self, scope["path"], _address(scope))
         _current.set(visit)
         return visit
 
@@ -113,6 +113,14 @@ class Visit:
                 model=self._visits.model,
                 images=self._images,
             )
+
+
+def _address(scope: Scope) -> str | None:
+    """The client's; None where a proxy that is believed tells what is none."""
+    try:
+        return str(ip_address(scope["client"][0]))
+    except (TypeError, ValueError):
+        return None
 
 
 _current: ContextVar[Visit | None] = ContextVar("visit", default=None)

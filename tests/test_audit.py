@@ -54,6 +54,7 @@ def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         call("method", "DELETE", "/classify")
         call("card", "GET", "/model")
         call("unknown", "GET", "/model", headers={"X-API-Key": "a-secret"})
+        call("no-address", "GET", "/model", headers={**headers, "X-Forwarded-For": 'no address", "key": "bob' * 99})
         call("forbidden", "GET", "/docs.json")
         call("ready", "GET", "/readyz")
         call("elsewhere", "GET", "/elsewhere")
@@ -77,7 +78,7 @@ def test_a_line_says_who_when_and_what_came_of_it(audited: Audited) -> None:
         assert set(line) == FIELDS
         assert line["status"] == reply.status_code
         assert line["code"] == (None if reply.ok else reply.json()["error"]["code"])
-        assert line["client"] == ("127.0.0.1" if name == "unknown" else "203.0.113.7")
+        assert line["client"] == {"unknown": "127.0.0.1", "no-address": None}.get(name, "203.0.113.7")
         assert line["key"] == ("alice" if asks_for_keys and name != "unknown" else None)
         assert line["time"].endswith("+00:00")
         assert ":" in line["model"]

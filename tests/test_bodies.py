@@ -7,12 +7,19 @@ import asyncio
 import pytest
 from starlette.types import Message, Receive
 
-from serving.bodies import Bodies
+from serving.bodies import SMALL, Bodies
 from serving.errors import ApiError
+
+LARGE = SMALL + 40
+LIMIT = 2 * LARGE + 20
 
 
 async def endless() -> Message:
-    return {"type": "http.request", "body": b"x" * 40, "more_body": True}
+    return {"type": "http.request", "body": b"x" * LARGE, "more_body": True}
+
+
+async def small() -> Message:
+    return {"type": "http.request", "body": b"x" * (SMALL // 2), "more_body": True}
 
 
 def take(receive: Receive, times: int) -> None:
@@ -24,7 +31,7 @@ def take(receive: Receive, times: int) -> None:
 
 
 def test_bodies_of_all_requests_together_are_bounded() -> None:
-    bodies = Bodies(100)
+    bodies = Bodies(LIMIT)
     with bodies.meter(endless) as first, bodies.meter(endless) as second:
         take(first, 1)
         take(second, 1)
@@ -35,7 +42,7 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
 
 
 def test_what_was_held_is_free_again_after_the_request() -> None:
-    bodies = Bodies(100)
+    bodies = Bodies(LIMIT)
     for _ in range(5):
         with pytest.raises(ApiError), bodies.meter(endless) as receive:
             take(receive, 3)
@@ -49,3 +56,14 @@ def test_a_message_without_a_body_is_free() -> None:
 
     with Bodies(0).meter(gone) as receive:
         take(receive, 9)
+
+
+def test_large_bodies_that_never_end_do_not_keep_small_ones_out() -> None:
+    bodies = Bodies(LIMIT)
+    with bodies.meter(endless) as large, bodies.meter(small) as image:
+        take(large, 2)
+        take(image, 2)
+        assert bodies.held > LIMIT
+        with pytest.raises(ApiError):
+            take(image, 1)
+    assert bodies.held == 0

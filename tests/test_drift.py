@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import requests
 
-from model.artifact import ONNX_INT8, SHIPPED, Artifact
+from model.artifact import ONNX_INT8, SHIPPED, Artifact, Reference
 from model.preprocess import Pixels
 from model.statistics import BINS, STATISTICS, edges, histogram, measure
 from serving import metrics
@@ -78,6 +78,29 @@ def test_ordinary_images_do_not_look_drifted(toy_artifact: Artifact, toy_folder:
     shares = histogram(draw(600, seed=1), limits) / 600
     indices = ((shares - 1 / BINS) * np.log(shares * BINS)).sum(axis=1)
     assert indices.max() < 0.25  # of the alert
+
+
+def expected_of(reference: Reference) -> set[str]:
+    metrics.EXPECTED_SHARE.clear()
+    Drift(Artifact.load(SHIPPED).config, reference)
+    (family,) = metrics.EXPECTED_SHARE.collect()
+    return {sample.labels["feature"] for sample in family.samples}
+
+
+def test_of_few_validation_images_nothing_is_expected_that_chance_decides() -> None:
+    whole = Artifact.load(SHIPPED).reference(ONNX_INT8)
+    for count, expected in ((9, {"class"}), (99, {"class", *STATISTICS}), (100, {"class", "confidence", *STATISTICS})):
+        few = whole._replace(labels=whole.labels[:count], validation=whole.validation[:count])
+        assert expected_of(few) == expected
+
+
+def test_a_share_of_gray_images_is_not_taken_for_a_tenth() -> None:
+    """Of training images of which 18 % are gray: a tenth is expected without colour, and 18 % would come."""
+    gray = draw(600, seed=0)
+    gray[:108] = gray[:108, ..., :1]
+    assert (np.diff(edges(gray)) > 0).all()
+    reference = Artifact.load(SHIPPED).reference(ONNX_INT8)._replace(edges=edges(gray))
+    assert expected_of(reference) == {"class", "confidence", *STATISTICS[:-1]}
 
 
 def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> None:

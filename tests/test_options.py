@@ -97,12 +97,14 @@ def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
         ({"prediction_set": "nan"}, "expected a number between 0 and 1"),
         ({"abstain_below": "-0.5"}, "expected a number between 0 and 1"),
         ({"abstain_foreign": "yes"}, "abstain_foreign='yes'; expected true or false"),
+        ({"prediction_set": ["2", "0.9"]}, "expected a number between 0 and 1"),
+        ({"prediction_set": ["0.8", "0.9"]}, "query parameter 'prediction_set' is given twice; expected it once"),
         ({"abstain_bellow": "0.9"}, "query parameter 'abstain_bellow'; expected one of"),
     ],
 )
 @pytest.mark.parametrize("path", ["/classify", "/explain"])
 def test_an_option_that_makes_no_sense_is_refused(
-    server: Server, path: str, query: dict[str, str], expected: str
+    server: Server, path: str, query: dict[str, Any], expected: str
 ) -> None:
     response = classify(server, FAMILIAR, path, **query)
     assert response.status_code == 400

@@ -198,6 +198,16 @@ def test_png_with_one_transparent_colour(mode: str) -> None:
     assert_pixels(data, expected)
 
 
+def test_png_of_16_bits_of_gray_with_one_transparent_shade() -> None:
+    shades = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 21
+    image = Image.fromarray(shades)
+    assert image.mode == "I;16"
+    pixels = decode(encode(image, "PNG", transparency=int(shades[5, 3])))
+    expected = np.dstack([shades >> 8] * 3)
+    expected[5, 3] = 255
+    np.testing.assert_array_equal(pixels, expected)
+
+
 def test_gif_shows_its_first_frame_over_white() -> None:
     plain = encode(PALETTE, "GIF", save_all=True, append_images=[Image.new("RGB", PALETTE.size, "red")])
     assert_pixels(plain, np.asarray(PALETTE.convert("RGB")))
@@ -377,6 +387,16 @@ def test_shrinking_averages_areas() -> None:
     shrunk = resize(COLOUR, (HEIGHT // 8, WIDTH // 8))
     means = COLOUR.reshape(HEIGHT // 8, 8, WIDTH // 8, 8, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - means).max() <= 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_long_strip_is_averaged_along_and_enlarged_across(turned: bool) -> None:
+    """Of a strip of stripes no wider than a pixel nothing but their mean is left, whatever its other side needs."""
+    strip = np.zeros((20, 3200, 3), np.uint8)
+    strip[:, ::2] = 200
+    pixels = resize(strip.transpose(1, 0, 2) if turned else strip, (32, 32))
+    assert pixels.shape == (32, 32, 3)
+    assert np.abs(pixels.astype(int) - 100).max() <= 1
 
 
 def test_enlarging_is_cubic() -> None:

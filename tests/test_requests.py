@@ -169,6 +169,40 @@ def test_malformed_requests_are_400(content_type: str, body: bytes) -> None:
     assert refused(content_type, body) == INVALID
 
 
+def test_a_file_name_in_whatever_encoding_does_not_matter() -> None:
+    named = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="images"; filename="'.encode()
+    body = part("images", b"one") + named + b'\xdcbung.jpg"\r\n\r\n' + b"two\r\n" + part("images", b"three") + END
+    assert many(FORM, body) == [b"one", b"two", b"three"]
+
+
+def test_what_is_said_of_a_malformed_form_holds_nothing_of_it() -> None:
+    with pytest.raises(ApiError, match=r"^the form is malformed: [A-Za-z ]+$") as error:
+        one(FORM, f"--{BOUNDARY}\r\nno colon, but a secret\r\n\r\nimage".encode() + END)
+    assert "secret" not in error.value.message
+
+
+def test_others_have_their_turn_while_a_large_batch_is_read() -> None:
+    """Base64 of 48 MB takes a quarter of a second, in which the worker would answer nobody."""
+    body = json.dumps({"images": [base64.b64encode(bytes(2**20)).decode()] * 48}).encode()
+    large = Settings(max_body_bytes=2**27, max_image_bytes=2**21, max_request_images=48, max_queue=48)
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def read() -> list[Item]:
+        others = asyncio.create_task(take_turns())
+        items = await read_images(request(JSON, body), large)
+        others.cancel()
+        return items
+
+    assert asyncio.run(read()) == [bytes(2**20)] * 48
+    assert turns > 5
+
+
 @pytest.mark.parametrize(
     ("content_type", "body"),
     [

@@ -8,7 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-from tests.live import LOG, REPOSITORY, STOP_SECONDS, command, environment, family, free_port, samples, serve
+from tests.live import (
+    LOG,
+    REPOSITORY,
+    STOP_SECONDS,
+    command,
+    environment,
+    family,
+    free_port,
+    is_ready,
+    running,
+    samples,
+    serve,
+)
 
 LOOK_IN_MID_START = """
 from circus.arbiter import Arbiter
@@ -41,6 +53,14 @@ def test_a_service_that_is_told_to_stop_in_mid_start_stops(tmp_path: Path) -> No
     server.send_signal(signal.SIGTERM)
     server.wait(STOP_SECONDS)
     assert "Traceback" not in (tmp_path / LOG).read_text()
+
+
+def test_a_server_that_is_killed_leaves_no_worker_behind(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    settings = environment(tmp_path, RUNTIME="onnx-int8", WORKERS=2, TOPOLOGY="runner")
+    with running(command(port), settings, tmp_path / LOG, lambda: is_ready(url), stop=signal.SIGKILL) as server:
+        assert len(family(server.pid)) > 3
+    # Whatever had outlived it would be an error by now.
 
 
 def test_a_port_in_use_is_one_clear_line_and_nothing_to_the_server_there(tmp_path: Path) -> None:
