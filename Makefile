@@ -92,10 +92,10 @@ evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figur
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(SOURCE)
 
 robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs in PHOTOS (<class>/*), into the artifact's card
-	$(BIN)/python -m train.robustness $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos $(PHOTOS))
+	$(BIN)/python -m train.robustness $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 foreign: $(VENV)/.dev ## measure how well foreign images are told, those of PHOTOS too, into the artifact's card
-	$(BIN)/python -m train.foreign $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos $(PHOTOS))
+	$(BIN)/python -m train.foreign $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
 	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(SOURCE) --out docs/model-card.md --also $(wildcard docs/frontier/*.json)
@@ -229,7 +229,7 @@ e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 
 	@touch $@
 
 bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk and Nginx
-	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_FLAGS)
+	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos "$(PHOTOS)") $(BENCH_FLAGS)
 	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
 
 PRICE ?= 0.05
@@ -237,7 +237,7 @@ capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make
 	$(BIN)/python -m tests.benchmark.capacity docs/benchmarks.json --price $(PRICE) --out docs/capacity.md
 
 bench-client: $(VENV)/.dev ## measure python -m client on the folder IMAGES against the service itself; needs wrk
-	$(BIN)/python -m tests.benchmark.command_line $(IMAGES)
+	$(BIN)/python -m tests.benchmark.command_line "$(IMAGES)"
 
 .venv-bench/fuzz/.installed: tests/fuzz/requirements.txt
 	$(PYTHON) -m venv $(@D)

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Largest image, as it was sent."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Most pixels of an image, width times height, by its header."""
+    """Most pixels of an image, width times height; a quarter of that with transparency. No side may exceed 32,767."""
     api_keys: Path | None = None
     """File of API keys (serving/access.py), read again when it changes; without it anyone may call."""
     usage_file: Path | None = None

@@ -92,6 +92,9 @@ def _per_class(a: Artifact, b: Artifact) -> Iterator[Row]:
 
 
 def _images_note(a: Card, b: Card) -> str:
+    for name, card in (("A", a), ("B", b)):
+        if not _metrics(card):
+            return f"{name} was not measured: make evaluate."
     data = [card.get("training", {}).get("data_sha256") for card in (a, b)]
     if data[0] is not None and data[0] == data[1]:
         return "Both were measured on the same test images (equal data_sha256)."

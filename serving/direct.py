@@ -8,6 +8,7 @@ requests stays, and whatever is no POST to an endpoint goes through its whole ap
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from _bentoml_sdk.service import get_current_service
@@ -48,22 +49,29 @@ class Measuring(RunnerTrafficMetricsMiddleware):
             "metrics_last_request_timestamp",
         ):
             setattr(self, name, _Remembered(getattr(self, name)))
+        # As 200 and 500 in BentoML: a rate counts from a value that was there before.
+        for endpoint in server_context.service_routes:
+            self._replies(endpoint, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def count(self, path: str, status: int, seconds: list[float]) -> None:
         """Count requests that were answered with ``status`` outside the application, each after so many seconds."""
         if not self._is_setup:
             self._setup()
+        total, duration = self._replies(path, status)
+        total.inc(len(seconds))
+        for each in seconds:
+            duration.observe(each)
+
+    def _replies(self, path: str, status: int) -> tuple[Any, Any]:
+        """The number and the duration of replies with ``status``."""
         about = {
             "endpoint": path,
             "service_name": server_context.bento_name,
             "service_version": server_context.bento_version,
-            "http_response_code": status,
+            "http_response_code": int(status),
             "runner_name": server_context.service_name,
         }
-        self.metrics_request_total.labels(**about).inc(len(seconds))
-        duration = self.metrics_request_duration.labels(**about)
-        for each in seconds:
-            duration.observe(each)
+        return self.metrics_request_total.labels(**about), self.metrics_request_duration.labels(**about)
 
 
 class _Remembered:

@@ -20,7 +20,13 @@ from tests.snippets import PUBLISHED
 from train import readme, sections
 from train.command import CommandError
 from train.report import confused, limits
-from train.sections import flattened
+
+FOREIGN = {
+    "images": 1234,
+    "told_wrongly": 0.05,
+    "auroc_mean": 0.87,
+    "kinds": {"noise": {"images": 500, "auroc": 0.87, "told": 0.104}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +122,11 @@ def test_the_readme_gets_example_and_section(tmp_path: Path, monkeypatch: pytest
 
 def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_artifact: Artifact) -> None:
     told = readme.section(artifact)
-    assert f"| `{ONNX}` | {artifact.card['metrics'][ONNX]['accuracy']:.2%} |" in told
-    assert "corrupted test images" in told
-    assert "foreign" not in told
-    with pytest.raises(CommandError, match="its card has no figures"):
-        readme.section(toy_artifact)
+    figures, test = artifact.card["metrics"][ONNX_INT8], artifact.card["training"]["images"]["test"]
+    assert f" | {figures['accuracy']:.2%} ({figures['accuracy_95'][0]:.2%} to " in told
+    assert f"of `folder`, measured in INT8 on its {test} test images." in " ".join(told.split())
+    assert "default" not in told, "of one"
+    assert readme.section(toy_artifact).splitlines()[-4].endswith(" | - | - | - | - | - |")
 
 
 def test_models_beside_each_other_tell_what_was_not_measured(
@@ -128,19 +134,12 @@ def test_models_beside_each_other_tell_what_was_not_measured(
 ) -> None:
     few = seal(shutil.copytree(artifact.path, tmp_path / "few"), {**artifact.card, "metrics": {}})
     rows = readme.sizes([artifact, few]).splitlines()
-    assert rows[-1].endswith(" | - | - | - | - |")
-    assert " - " not in rows[-2]
-    assert "| trained for |" in rows[2]
+    assert rows[-1].endswith(" | - | - | - | - | - |")
+    assert "| trained for |" in rows[0]
     record = {**artifact.card["training"], "teachers": [toy_artifact.card["training"]]}
     taught = seal(few.path, {**few.card, "training": record})
     assert "| trained for, without teachers |" in readme.sizes([artifact, taught])
-
-
-def test_commands_are_told_as_a_record_of_their_data(artifact: Artifact) -> None:
-    told = readme.commands(artifact)
-    assert told.startswith(f"```console\n$ {artifact.card['training']['command']}\n```\n")
-    assert "no recipe: that is `make train`" in told
-    assert told.endswith(f"{artifact.card['training']['images']['test']} test images of `folder`.")
+    assert "The first is the default; `MODEL=` in front of `make serve` names one." in readme.section(artifact, few)
 
 
 def test_the_device_of_a_speed_is_told() -> None:
@@ -179,7 +178,7 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     first = with_metrics(
         artifact,
         tmp_path / "fast",
-        foreign={"photographs": {"auroc": 0.9123, "images": 179}},
+        foreign=FOREIGN,
     )
     second = with_metrics(artifact, tmp_path / "accurate")
     card = (second.path / CARD).read_text()
@@ -188,7 +187,7 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     also = (tmp_path / "tiny.json", tmp_path / "stranger.json")
     toy.run("train.report", first.path, second.path, folder, "--out", tmp_path / "card.md", "--also", *also)
     page = (tmp_path / "card.md").read_text()
-    assert "| photographs, auroc | 0.9123 |" in page
+    assert "| noise | 500 | 0.870 | 10.4% |" in page
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
     # The same twice says together what each of them says, in twice the time.
     figures = artifact.card["metrics"][ONNX_INT8]
@@ -227,6 +226,10 @@ def test_the_weakest_class_is_told_alike_in_the_table_and_under_limits(artifact:
     assert f"| {toy.CLASSES[0]} | 80.12% |" in sections.per_class(figures)
 
 
-def test_nested_figures_become_rows() -> None:
-    metrics = {"auroc": {"of_photographs": 0.9}, "auroc_95": [0.8, 0.95]}
-    assert flattened(metrics) == [("auroc, of photographs", "0.9"), ("auroc 95", "0.8 to 0.95")]
+def test_foreign_images_are_told_by_kind_and_what_few_validation_images_do_not_allow(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    told = sections.foreign(with_metrics(artifact, tmp_path / "it", foreign=FOREIGN))
+    assert told.endswith("| noise | 500 | 0.870 | 10.4% |")
+    assert "Of 1,234 test images 5.0% are called foreign by default (10 validation images: in_dist" in told
+    assert sections.foreign(artifact) == ""

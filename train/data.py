@@ -36,8 +36,12 @@ TEST_SHARE = 0.1
 """Share of a flat folder that becomes its test split."""
 SPLIT_SEED = 0
 """Fixed apart from the training seed, so that runs with different seeds are judged on the same images."""
-VALIDATION = ("val", "valid", "validation")
-"""Folders beside ``train`` that are taken for the validation split."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Names of the folders of a split, in capitals or not."""
 COPIES = 2
 """Peak memory as a multiple of the decoded pixels, while the images of a split become one array."""
 DIGEST_BITS = 63
@@ -291,13 +295,14 @@ def _arrange(source: str, files: Files) -> Arrangement:
     for name in sorted(files):
         parts = PurePosixPath(name).parts
         if len(parts) >= 2 and not any(part.startswith(".") for part in parts):
-            by_folder.setdefault(parts[-3] if len(parts) >= 3 else "", []).append(name)
+            folder = parts[-3] if len(parts) >= 3 else ""
+            by_folder.setdefault(SPLITS.get(folder.lower(), folder), []).append(name)
     if "train" not in by_folder:
         return _hold_out(files, sorted(name for group in by_folder.values() for name in group))
     if "test" not in by_folder:
         raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
     train, test = by_folder["train"], by_folder["test"]
-    if val := [name for folder in VALIDATION for name in by_folder.get(folder, [])]:
+    if val := by_folder.get("val"):
         return Arrangement(train, val, test)
     # By position, not by content: the shipped models have trained on all but these validation images, and another draw
     # would make training images of theirs validation images.

@@ -468,8 +468,6 @@ def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
         # A kill before the first epoch may have left none.
         if path.exists() and (name := ModelConfig.load(path).name) != config.name:
             raise DataError(f"{path}: its --name is {name!r}; expected {config.name!r}")
-    elif (fit.out / CHECKPOINT).exists():
-        raise DataError(f"{fit.out}: holds a run already; --resume it, or choose another --out")
     fit.save()
     config.save(fit.out / CONFIG)
 
@@ -479,6 +477,8 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     started = time.time()
     size = (options.size,) * 2 if options.size else None
     check_options(options.name, size, recipe)
+    if (options.out / CHECKPOINT).exists() and not options.resume:
+        raise DataError(f"{options.out}: holds a run already; --resume it, or choose another --out (make: RUN=)")
     start = Trained.read(options.start) if options.start else None
     teachers = [Trained.read(run) for run in options.teacher]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -134,6 +134,8 @@ def main() -> None:
             f"  {kind:12} n={figures['images']:4}  AUROC {figures['auroc']:.3f}  called foreign {figures['told']:.1%}"
         )
     print(f"  mean AUROC {found['auroc_mean']:.3f}")
+    if classifier.too_few:
+        print(f"  {classifier.too_few}")
     write_figures(artifact, {"foreign": found})
 
 

@@ -87,19 +87,18 @@ def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | No
 
 def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
     """Everything about one artifact."""
-    config, metrics = artifact.config, artifact.card["metrics"]
+    config = artifact.config
     height, width = config.input_size
     about = (
         f"A convolutional network of {artifact.card['training']['parameters']:,} parameters that tells "
         f"{len(config.classes)} classes apart on {width}x{height} pixels: {', '.join(config.classes)}."
     )
-    foreign = "How well images of none of the classes are told from test images."
     told = [
         f"## {label}\n\n{about}",
         sections.accuracy(page, label, artifact),
         sections.calibration(page, label, artifact),
         sections.prediction_sets(artifact),
-        sections.listed("### Foreign images", foreign, metrics.get("foreign")),
+        sections.foreign(artifact),
         sections.corruptions(page, label, artifact),
         sections.photographs(artifact),
         mistakes(page, label, artifact, data.test),

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model.artifact import FILES, ONNX_INT8, RUNTIMES, Artifact
+from model.classifier import Classifier
 from model.tables import between, markdown
 from train import plots
 from train.command import CommandError
@@ -71,7 +72,8 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Accuracy",
-            f"On the test images, one view of each{speed(figures)}.",
+            f"On the test images, one view of each{speed(figures)}. INT8 agrees with FP32 on "
+            f"{artifact.card['validation']['agreement']:.1%} of the validation images.",
             markdown(head, rows),
             f"Each class, by `{name}`:",
             per_class(figures),
@@ -136,23 +138,21 @@ def calibration(page: Page, label: str, artifact: Artifact) -> str:
     )
 
 
-def listed(title: str, about: str, metrics: dict[str, Any] | None) -> str:
-    """A section that tells all of ``metrics`` as a table, if there are any."""
+def foreign(artifact: Artifact) -> str:
+    metrics = artifact.card["metrics"].get("foreign")
     if metrics is None:
         return ""
-    return "\n\n".join([title, about, markdown(("figure", "value"), flattened(metrics))])
-
-
-def flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for key, value in tree.items():
-        name = f"{prefix}{key.replace('_', ' ')}"
-        rows += flattened(value, f"{name}, ") if isinstance(value, dict) else [(name, plain(value))]
-    return rows
-
-
-def plain(value: Any) -> str:
-    return " to ".join(map(plain, value)) if isinstance(value, list) and len(value) == 2 else str(value)
+    rows = [(kind, of["images"], f"{of['auroc']:.3f}", f"{of['told']:.1%}") for kind, of in metrics["kinds"].items()]
+    few = Classifier(artifact.config, artifact.reference(ONNX_INT8)).too_few
+    return "\n\n".join(
+        [
+            "### Foreign images",
+            "How well images of none of the classes (out of distribution) are told from test images: mean AUROC "
+            f"{metrics['auroc_mean']:.3f}. Of {metrics['images']:,} test images {metrics['told_wrongly']:.1%} are "
+            f"called foreign by default{f' ({few})' if few else ''}.",
+            markdown(("kind", "n", "AUROC", "called foreign by default"), rows),
+        ]
+    )
 
 
 def corruptions(page: Page, label: str, artifact: Artifact) -> str:

@@ -146,7 +146,7 @@ SERVICE = [
         "Engines busy",
         "percentunit",
         ("{{instance}}", "classifier:engine_busy:ratio_rate5m"),
-        about="Seconds of inference for each second and worker; embedded topology only.",
+        about="Seconds of inference for each second and worker, embedded alone. Small images saturate at 0.6 to 0.8.",
         min=0,
         max=1,
     ),

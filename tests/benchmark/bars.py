@@ -26,6 +26,8 @@ def verdict(what: str, measured: str, bar: str, met: bool) -> Verdict:
 
 def best_peer(results: Results, workload: str, connections: int, key: str = "rate") -> tuple[str, Run] | None:
     runs = [(name, run) for name in results.others if (run := results.closed(name, workload, connections))]
+    if key == "p50":  # of answers, not of refusals
+        runs = [(name, run) for name, run in runs if not run["errors"]]
     best = min if key == "p50" else max
     return best(runs, key=lambda pair: pair[1][key]) if runs else None
 

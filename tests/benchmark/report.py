@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model.tables import markdown
 from tests.benchmark import bars, plots
-from tests.benchmark.results import EMBEDDED, ONE_REPLICA, ONE_WORKER, TWO_REPLICAS, Results
+from tests.benchmark.results import EMBEDDED, ONE_REPLICA, ONE_WORKER, TWO_REPLICAS, Results, Run
 
 NONE = "-"
 MIDDLE = 64
@@ -25,6 +25,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def milliseconds(seconds: float | None) -> str:
     return NONE if seconds is None else f"{1000 * seconds:,.1f}"
+
+
+def latencies(run: Run) -> str:
+    """p50, p95 and p99; wrk times refusals too, which come sooner than answers."""
+    if run["errors"]:
+        return f"{run['errors']:,} errors"
+    return " / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99"))
 
 
 def conditions(results: Results) -> Iterator[str]:
@@ -44,7 +51,7 @@ def closed(results: Results) -> Iterator[str]:
     rows = []
     for name in results.names:
         runs = [results.closed(name, "small", c) for c in results.connections]
-        times = [" / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99")) for run in runs if run]
+        times = [latencies(run) for run in runs if run]
         rows.append([name, *(f"{run['rate']:,.0f}" if run else NONE for run in runs), "<br>".join(times)])
     yield from table(head, rows)
 
@@ -57,7 +64,7 @@ def larger(results: Results) -> Iterator[str]:
         row = [name]
         for workload in workloads:
             run = results.closed(name, workload)
-            times = " / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99")) if run else NONE
+            times = latencies(run) if run else NONE
             row += [f"{run['images_per_second']:,.0f}" if run else NONE, times]
         rows.append(row)
     yield from table(head, rows)
@@ -106,7 +113,7 @@ def scaling(results: Results) -> Iterator[str]:
         if name in results.names:
             best, run = results.best_rate(name), results.closed(name, "small", MIDDLE)
             share = f"{best / results.best_rate(ONE_WORKER):.2f} x" if ONE_WORKER in results.names else NONE
-            times = " / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99")) if run else NONE
+            times = latencies(run) if run else NONE
             rows.append([name, f"{best:,.0f}", share, times])
     yield from table(["", "best requests/s", "of one worker", f"p50 / p95 / p99 at {MIDDLE} connections, ms"], rows)
     cores = results.raw["cores"]
