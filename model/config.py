@@ -19,8 +19,8 @@ class ConfigError(ValueError):
 class ModelConfig(BaseModel):
     """Everything about a classifier that is not a weight.
 
-    All of it comes from the training data or from the training command, nothing from constants, so that the same
-    code trains and serves any folder of labelled images.
+    It follows from the training data and the training command, so that the same code trains and serves any folder of
+    labelled images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,6 +1,7 @@
 """API keys: who may call, from a file that is read again whenever it changes.
 
     python -m serving.access add NAME FILE [--images-per-second 20] [--images-per-day 100000] [--expires 2030-01-31]
+                              [--path /classify]...
     python -m serving.access list FILE
     python -m serving.access remove NAME FILE
 

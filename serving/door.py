@@ -1,4 +1,4 @@
-"""Refusal by the headers alone: who would be told 429 after all is told so before anything is done for them.
+"""Load shedding by the headers alone: who would be told 429 after all is told so before anything is done for them.
 
 At several times what the engine can do, most of the work of a server is to say no. Here it is said without a task, a
 body and the layers of an application, for a fraction of the time, which is left to those who are answered.

@@ -141,6 +141,24 @@ class TestData:
         images[0, 0, 0, 0] ^= 1
         assert replace(loaded, train=replace(loaded.train, images=images)).sha256() != loaded.sha256()
 
+    @pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAINING", "Valid", "Testing")])
+    def test_splits_are_told_by_their_names_in_capitals_too(
+        self, toy_folder: Path, tmp_path: Path, names: tuple[str, ...]
+    ) -> None:
+        """As a flat folder most of the given test images would be training images."""
+        for name in names:
+            shutil.copytree(toy_folder, tmp_path / name)
+        found = data.load(str(tmp_path))
+        for name, split in zip(names, (found.train, found.val, found.test), strict=True):
+            assert {path.split("/")[0] for path in split.names} == {name}
+
+    def test_an_empty_folder_is_told(self, toy_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(toy_folder, tmp_path / "images")
+        (tmp_path / "images" / "lost").mkdir()
+        found = data.load(str(tmp_path / "images"))
+        assert "lost: an empty folder" in found.skipped
+        assert "lost" not in found.classes
+
     def test_a_folder_of_validation_images_is_the_validation_split(self, toy_folder: Path, tmp_path: Path) -> None:
         for split in ("train", "val", "test"):
             for name in toy.CLASSES:

@@ -1,4 +1,5 @@
-"""From labelled images to an artifact that serves: ``check fit export evaluate robustness report``, in that order.
+"""From labelled images to an artifact that serves: ``check fit export evaluate robustness foreign report``, in that
+order; ``gate`` compares two artifacts, and ``readme`` writes what README.md says of the shipped one.
 
 One verb and one command each; every module that is one opens with the command that runs it.
 """

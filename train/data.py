@@ -201,7 +201,7 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
         raise DataError(f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class")
     size = size or _choose_size(files[name] for name in arranged.train)
     _require_memory(source, size, len(arranged.train) + len(arranged.val) + len(arranged.test))
-    skipped: list[str] = []
+    skipped = [f"{path}: an empty folder" for path in _empty_folders(Path(source))]
     train, val, test = (
         _decode_split(name, getattr(arranged, name), files, classes, size, skipped) for name in ("train", "val", "test")
     )
@@ -210,6 +210,11 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
         if without:
             raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
     return Data(source, classes, train, val, test, tuple(skipped), arranged.by_content)
+
+
+def _empty_folders(root: Path) -> list[Path]:
+    """Those in ``root``: a class whose images were not copied would be missing in silence."""
+    return sorted(path.relative_to(root) for path in root.rglob("*") if path.is_dir() and not any(path.iterdir()))
 
 
 def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
