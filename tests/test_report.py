@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ from tests import toy
 from tests.golden import TYPICAL
 from tests.live import Server
 from tests.snippets import PUBLISHED
-from train import readme, sections
+from train import plots, readme, sections
 from train.command import CommandError
 from train.report import confused, limits
 
@@ -140,6 +141,13 @@ def test_models_beside_each_other_tell_what_was_not_measured(
     taught = seal(few.path, {**few.card, "training": record})
     assert "| trained for, without teachers |" in readme.sizes([artifact, taught])
     assert "The first is the default; `MODEL=` in front of `make serve` names one." in readme.section(artifact, few)
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_in_letters_that_the_font_lacks_are_numbered(tmp_path: Path) -> None:
+    classes = ("cat", "\u732b", "Gr\u00f6\u00dfe")
+    assert plots.drawable(classes) == ["cat", "class 1", "Gr\u00f6\u00dfe"]
+    plots.save(plots.confusion(np.eye(3, dtype=int).tolist(), classes), tmp_path / "confusion.png")
 
 
 def test_the_device_of_a_speed_is_told() -> None:

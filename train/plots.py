@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 
 from model.preprocess import Pixels
@@ -70,6 +71,15 @@ def reliability(bins: dict[str, list[float]]) -> Figure:
     return figure
 
 
+def drawable(classes: Sequence[str]) -> list[str]:
+    """Their names, or the number of one whose letters the font lacks."""
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    return [
+        name if all(ord(letter) in glyphs for letter in name) else f"class {number}"
+        for number, name in enumerate(classes)
+    ]
+
+
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Rows are the true classes; the colour tells the share of the row."""
     counts = np.asarray(matrix)
@@ -79,8 +89,9 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
     axes.grid(visible=False)
     axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, classes)
+    names = drawable(classes)
+    axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, names)
     if len(classes) <= NUMBERED_CLASSES:
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.4 else INK
