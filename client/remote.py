@@ -28,8 +28,6 @@ NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtoc
 """A wrong address or certificate, unless it has worked before: nothing to wait for."""
 SMALLER = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.GATEWAY_TIMEOUT)
 """Replies after which a batch is divided: fewer large images may well be decoded within the deadline of one request."""
-OVERLOADED = "overloaded"
-"""Code of a 429 after which a batch is divided: a busy queue has room for fewer images before it has room for many."""
 LONE_TIMEOUTS = 3
 """Times that one image alone may exceed the deadline before the error is its result."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -55,40 +53,31 @@ class Remote:
             raise ClientError(f"{url}: {error}") from None
         self._told = ""
         self._was_reached = False
-        self._most = sys.maxsize
-        """Images in a batch: half as many after a refusal, one more after each that is answered."""
 
     def card(self) -> dict[str, Any]:
         """What the service says of its model."""
         return _expect_ok(self._send(self._client.build_request("GET", "/model"), is_one=True), self._url)
 
     def __call__(self, images: list[bytes]) -> list[Reply]:
-        most = self._most
-        if len(images) > most:
-            return [reply for i in range(0, len(images), most) for reply in self(images[i : i + most])]
         parts = [("images", (str(number), image)) for number, image in enumerate(images)]
         request = self._client.build_request("POST", "/classify/batch", params=self._query, files=parts)
         request.read()  # one piece of bytes: it can be sent again, and in one write
         response = self._send(request, is_one=len(images) == 1)
-        half = len(images) // 2
-        if response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
-            self._most = half
-            return self(images)
         if response.status_code in SMALLER:
+            half = len(images) // 2
             return self(images[:half]) + self(images[half:]) if half else [{"error": _problem(response)}]
         results = _expect_ok(response, self._url).get("results")
         if not (
             isinstance(results, list) and len(results) == len(images) and all(isinstance(r, dict) for r in results)
         ):
             raise ClientError(f"{self._url}: expected {len(images)} results in the reply: is this the classifier?")
-        self._most += 1
         return results
 
     def _send(self, request: httpx.Request, is_one: bool) -> httpx.Response:
         """The first reply that is neither 429 nor a failure of the server's, or for which fewer images are a remedy."""
         until = time.monotonic() + self._patience
         for attempt in itertools.count(1):
-            pause, is_refused = None, False
+            pause = None
             try:
                 response = self._client.send(request)
                 self._was_reached = True
@@ -96,8 +85,7 @@ class Remote:
                     return response
                 if response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error:
                     return response
-                problem, pause = _problem(response), _retry_after(response)
-                trouble, is_refused = problem["message"], problem["code"] == OVERLOADED
+                trouble, pause = _problem(response)["message"], _retry_after(response)
             except UnicodeError as error:  # of the name of the host
                 raise ClientError(f"{self._url}: {error}") from None
             except httpx.RequestError as error:
@@ -107,8 +95,6 @@ class Remote:
             # Not all at the same moment, who were refused at the same moment.
             jitter = random.uniform(0, FIRST_PAUSE)
             self._wait((pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))) + jitter, until, trouble)
-            if is_refused and not is_one:
-                return response
         raise AssertionError("unreachable")
 
     def _wait(self, pause: float, until: float, trouble: str) -> None:

@@ -106,14 +106,16 @@ class Batcher:
     def admit(self, count: int, ahead: int = 0) -> None:
         """Raise ``QueueFullError`` when ``count`` images more are too many, or would wait longer than ``max_wait``.
 
-        Behind those that wait come ``ahead`` others, which are on their way. Where there are none of either any number
-        is welcome that the queue can hold, however long it will take.
+        Behind those that wait come ``ahead`` others, which are on their way. Those of one call wait for who was before
+        them, and not for each other: many at once have the same chance as one.
         """
-        limit, waiting = self._max_queue, self.waiting + ahead
+        waiting = self.waiting + ahead
+        if waiting + count > self._max_queue:
+            raise QueueFullError(waiting, self._max_queue, self._retry_after(waiting), count)
         if waiting and self._images_per_second:
-            limit = int(min(limit, max(0, self._images_per_second * self._max_wait - self._under_way)))
-        if waiting + count > limit:
-            raise QueueFullError(waiting, limit, self._retry_after(waiting), count)
+            limit = max(0.0, self._images_per_second * self._max_wait - self._under_way)
+            if waiting + 1 > limit:
+                raise QueueFullError(waiting, int(limit), self._retry_after(waiting))
 
     def _withdraw(self, jobs: list[_Job]) -> None:
         """Free the places of what is still waiting when its caller leaves."""

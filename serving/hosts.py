@@ -14,7 +14,6 @@ from http import HTTPStatus
 from threading import Lock, Thread
 from typing import Any, Protocol, TypeVar
 
-import aiohttp
 import numpy as np
 
 from model.artifact import Evidence, Outputs
@@ -145,6 +144,13 @@ class Local:
             self._give_up(reason)
 
 
+def _aiohttp() -> Any:
+    """Imported where there is a runner: it takes a twentieth of a start, to read certificates that nobody asks for."""
+    import aiohttp
+
+    return aiohttp
+
+
 class Remote:
     """The runner behind a BentoML dependency, asked over BentoML's own session with it."""
 
@@ -159,9 +165,9 @@ class Remote:
         """Whether the runner answers: it may hang, or be about to be replaced."""
         try:
             session = await self._session()
-            async with session.get("/readyz", timeout=aiohttp.ClientTimeout(PROBE_SECONDS), raise_for_status=True):
+            async with session.get("/readyz", timeout=_aiohttp().ClientTimeout(PROBE_SECONDS), raise_for_status=True):
                 return True
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (_aiohttp().ClientError, TimeoutError) as error:
             self._complaints.warning("not ready yet", reason=f"the engine cannot be reached: {error!r}")
             return False
 
@@ -176,7 +182,7 @@ class Remote:
         try:
             try:
                 return await self._post(path, *message)
-            except aiohttp.ClientConnectionError:  # closed for idleness in that moment, or a runner that is replaced
+            except _aiohttp().ClientConnectionError:  # closed for idleness in that moment, or a runner that is replaced
                 return await self._post(path, *message)
         except Exception as error:
             logger.error("the runner failed", extra={"reason": repr(error)})

@@ -511,6 +511,24 @@ def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
     run(scenario())
 
 
+def test_many_at_once_have_the_chance_of_one() -> None:
+    """Their own number is no wait: a queue that is hardly ever empty would never take them."""
+
+    async def scenario() -> None:
+        batcher = Batcher(one_after_another(200), max_batch=10, max_queue=1000, max_wait=0.5)
+        await asyncio.gather(*(batcher(images(0)) for _ in range(80)))
+        busy = [asyncio.create_task(batcher(images(1))) for _ in range(40)]
+        await settle()
+        many = asyncio.create_task(batcher(np.concatenate([images(2)] * 300)))  # behind 40, of the 100 that may wait
+        await settle()
+        with pytest.raises(QueueFullError, match=r"^3\d\d images are waiting; expected at most \d+: try again in 2 s$"):
+            await batcher(images(3))
+        assert len(await many) == 300
+        await asyncio.gather(*busy)
+
+    run(scenario())
+
+
 def one_after_another(images_per_second: float) -> Engine:
     """An engine that works on one batch at a time, however many it has been sent."""
     in_use = asyncio.Lock()

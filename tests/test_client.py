@@ -114,8 +114,6 @@ class Trouble(ThreadingHTTPServer):
         self.script, self.seconds = script, seconds
         self.asked: list[float] = []
         self.images = 0
-        self.sizes: list[int] = []
-        """Images of each request."""
         self.lock = threading.Lock()
 
 
@@ -127,7 +125,6 @@ class Answer(BaseHTTPRequestHandler):
         images = self.rfile.read(int(self.headers["Content-Length"])).count(b'name="images"')
         with self.server.lock:
             self.server.asked.append(time.monotonic())
-            self.server.sizes.append(images)
             status, headers, *said = self.server.script.pop(0)() if self.server.script else (200, {})
             seconds = self.server.seconds
         time.sleep(seconds)
@@ -368,20 +365,6 @@ class TestTrouble:
             run(folder / "00[0-3].png", "--url", url, "--batch", 4, "--in-flight", 1, "--out", out, code=1)
             assert len(server.asked) == 7
         assert [row["error_code"] for row in read_jsonl(out)] == [None, None, "trouble", None]
-
-    def test_a_batch_for_which_a_busy_service_has_no_room_is_halved(self, folder: Path) -> None:
-        """And those after it are as small, and grow by one image at a time."""
-        full = {"error": {"code": "overloaded", "message": "expected at most 10"}}
-        with trouble(saying(429, full), saying(429, full)) as (server, url):
-            run(folder / "0*.png", "--url", url, "--batch", 40, "--in-flight", 1)
-            assert server.images == 100
-        assert server.sizes == [40, 20, 10, 10, 12, 8, 14, 14, 12, 17, 3]
-
-    def test_a_rate_of_a_key_does_not_make_batches_smaller(self, folder: Path) -> None:
-        slow = {"error": {"code": "rate_limited", "message": "slowly"}}
-        with trouble(saying(429, slow)) as (server, url):
-            run(folder / "00?.png", "--url", url, "--batch", 10)
-            assert len(server.asked) == 2
 
     def test_a_status_of_no_standard_is_told(self, folder: Path) -> None:
         with trouble(saying(524, "a page of Cloudflare's")) as (_, url):

@@ -70,10 +70,10 @@ def runner(results: Results) -> Iterator[Verdict]:
         ratio = ours["rate"] / theirs["rate"] if theirs["rate"] else float("inf")
         yield verdict("runner topology, against the documented `depends`", f"{ratio:.1f} x", "≥ 4 x", ratio >= 4)
     if ours:
-        errors, replies = results.errors(RUNNER)
+        errors, replies = results.errors(RUNNER, CONNECTIONS)
         bar = f"0 of ≥ {REQUESTS:,}"
         met = errors == 0 and replies >= REQUESTS
-        yield verdict("runner topology: errors, closed loops", f"{errors} of {replies:,}", bar, met)
+        yield verdict(f"runner topology: errors, {CONNECTIONS} connections", f"{errors} of {replies:,}", bar, met)
 
 
 def overload(results: Results) -> Iterator[Verdict]:

@@ -60,9 +60,11 @@ class Results:
     def best_rate(self, name: str) -> float:
         return max(run["rate"] for c in self.connections if (run := self.closed(name, "small", c)))
 
-    def errors(self, name: str) -> tuple[int, int]:
-        """Errors and replies of every closed loop."""
-        runs = [run for record in self._of(name) for run in record["closed"]]
+    def errors(self, name: str, connections: int | None = None) -> tuple[int, int]:
+        """Errors and replies of every closed loop, or of those with so many ``connections``."""
+        runs = [
+            run for record in self._of(name) for run in record["closed"] if connections in (None, run["connections"])
+        ]
         return sum(run["errors"] for run in runs), sum(run["replies"] for run in runs)
 
     def ceiling(self, workload: str) -> float:
