@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     """Images that may wait in one API worker; a request with more of them is answered 429."""
     max_wait: float = Field(default=0.5, gt=0)
     """Longest wait for an engine, or of large images for a decoder, as estimated from the rate at which that queue
-    drained lately. A request that would wait longer is answered 429 at once; an empty queue takes every request."""
+    drained lately. A request that would wait longer is answered 429; an empty queue takes every request."""
     max_request_images: int = Field(default=256, ge=1)
     """Most images in one ``/classify/batch`` request."""
     request_timeout: float = Field(default=10.0, gt=0)

@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from starlette.types import Message, Receive
 
-from serving.errors import ApiError
+from serving.errors import OVERLOADED, ApiError
 
 SMALL = 2**16
 """Bytes of a request that are taken however many others are held: large uploads that stall keep no small image out."""
@@ -39,7 +39,7 @@ class Meter:
         if bodies.held + size > bodies.limit and self._held + size > SMALL:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                "overloaded",
+                OVERLOADED,
                 f"{bodies.held} bytes of requests are held; expected at most {bodies.limit}: try again in 1 s",
                 {"retry-after": "1"},
             )

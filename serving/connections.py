@@ -19,7 +19,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving import metrics
-from serving.errors import ApiError, standalone
+from serving.errors import REFUSAL_SECONDS, ApiError, standalone
 
 MAX_HEAD_BYTES = 2**16
 """Received one after another without being part of a body: headers, or what follows the last chunk. They are parsed to
@@ -131,6 +131,9 @@ class Connection(HttpToolsProtocol):
         """Whether the request that is being read has got its reply at the door."""
         self._is_let_in = False
         """Whether the door has let in the request that is about to be parsed."""
+        self._refusal_due: tuple[Response, asyncio.TimerHandle] | None = None
+        """The reply to a request that has come whole, and when it is sent; what comes meanwhile is ``_held``."""
+        self._held = b""
         self._is_incomplete = False
         """Whether more of headers, or of the body of a refused request, is due; it may well have come already."""
         self._head_bytes = 0
@@ -141,6 +144,10 @@ class Connection(HttpToolsProtocol):
         self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
+        if self._refusal_due:
+            self._held += data
+            self.flow.pause_reading()
+            return
         if self.door and self.door.is_shut and self._refuse_whole(self.door, data):
             return
         # Line breaks before a request begin none, but end the time for which a connection may be idle.
@@ -167,9 +174,27 @@ class Connection(HttpToolsProtocol):
             self._is_let_in = request is not None
             return False
         self._expect_nothing()
+        self._unset_keepalive_if_required()
+        self._refusal_due = refusal, self.loop.call_later(REFUSAL_SECONDS, self._send_refusal)
+        return True
+
+    def _send_refusal(self) -> None:
+        if not self._refusal_due:
+            return
+        (refusal, timer), self._refusal_due = self._refusal_due, None
+        timer.cancel()
+        if self.transport.is_closing():
+            return
         self._send(refusal)
         super().on_response_complete()  # of uvicorn's: the time for which the connection may be idle begins
-        return True
+        if self._held:
+            data, self._held = self._held, b""
+            self.flow.resume_reading()
+            self.data_received(data)
+
+    def shutdown(self) -> None:
+        self._send_refusal()
+        super().shutdown()
 
     def _feed(self, data: bytes) -> None:
         """As uvicorn's ``data_received``, but for a request that would change the protocol."""

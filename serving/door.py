@@ -16,11 +16,13 @@ from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining, metrics
-from serving.errors import ApiError, from_exception, standalone
+from serving.errors import OVERLOADED, ApiError, from_exception, standalone
 
 logger = logging.getLogger("classifier.access")
 
 GATHER_SECONDS = 0.02
+SHUT_SECONDS = 1.0
+"""After a refusal, in which another is likely: the least that ``Retry-After`` says."""
 Count = Callable[[str, int, list[float]], None]
 """Told a path, a status, and the seconds that each reply of them took."""
 
@@ -42,6 +44,7 @@ class Door:
         self._admit, self._log_requests, self._count = admit, log_requests, count
         self._refused: defaultdict[str, list[float]] = defaultdict(list)
         self._ahead = 0
+        self._shut_until = 0.0
         self._refusal: ApiError | None = None
         """Shared by all that are refused in this turn."""
 
@@ -64,23 +67,25 @@ class Door:
         if not self._refused:
             asyncio.get_running_loop().call_later(GATHER_SECONDS, self._tell)
         response = standalone(self._refusal, headers)
-        self._refused[path].append(time.perf_counter() - started)
+        ended = time.perf_counter()
+        self._refused[path].append(ended - started)
+        self._shut_until = ended + SHUT_SECONDS
         return response
 
     @property
     def is_shut(self) -> bool:
-        """Whether it has refused someone in the last ``GATHER_SECONDS``, and may well refuse the next."""
-        return bool(self._refused)
+        """Whether it has refused someone in the last ``SHUT_SECONDS``, and may well refuse the next."""
+        return time.perf_counter() < self._shut_until
 
     def _end_turn(self) -> None:
         self._ahead, self._refusal = 0, None
 
     def _tell(self) -> None:
         for path, seconds in self._refused.items():
-            metrics.REJECTED.labels("overloaded").inc(len(seconds))
+            metrics.REJECTED.labels(OVERLOADED).inc(len(seconds))
             if self._count:
                 self._count(path, 429, seconds)
             if self._log_requests:
-                about = {"method": "POST", "path": path, "status": 429, "code": "overloaded", "requests": len(seconds)}
+                about = {"method": "POST", "path": path, "status": 429, "code": OVERLOADED, "requests": len(seconds)}
                 logger.info("requests", extra=about)
         self._refused.clear()

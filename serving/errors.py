@@ -18,6 +18,10 @@ ERROR_HEADER = "x-error-code"
 
 
 INTERNAL = "the server failed; see its log"
+OVERLOADED = "overloaded"
+REFUSAL_SECONDS = 0.1
+"""Until a client hears that it is refused for overload. A few who ask again at once would otherwise ask thousands of
+times a second, which alone keeps a server overloaded (a metastable failure: Bronson et al., HotOS 2021)."""
 
 
 class ApiError(Exception):
@@ -51,7 +55,7 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.BAD_REQUEST, "invalid_image", str(error))
         case QueueFullError():
             retry = {"retry-after": str(error.retry_after)}
-            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", str(error), retry)
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, OVERLOADED, str(error), retry)
         case TimeoutError():
             return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "the request was not answered in time")
         case ClientDisconnect() | GoneError():

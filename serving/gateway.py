@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import draining, metrics
 from serving.bodies import Bodies
 from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id, watch
-from serving.errors import ERROR_HEADER, ApiError, from_exception, from_status
+from serving.errors import ERROR_HEADER, OVERLOADED, REFUSAL_SECONDS, ApiError, from_exception, from_status
 from serving.visits import Visits
 
 logger = logging.getLogger("classifier.access")
@@ -120,6 +120,8 @@ class _Reply:
                     self._foreign.message += f"; expected {headers['allow']}"
                 return
             self.code = headers[ERROR_HEADER]
+            if self.code == OVERLOADED:
+                await asyncio.sleep(REFUSAL_SECONDS)
         self.status = status
         added = [(REQUEST_ID_HEADER, self._id.encode())]
         if draining.begun.is_set():

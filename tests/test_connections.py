@@ -23,6 +23,7 @@ from starlette.responses import Response
 from uvicorn.server import ServerState
 
 from serving.connections import MAX_HEAD_BYTES, Connection
+from serving.errors import REFUSAL_SECONDS
 from tests.live import free_port
 
 PATIENCE, KEEP_ALIVE = 0.5, 0.3
@@ -443,6 +444,48 @@ def test_a_shut_door_is_asked_once_by_a_request_that_comes_whole_and_is_heard() 
             client.sendall(FULL + LENGTH + b"\r\nbody.")
             assert client.recv(1000).startswith(b"HTTP/1.1 429 ")
     assert len(asked) == 6
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_who_is_refused_hears_it_in_a_moment_and_what_came_meanwhile_is_answered_after_it(loop: str) -> None:
+    with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        started = time.monotonic()
+        client.sendall(FULL + LENGTH + b"\r\nbody.")
+        for piece in (HEAD, LENGTH, b"Connection: close\r\n\r\nbo", b"dy."):
+            time.sleep(0.01)
+            client.sendall(piece)
+        received = read_all(client)
+    assert time.monotonic() - started >= REFUSAL_SECONDS
+    assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"429", b"200"]
+
+
+def test_who_hangs_up_before_a_refusal_is_sent_is_no_error() -> None:
+    with serving("uvloop", Guarded) as port:
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(FULL + LENGTH + b"\r\nbody.")
+        time.sleep(2 * REFUSAL_SECONDS)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(HEAD + LENGTH + b"\r\nbody.")
+            expect_reply(client)
+
+
+def test_who_is_refused_when_the_server_stops_hears_it() -> None:
+    made: list[Connection] = []
+
+    class Stopped(Guarded):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            made.append(self)
+
+    with serving("uvloop", Stopped) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(FULL + LENGTH + b"\r\nbody.")
+        started = time.monotonic()
+        time.sleep(REFUSAL_SECONDS / 4)
+        made[0].loop.call_soon_threadsafe(made[0].shutdown)
+        assert read_all(client).startswith(b"HTTP/1.1 429 ")
+        assert time.monotonic() - started < REFUSAL_SECONDS
 
 
 def test_a_body_that_looks_like_a_request_is_not_refused_at_a_shut_door() -> None:
