@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model.artifact import FILES, ONNX, ONNX_INT8, RUNTIMES, Artifact
-from model.tables import Row, aligned, between
+from model.tables import Row, aligned, with_interval
 
 Card = Mapping[str, Any]
 Figures = Mapping[str, Any]
@@ -122,7 +122,7 @@ def _change(a: Figures, b: Figures) -> str:
 def _accuracy(figures: Figures | None) -> str:
     if figures is None:
         return "-"
-    return f"{figures['accuracy']:.2%} ({between(figures['accuracy_95'])})"
+    return with_interval(figures)
 
 
 def _share(value: float | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 Row = Sequence[str]
 
@@ -18,6 +19,11 @@ def markdown(head: Row, rows: Iterable[Sequence[object]]) -> str:
     """``rows`` under ``head`` as a table of Markdown (GitHub Flavored Markdown, 4.10)."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def with_interval(figures: Mapping[str, Any]) -> str:
+    """``accuracy`` and, in brackets, ``accuracy_95`` of ``figures`` in a card."""
+    return f"{figures['accuracy']:.2%} ({between(figures['accuracy_95'])})"
 
 
 def between(interval: Sequence[float]) -> str:

@@ -18,7 +18,7 @@ from model.artifact import ACCURATE, ALSO_SHIPPED, ONNX_INT8, SHIPPED, Artifact
 from model.classifier import Classifier
 from model.preprocess import preprocess
 from model.runtimes import create
-from model.tables import between, markdown
+from model.tables import markdown, with_interval
 from train import command
 from train.command import CommandError
 from train.data import CIFAR10
@@ -103,7 +103,7 @@ def row(artifact: Artifact) -> list[str]:
     minutes = sum(run["training_seconds"] for run in runs(training)) / 60
     cells = [f"`{artifact.config.name}`", f"{training['parameters'] / 1e6:.1f} M", f"{minutes:.0f} min"]
     figures = metrics.get(ONNX_INT8)
-    cells.append(f"{percent(figures['accuracy'])} ({between(figures['accuracy_95'])})" if figures else NOT_MEASURED)
+    cells.append(with_interval(figures) if figures else NOT_MEASURED)
     cells.append(percent(figures["ece"]) if figures else NOT_MEASURED)
     for name in ("robustness", "photographs"):
         cells.append(percent(metrics[name]["accuracy"]) if name in metrics else NOT_MEASURED)

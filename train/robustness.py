@@ -24,7 +24,7 @@ from model.classifier import verdicts
 from model.headers import ImageError
 from model.preprocess import Pixels, preprocess
 from model.runtimes import Runtime, create
-from model.tables import between
+from model.tables import with_interval
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
@@ -141,10 +141,11 @@ def _proportion(hits: int, count: int) -> dict[str, Any]:
 
 
 def print_robustness(metrics: dict[str, Any]) -> None:
-    print(f"{metrics['runtime']}, {metrics['images']} images; mean over the families: {_line(metrics)}")
-    print(f"  clean {_line(metrics['clean'])}; the fifteen of the benchmark {_line(metrics['benchmark_15'])}")
+    print(f"{metrics['runtime']}, {metrics['images']} images; mean over the families: {with_interval(metrics)}")
+    clean, fifteen = (with_interval(metrics[name]) for name in ("clean", "benchmark_15"))
+    print(f"  clean {clean}; the fifteen of the benchmark {fifteen}")
     for family, figures in metrics["families"].items():
-        print(f"  {family:22} {_line(figures)}")
+        print(f"  {family:22} {with_interval(figures)}")
         for name, one in metrics["corruptions"].items():
             if one["family"] == family:
                 print(f"    {name:20} " + " ".join(f"{share:6.1%}" for share in one["by_severity"]))
@@ -156,10 +157,6 @@ def print_photographs(metrics: dict[str, Any]) -> None:
     print(f"photographs of {metrics['source']}: {line}; {metrics['unreadable']} unreadable")
     for name, figures in metrics["per_class"].items():
         print(f"  {name:12} {figures['accuracy']:7.2%} of {figures['images']}")
-
-
-def _line(figures: dict[str, Any]) -> str:
-    return f"{figures['accuracy']:.2%} ({between(figures['accuracy_95'])})"
 
 
 def main() -> None:
