@@ -131,7 +131,9 @@ class Folder(Files):
     """
 
     def __init__(self, root: Path) -> None:
-        self._paths = {path.relative_to(root).as_posix(): path for path in _walk(root)}
+        self.empty: list[str] = []
+        """Folders with nothing in them: a class whose images were not copied would be missing in silence."""
+        self._paths = {path.relative_to(root).as_posix(): path for path in _walk(root, self.empty)}
 
     def __getitem__(self, name: str) -> bytes:
         """Raises ``DataError`` for a file that cannot be read."""
@@ -147,10 +149,15 @@ class Folder(Files):
         return len(self._paths)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Every file in ``root``, and in what links lead to, but for one that leads round in a circle or up."""
+def _walk(root: Path, empty: list[str]) -> Iterator[Path]:
+    """Every file in ``root``, and in what links lead to, but for one that leads round in a circle or up.
+
+    Folders in which there is nothing are added to ``empty``.
+    """
     above: dict[Path, frozenset[Path]] = {}
     for directory, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        if not (folders or files):
+            empty.append(Path(directory).relative_to(root).as_posix())
         here = Path(directory).resolve()
         passed = above.pop(Path(directory), frozenset()) | {here}
         targets = {name: (here / name).resolve() for name in folders}
@@ -201,7 +208,7 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
         raise DataError(f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class")
     size = size or _choose_size(files[name] for name in arranged.train)
     _require_memory(source, size, len(arranged.train) + len(arranged.val) + len(arranged.test))
-    skipped = [f"{path}: an empty folder" for path in _empty_folders(Path(source))]
+    skipped = [f"{name}: an empty folder" for name in sorted(files.empty)] if isinstance(files, Folder) else []
     train, val, test = (
         _decode_split(name, getattr(arranged, name), files, classes, size, skipped) for name in ("train", "val", "test")
     )
@@ -210,11 +217,6 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
         if without:
             raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
     return Data(source, classes, train, val, test, tuple(skipped), arranged.by_content)
-
-
-def _empty_folders(root: Path) -> list[Path]:
-    """Those in ``root``: a class whose images were not copied would be missing in silence."""
-    return sorted(path.relative_to(root) for path in root.rglob("*") if path.is_dir() and not any(path.iterdir()))
 
 
 def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
