@@ -350,6 +350,7 @@ class Classifier:
             observe=metrics.BATCH_IMAGES.observe if isinstance(self._host, Local) else lambda size: None,
         )
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
+        metrics.WORKERS.set(WORKERS)
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
         most = max(VIEWS, settings.max_queue)
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)

@@ -97,6 +97,7 @@ DECODER_DEATHS = Counter(
 KEY_IMAGES = Counter("classifier_key_images_total", "Images taken from the holder of each API key.", ["key"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
 BATCH_LIMIT = Gauge("classifier_batch_limit_images", "Images that one batch may hold.", multiprocess_mode="livemax")
+WORKERS = Gauge("classifier_workers", "API workers that the server is to have.", multiprocess_mode="livemax")
 WORKER_ALIVE = Gauge(
     "classifier_worker_alive_timestamp_seconds",
     "When the event loop of a worker last turned, in seconds since 1970.",

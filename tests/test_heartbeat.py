@@ -35,6 +35,7 @@ def test_every_worker_tells_that_it_lives_without_any_request(server: Server) ->
     told = beats(server.url)
     assert told.keys() == {"api-1", "api-2"} | ({"runner-1"} if server.topology == "runner" else set())
     assert all(time.time() - at < 3 * BEAT_SECONDS for _, at in told.values())
+    assert samples(server.url)["classifier_workers"] == 2
 
 
 def test_a_worker_that_stops_is_silent_and_one_that_dies_leaves_nothing(tmp_path: Path) -> None:
