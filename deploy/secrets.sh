@@ -28,4 +28,4 @@ fi
 # Each container has a user of its own and is given single files, or the folder of keys: their mode must let it read.
 # The folder around them keeps everyone else of this machine out.
 chmod 0755 api_keys
-find . -type f -exec chmod 0444 {} +
+find . -type f -exec chmod 0644 {} +

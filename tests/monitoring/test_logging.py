@@ -88,8 +88,8 @@ def test_ports_and_paths_agree() -> None:
         assert options["tag"] == shipped
     config = yaml.safe_load((REPOSITORY / "monitoring/logging/loki.yaml").read_text())
     jobs = yaml.safe_load((REPOSITORY / "monitoring/prometheus/prometheus.yml").read_text())["scrape_configs"]
-    (job,) = [job for job in jobs if job["job_name"] == "logs"]
-    scraped = {each["names"][0]: each["port"] for each in job["dns_sd_configs"]}
+    found = {job["job_name"]: job["dns_sd_configs"] for job in jobs if job["job_name"] in ("loki", "vector")}
+    scraped = {name: each["port"] for name, (each,) in found.items() if each["names"] == [name]}
     listen = int(VECTOR["sinks"]["prometheus"]["address"].split(":")[1])
     assert scraped == {"loki": config["server"]["http_listen_port"], "vector": listen}
     assert LOKI["endpoint"] == f"http://loki:{scraped['loki']}"
