@@ -130,6 +130,7 @@ adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what READ
 # Only what adopt leaves: pictures of the model before, and the data that train, evaluate and report take by default.
 new: ## make this checkout that of your own classifier: train NAME on DATA, evaluate and ship it; EPOCHS, TRAIN_FLAGS
 	@test "$(origin NAME) $(origin DATA)" = "command line command line" || { echo "error: make new NAME=… DATA=…"; exit 1; }
+	@$(foreach letter,& | ' \,$(if $(findstring $(letter),$(DATA)),$(error DATA=$(DATA): expected a path without $(letter))))
 	$(MAKE) train
 	$(MAKE) export
 	$(MAKE) evaluate

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.preprocess import Pixels
 from model.statistics import Edges
 
@@ -91,7 +91,10 @@ class Artifact:
         for name in HASHED:
             if actual[name] != expected[name]:
                 raise ArtifactError(f"{path / name}: sha256 {actual[name]}; expected {expected[name]} of {CARD}")
-        return cls(path, ModelConfig.load(path / CONFIG), card)
+        try:
+            return cls(path, ModelConfig.load(path / CONFIG), card)
+        except ConfigError as error:
+            raise ArtifactError(str(error)) from error
 
     @property
     def tag(self) -> str:
@@ -123,7 +126,7 @@ class Artifact:
                 return Reference(
                     arrays["images"],
                     arrays["outputs" + suffix],
-                    arrays["validation" + suffix].astype(np.float32),
+                    arrays["validation" + suffix].astype(np.float32),  # FP16 in artifacts of before
                     arrays["labels"].astype(np.int64),
                     arrays["edges"],
                 )
@@ -132,7 +135,10 @@ class Artifact:
 
 
 def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
-    """Write what both formats make of the same images; the validation outputs in FP16, which is enough to rank them."""
+    """Write what both formats make of the same images.
+
+    In full: in FP16 the familiarity of images that are all alike, as a fixed camera takes them, would be one number.
+    """
     arrays: dict[str, NDArray[Any]] = {
         "images": full.images,
         "labels": full.labels.astype(np.int32),
@@ -140,7 +146,7 @@ def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
     }
     for reference, suffix in ((full, ""), (quantised, QUANTISED)):
         arrays["outputs" + suffix] = reference.outputs
-        arrays["validation" + suffix] = reference.validation.astype(np.float16)
+        arrays["validation" + suffix] = reference.validation
     np.savez_compressed(path / REFERENCE, allow_pickle=False, **arrays)
 
 

@@ -87,7 +87,15 @@ class Classifier:
         self._nonconformity = nonconformity(reference.validation, reference.labels, config.temperature)
         self._least_familiarity = least_familiarity(reference.validation, foreign_rate)
         self.too_few = limits_of_few(len(reference.labels), foreign_rate)
-        """What the number of validation images does not allow to say, for whoever runs this to be told."""
+        """Why so few validation images do not allow to tell foreign ones, for whoever runs this; or nothing."""
+
+    @property
+    def sets_of_all(self) -> str:
+        """From which level on a ``prediction_set`` holds every class, where that is no more than 99 %; or nothing."""
+        images = len(self._nonconformity)
+        if images >= 99:
+            return ""
+        return f"{images} validation images: above {images / (images + 1):.1%} a prediction set holds every class"
 
     def __call__(self, outputs: Outputs) -> list[Prediction]:
         """One ``Prediction`` for each row of ``outputs``."""

@@ -25,7 +25,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$")
     """Name in the model store."""
     classes: tuple[str, ...] = Field(min_length=2)
     """Class names in the order of the logits."""

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.artifact import CARD, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, seal
+from model.artifact import CARD, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, save_reference, seal
 from model.classifier import TOLERANCE, VerificationError, check, verify
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
 from model.runtimes import EngineLostError, OnnxRuntime, RuntimeUnavailableError, TorchRuntime, create
 from tests import toy
 
@@ -41,6 +41,16 @@ def test_a_missing_file_is_refused(name: str, copied: Path) -> None:
 def test_the_version_follows_from_the_content(toy_artifact: Artifact, copied: Path) -> None:
     assert Artifact.load(copied).version == toy_artifact.version
     assert seal(copied, {**toy_artifact.card, "note": "another"}).version != toy_artifact.version
+
+
+def test_images_that_are_all_alike_are_still_ranked(toy_artifact: Artifact, copied: Path) -> None:
+    """By a fixed camera the familiarity of all is 1, but for the fifth digit."""
+    full = toy_artifact.reference(ONNX)
+    validation = full.validation.copy()
+    validation[:, -1] = np.linspace(0.9999, 1.0001, len(validation))
+    save_reference(copied, full._replace(validation=validation), full)
+    kept = seal(copied, toy_artifact.card).reference(ONNX)
+    np.testing.assert_array_equal(kept.validation, validation)
 
 
 def test_no_file_is_a_pickle(toy_artifact: Artifact) -> None:
@@ -120,5 +130,5 @@ def test_an_unknown_runtime_names_the_known_ones(toy_artifact: Artifact) -> None
 def test_a_config_error_names_file_and_field(tmp_path: Path, toy_artifact: Artifact) -> None:
     path = tmp_path / "config.json"
     path.write_text(toy_artifact.config.model_dump_json().replace('"temperature":', '"temprature":'))
-    with pytest.raises(ConfigError, match="temprature"):
+    with pytest.raises(ArtifactError, match="temprature"):
         ModelConfig.load(path)

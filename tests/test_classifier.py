@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_whoever_has_too_few_images_to_tell_foreign_ones_is_told_how_many_are_ne
     assert told.endswith(f"expected at least {needed}") if needed else told == ""
     outputs = np.zeros((images, 1), np.float32)
     assert (least_familiarity(outputs, rate) == -np.inf) == bool(told)
+
+
+@pytest.mark.parametrize("images", [8, 19, 98, 99])
+def test_whoever_has_too_few_images_for_a_set_of_99_percent_is_told_which_level_they_allow(images: int) -> None:
+    outputs, labels = sample(images, seed=1)
+    blank = np.zeros((1, 8, 8, 3), np.uint8)
+    few = Classifier(CONFIG, Reference(blank, outputs[:1], outputs, labels, edges(blank)))
+    told = re.search(r"above ([\d.]+)% a prediction set holds every class$", few.sets_of_all)
+    assert bool(told) is (images < 99)
+    if told:
+        certain = np.array([1, 0, 0], np.float32)
+        assert few.prediction_set(certain, float(told[1]) / 100 + 0.001) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])

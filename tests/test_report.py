@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from tests.live import Server
 from tests.snippets import PUBLISHED
 from train import plots, readme, sections
 from train.command import CommandError
-from train.report import confused, limits
+from train.report import about_data, confused, limits
 
 FOREIGN = {
     "images": 1234,
@@ -145,9 +146,18 @@ def test_models_beside_each_other_tell_what_was_not_measured(
 
 @pytest.mark.filterwarnings("error")
 def test_classes_in_letters_that_the_font_lacks_are_numbered(tmp_path: Path) -> None:
-    classes = ("cat", "\u732b", "Gr\u00f6\u00dfe")
-    assert plots.drawable(classes) == ["cat", "class 1", "Gr\u00f6\u00dfe"]
-    plots.save(plots.confusion(np.eye(3, dtype=int).tolist(), classes), tmp_path / "confusion.png")
+    classes = ("cat", "\u732b", "Gr\u00f6\u00dfe", "$x^$")
+    assert plots.drawable(classes) == ["cat", "class 1", "Gr\u00f6\u00dfe", r"\$x^\$"]
+    plots.save(plots.confusion(np.eye(4, dtype=int).tolist(), classes), tmp_path / "confusion.png")
+    shown = [(np.zeros((8, 8, 3), np.uint8), f"{name} 0.90") for name in plots.drawable(classes)]
+    plots.save(plots.mistakes({plots.drawable(classes)[3]: shown}), tmp_path / "mistakes.png")
+
+
+@pytest.mark.parametrize(("source", "told"), [("cifar10-jpeg.tar.gz", True), ("cifar10", True), ("cifar100", False)])
+def test_the_origin_of_the_data_is_told_by_its_whole_name(artifact: Artifact, source: str, told: bool) -> None:
+    training = {**artifact.card["training"], "source": source}
+    about = about_data(dataclasses.replace(artifact, card={**artifact.card, "training": training}), "")
+    assert ("Tiny Images" in about) is told
 
 
 def test_the_device_of_a_speed_is_told() -> None:

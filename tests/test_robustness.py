@@ -16,7 +16,7 @@ from model.runtimes import create
 from tests import toy
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from train.data import Split
-from train.robustness import photographs, robustness, sample
+from train.robustness import _mean, photographs, robustness, sample
 
 GROWING = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"),
@@ -84,6 +84,10 @@ def test_the_figures_are_means_with_intervals_over_images() -> None:
     families = [family["accuracy"] for family in figures["families"].values()]
     assert figures["accuracy"] == pytest.approx(np.mean(families), abs=1e-4)
     assert {name for name, c in CORRUPTIONS.items() if c.extra} == {"speckle_noise", "gaussian_blur", "saturate"}
+
+
+def test_who_gets_every_corrupted_image_right_may_still_get_the_next_one_wrong() -> None:
+    assert _mean(np.ones((5, 18))) == {"accuracy": 1.0, "accuracy_95": [round(18 / (18 + 1.959964**2), 4), 1.0]}
 
 
 def test_the_sample_is_stratified_and_always_the_same() -> None:

@@ -159,6 +159,32 @@ class TestData:
         assert "lost: an empty folder" in found.skipped
         assert "lost" not in found.classes
 
+    def test_images_beside_the_splits_are_told(self, toy_folder: Path, tmp_path: Path) -> None:
+        for name in ("train", "test", "dev"):
+            shutil.copytree(toy_folder, tmp_path / name)
+        shutil.copytree(toy_folder / "disc", tmp_path / "train" / "disc" / "from phone")
+        found = data.load(str(tmp_path))
+        told = {name.rpartition("/")[0] for name in found.skipped if "in a folder that is no class of a split" in name}
+        assert told == {*(f"dev/{name}" for name in toy.CLASSES), "train/disc/from phone"}
+
+    @pytest.mark.parametrize("name", ["test", "Validation"])
+    def test_a_split_beside_images_that_are_of_none_is_refused(
+        self, toy_folder: Path, tmp_path: Path, name: str
+    ) -> None:
+        """As one folder of classes most of its images would be training images."""
+        shutil.copytree(toy_folder, tmp_path / "training_set")
+        shutil.copytree(toy_folder, tmp_path / name)
+        with pytest.raises(data.DataError, match=f"found {data.SPLITS[name.lower()]}/ but no train/; expected both"):
+            data.load(str(tmp_path))
+
+    def test_what_is_no_image_takes_no_place_of_one(self, tmp_path: Path) -> None:
+        """It could be the only test image of a small class, by its digest."""
+        toy.make_folder(tmp_path / "shapes", per_class=6)
+        for number in range(20):
+            (tmp_path / "shapes" / "disc" / "Thumbs.db").write_text(f"thumbs {number}")
+            found = data.load(str(tmp_path / "shapes"))
+            assert any(name.startswith("disc/Thumbs.db: ") for name in found.skipped)
+
     def test_a_folder_of_validation_images_is_the_validation_split(self, toy_folder: Path, tmp_path: Path) -> None:
         for split in ("train", "val", "test"):
             for name in toy.CLASSES:
@@ -246,11 +272,12 @@ class TestData:
         with pytest.raises(data.DataError, match="no training image of LICENSE"):
             data.load(str(tmp_path / "flowers"))
 
-    def test_a_class_that_could_not_be_tested_is_refused(self, tmp_path: Path) -> None:
-        toy.make_folder(tmp_path / "train", per_class=12)
-        toy.make_folder(tmp_path / "test", per_class=4)
-        shutil.rmtree(tmp_path / "test" / "frame")
-        with pytest.raises(data.DataError, match="no test image of frame"):
+    @pytest.mark.parametrize(("split", "told"), [("test", "test"), ("val", "validation")])
+    def test_a_class_that_could_not_be_judged_is_refused(self, tmp_path: Path, split: str, told: str) -> None:
+        for name in ("train", "val", "test"):
+            toy.make_folder(tmp_path / name, per_class=6)
+        shutil.rmtree(tmp_path / split / "frame")
+        with pytest.raises(data.DataError, match=f"no {told} image of frame"):
             data.load(str(tmp_path))
 
     def test_a_damaged_archive_is_one_clear_line(self, tmp_path: Path) -> None:
@@ -459,6 +486,8 @@ def test_widths_that_are_no_numbers_are_one_clear_line(loaded: data.Data, widths
     ("option", "value", "expected"),
     [
         ("--name", "Flowers", "--name 'Flowers': String should match pattern"),
+        ("--name", "flowers-", "--name 'flowers-': String should match pattern"),  # as the store says
+        ("--name", "f" * 64, f"--name '{'f' * 64}': String should match pattern"),
         ("--depth", 1, "--depth 1: Input should be greater than or equal to 2"),
         ("--size", 4, "--size 4; expected at least 6 pixels"),
     ],

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import lzma
 import os
+import re
 import statistics
 import tarfile
 import zlib
@@ -191,8 +192,8 @@ def _is_image(content: bytes) -> bool:
 def load(source: str, size: tuple[int, int] | None = None) -> Data:
     """Decode all of ``source`` into memory, at ``size`` (height, width) or at a size chosen from the training images.
 
-    Raises ``DataError`` when the source is missing, offline, or has fewer than two classes, or one without training
-    or test images.
+    Raises ``DataError`` when the source is missing, offline, or has fewer than two classes, or one without images of
+    every split.
     """
     if source == CIFAR10:
         return _load_cifar10(size)
@@ -208,11 +209,12 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
         raise DataError(f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class")
     size = size or _choose_size(files[name] for name in arranged.train)
     _require_memory(source, size, len(arranged.train) + len(arranged.val) + len(arranged.test))
-    skipped = [f"{name}: an empty folder" for name in sorted(files.empty)] if isinstance(files, Folder) else []
+    skipped = [f"{name}: in a folder that is no class of a split" for name in sorted(arranged.unused)]
+    skipped += [f"{name}: an empty folder" for name in sorted(files.empty)] if isinstance(files, Folder) else []
     train, val, test = (
         _decode_split(name, getattr(arranged, name), files, classes, size, skipped) for name in ("train", "val", "test")
     )
-    for kind, split in (("training", train), ("test", test)):
+    for kind, split in (("training", train), ("validation", val), ("test", test)):
         without = [name for index, name in enumerate(classes) if not (split.labels == index).any()]
         if without:
             raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
@@ -268,6 +270,11 @@ def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_], size: tuple[
     return Split(images, np.asarray(part.targets, np.int64)[chosen], names, ((32, 32),) * len(images), digests)
 
 
+def is_part_of(source: str, origin: str) -> bool:
+    """Whether a source is ``origin``, or a part of it, by its name: ``cifar10-jpeg.tar.gz`` is of ``cifar10``."""
+    return re.match(rf"{origin}(?!\d)", source) is not None
+
+
 def read_files(root: Path) -> Files:
     """Every file of a folder or, held in memory, of a tar archive; raises ``DataError`` when it cannot be read."""
     content: dict[str, bytes] = {}
@@ -295,6 +302,8 @@ class Arrangement(NamedTuple):
     val: list[str]
     test: list[str]
     by_content: bool = False
+    unused: tuple[str, ...] = ()
+    """Of no split, beside folders that are."""
 
 
 def _arrange(source: str, files: Files) -> Arrangement:
@@ -305,19 +314,22 @@ def _arrange(source: str, files: Files) -> Arrangement:
             folder = parts[-3] if len(parts) >= 3 else ""
             by_folder.setdefault(SPLITS.get(folder.lower(), folder), []).append(name)
     if "train" not in by_folder:
+        if split := next((name for name in ("test", "val") if name in by_folder), None):
+            raise DataError(f"{source}: found {split}/ but no train/; expected both, or just folders of classes")
         return _hold_out(files, sorted(name for group in by_folder.values() for name in group))
     if "test" not in by_folder:
         raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
     train, test = by_folder["train"], by_folder["test"]
+    unused = tuple(name for folder in by_folder.keys() - set(SPLITS.values()) for name in by_folder[folder])
     if val := by_folder.get("val"):
-        return Arrangement(train, val, test)
+        return Arrangement(train, val, test, unused=unused)
     # By position, not by content: the shipped models have trained on all but these validation images, and another draw
     # would make training images of theirs validation images.
     held_out = stratified([PurePosixPath(name).parts[-2] for name in train], VALIDATION_SHARE).tolist()
     train, val = (
         [name for name, held in zip(train, held_out, strict=True) if held is wanted] for wanted in (False, True)
     )
-    return Arrangement(train, val, test)
+    return Arrangement(train, val, test, unused=unused)
 
 
 def _hold_out(files: Files, names: list[str]) -> Arrangement:
@@ -326,12 +338,16 @@ def _hold_out(files: Files, names: list[str]) -> Arrangement:
     What is in a file decides, not its place or name: its digest is below a limit, or the lowest of the class. So no
     training image is held out once there are more files, or the folder has another name; else a model that goes on
     from one of the smaller folder would be judged on images that it knows. Only in a class so small that none would
-    be left for training does the number of its files count as well.
+    be left for training does the number of its images count as well. What is no image is left to those who tell of it.
     """
     by_class: dict[str, list[tuple[float, str]]] = {}
-    for name in names:
-        by_class.setdefault(PurePosixPath(name).parts[-2], []).append((digest(files[name]) / 2**DIGEST_BITS, name))
     train: list[str] = []
+    for name in names:
+        content = files[name]
+        if _has_header(content):
+            by_class.setdefault(PurePosixPath(name).parts[-2], []).append((digest(content) / 2**DIGEST_BITS, name))
+        else:
+            train.append(name)
     val: list[str] = []
     test: list[str] = []
     for members in by_class.values():
@@ -344,6 +360,14 @@ def _hold_out(files: Files, names: list[str]) -> Arrangement:
         val += ordered[first:second]
         train += ordered[second:]
     return Arrangement(sorted(train), sorted(val), sorted(test), by_content=True)
+
+
+def _has_header(content: bytes) -> bool:
+    try:
+        read_header(content)
+    except ImageError:
+        return False
+    return True
 
 
 def digest(content: bytes) -> int:

@@ -18,7 +18,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ def within(found: float, limit: float) -> bool:
     return round(found - limit, 6) <= 0
 
 
-def accuracy_interval(hits: int, count: int) -> tuple[float, float]:
+def accuracy_interval(hits: float, count: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson, 1927, JASA 22:209)."""
     share = hits / count
     centre = share + Z_95**2 / (2 * count)
@@ -79,6 +79,11 @@ class Reliability(NamedTuple):
     images: Labels
     confidence: NDArray[np.float64]
     accuracy: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Reliability:
+        """As it stands in a card."""
+        return cls(*(np.asarray(figures["reliability"][name]) for name in cls._fields))
 
 
 def reliability(probabilities: Probabilities, labels: Labels, bins: int = ECE_BINS) -> Reliability:

@@ -23,13 +23,24 @@ from model.artifact import ONNX, ONNX_INT8, Artifact
 from model.tables import markdown
 from train.command import CommandError, run
 from train.data import load
-from train.evaluate import THREADS, figures, int8_tolerance, require_own_data, run_runtime, within
+from train.evaluate import (
+    THREADS,
+    Reliability,
+    calibration_error_by_chance,
+    figures,
+    int8_tolerance,
+    require_own_data,
+    run_runtime,
+    within,
+)
 from train.robustness import IMAGES, robustness, sample
 
 RUNTIME = ONNX_INT8
 """The runtime that serves on a CPU; accuracy and calibration are judged on it."""
 ACCURACY_LOSS = 0.005
+"""Or one test image and a half, where that is more."""
 CALIBRATION_LOSS = 0.01
+"""Or what chance alone makes of exact confidence, where that is more: of few test images it is."""
 ROBUSTNESS_LOSS = 0.01
 """Bearable loss on corrupted images: more than on clean ones, for they are fewer, and chance moves it more."""
 SLOWDOWN = 1.1
@@ -45,11 +56,13 @@ def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row
         if missing := [name for name in names if name not in card]:
             raise CommandError(f"a card has no figures of {' and '.join(missing)}; run train.evaluate first")
     int8_loss = new[ONNX]["accuracy"] - new[RUNTIME]["accuracy"]
+    found, base, images = new[RUNTIME], old[RUNTIME], new[RUNTIME]["images"]
+    by_chance = calibration_error_by_chance(Reliability.of(found))
     return [
-        ("loss of accuracy", old[RUNTIME]["accuracy"] - new[RUNTIME]["accuracy"], ACCURACY_LOSS),
+        ("loss of accuracy", base["accuracy"] - found["accuracy"], max(ACCURACY_LOSS, 1.5 / images)),
         *corrupted(new, old),
-        ("loss of calibration (ECE)", new[RUNTIME]["ece"] - old[RUNTIME]["ece"], CALIBRATION_LOSS),
-        ("accuracy lost by INT8", int8_loss, int8_tolerance(new[RUNTIME]["images"])),
+        ("loss of calibration (ECE)", found["ece"] - base["ece"], max(CALIBRATION_LOSS, by_chance)),
+        ("accuracy lost by INT8", int8_loss, int8_tolerance(images)),
         ("time of a batch, new / old", slowdown, SLOWDOWN),
     ]
 

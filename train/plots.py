@@ -72,10 +72,10 @@ def reliability(bins: dict[str, list[float]]) -> Figure:
 
 
 def drawable(classes: Sequence[str]) -> list[str]:
-    """Their names, or the number of one whose letters the font lacks."""
+    """Their names, or the number of one whose letters the font lacks. What is between dollars is no mathematics."""
     glyphs = get_font(findfont(FontProperties())).get_charmap()
     return [
-        name if all(ord(letter) in glyphs for letter in name) else f"class {number}"
+        name.replace("$", r"\$") if all(ord(letter) in glyphs for letter in name) else f"class {number}"
         for number, name in enumerate(classes)
     ]
 

@@ -21,7 +21,7 @@ from model.runtimes import create
 from model.tables import markdown, with_interval
 from train import command
 from train.command import CommandError
-from train.data import CIFAR10
+from train.data import CIFAR10, is_part_of
 from train.report import of_the_same_data
 from train.runs import runs
 from train.sections import percent
@@ -77,7 +77,7 @@ def about(artifacts: list[Artifact]) -> str:
     height, width = config.input_size
     names = f" ({', '.join(config.classes)})" if len(config.classes) <= NAMED_CLASSES else ""
     source = training["source"]
-    official = ", not CIFAR-10's official 10,000" if source.startswith(CIFAR10) and source != CIFAR10 else ""
+    official = ", not CIFAR-10's official 10,000" if is_part_of(source, CIFAR10) and source != CIFAR10 else ""
     what = "A convolutional network tells" if len(artifacts) == 1 else "Convolutional networks tell"
     on_gpu = next((f", but on a GPU `{a.config.name}`" for a in artifacts if a.path == ACCURATE), "")
     choice = f" The first is the default{on_gpu}; `MODEL=` in front of `make serve` names one."

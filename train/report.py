@@ -27,16 +27,16 @@ from model.runtimes import create
 from model.tables import markdown
 from train import command, plots, sections
 from train.command import CommandError
-from train.data import Data, Split, load
+from train.data import CIFAR10, Data, Split, is_part_of, load
 from train.evaluate import THREADS, require_own_data, run_runtime
 from train.sections import Page, detailed, percent
 
 ORIGINS = {
-    "cifar10": "CIFAR-10, a labelled part of the 80 Million Tiny Images: Krizhevsky, A. (2009), *Learning Multiple "
+    CIFAR10: "CIFAR-10, a labelled part of the 80 Million Tiny Images: Krizhevsky, A. (2009), *Learning Multiple "
     "Layers of Features from Tiny Images*, University of Toronto. It comes without a licence; its pictures were "
     "collected from the web and belong to their photographers."
 }
-"""Licences by the beginning of the source's name."""
+"""Licences, by the name of the source or of what it is a part of."""
 MISTAKES, MISTAKEN_CLASSES = 5, 10
 """How many mistakes are shown of a class, and of how many classes, the worst first."""
 CONFUSED_PAIRS = 3
@@ -48,14 +48,13 @@ def worst(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]
     probabilities = calibrated(run_runtime(runtime, test.images), artifact.config.temperature)
     verdicts, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = verdicts != test.labels
+    names = plots.drawable(artifact.config.classes)
     by_class = {}
     for index in np.argsort(-np.bincount(test.labels[wrong], minlength=probabilities.shape[1]))[:MISTAKEN_CLASSES]:
         members = np.flatnonzero(wrong & (test.labels == index))
         chosen = members[np.argsort(-confidence[members])][:MISTAKES]
         if len(chosen):
-            by_class[artifact.config.classes[index]] = [
-                (test.images[i], f"{artifact.config.classes[verdicts[i]]} {confidence[i]:.2f}") for i in chosen
-            ]
+            by_class[names[index]] = [(test.images[i], f"{names[verdicts[i]]} {confidence[i]:.2f}") for i in chosen]
     return by_class
 
 
@@ -163,7 +162,7 @@ def confused(figures: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
 def about_data(artifact: Artifact, note: str) -> str:
     """Origin, licence, counts, and what ``train.check`` found."""
     training = artifact.card["training"]
-    known = [text for name, text in ORIGINS.items() if training["source"].startswith(name)]
+    known = [text for name, text in ORIGINS.items() if is_part_of(training["source"], name)]
     parts = ["## Data", f"`{training['source']}`, SHA-256 of its pixels and labels `{training['data_sha256']}`."]
     parts += [note] if note else known or ["Its origin and licence are known to who trained on it, not to this page."]
     findings = training.get("check")

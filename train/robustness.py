@@ -95,7 +95,10 @@ def _mean(scores: NDArray[Any]) -> dict[str, Any]:
     """
     by_image = scores.mean(axis=0)
     mean, error = float(by_image.mean()), float(by_image.std(ddof=1)) / math.sqrt(len(by_image))
-    low, high = max(0.0, mean - Z_95 * error), min(1.0, mean + Z_95 * error)
+    if error:
+        low, high = max(0.0, mean - Z_95 * error), min(1.0, mean + Z_95 * error)
+    else:  # of images that are all alike, such as all right, it is no estimate
+        low, high = accuracy_interval(mean * len(by_image), len(by_image))
     return {"accuracy": round(mean, 4), "accuracy_95": [round(low, 4), round(high, 4)]}
 
 

@@ -102,10 +102,12 @@ def prediction_sets(artifact: Artifact) -> str:
     rows = [
         (f"{float(level):.0%}", percent(found["coverage"]), f"{found['size']:.2f}") for level, found in sets.items()
     ]
+    few = Classifier(artifact.config, artifact.reference(ONNX_INT8)).sets_of_all
     return "\n\n".join(
         [
             "### Prediction sets",
-            "Split conformal prediction: how often the set of classes holds the true one, and how large it is.",
+            "Split conformal prediction: how often the set of classes holds the true one, and how large it is"
+            f"{f' ({few})' if few else ''}.",
             markdown(("level", "coverage", "classes, mean"), rows),
         ]
     )
@@ -125,7 +127,7 @@ def calibration(page: Page, label: str, artifact: Artifact) -> str:
     figures = artifact.card["metrics"][detailed(artifact)]
     if "reliability" not in figures:
         return ""
-    found = Reliability(*(np.asarray(figures["reliability"][name]) for name in Reliability._fields))
+    found = Reliability.of(figures)
     return "\n\n".join(
         [
             "### Calibration",
