@@ -38,7 +38,6 @@ from model.artifact import ONNX_INT8, TORCH, Artifact, ArtifactError, Outputs
 from model.batching import Batcher, Results
 from model.classifier import Classifier as Calibrated
 from model.classifier import Scores, VerificationError, check, verify
-from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.explain import VIEWS
 from model.preprocess import Pixels
@@ -102,7 +101,7 @@ try:
         load_models()[0].reference(ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
     KEYS = Keys(settings.api_keys, is_running=IS_WORKER) if settings.api_keys else None
     USAGE = Usage(settings.usage_file, is_running=IS_WORKER) if KEYS else None
-except (store.StoreError, ArtifactError, ConfigError, EnsembleError, OSError) as error:  # of the disk, too
+except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # of the disk, too
     asked = f"MODEL={MODEL!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
     raise configuration.SettingsError(f"error: {asked}: {error}") from None
 except AccessError as error:
@@ -300,7 +299,8 @@ class ClassifierService(LeanService):
         bodies = Bodies(MAX_HELD_BODIES * settings.max_body_bytes)
         endpoints = {method.route: method.func for method in self.apis.values()}
         direct = bypass(app, endpoints)
-        if not (KEYS or settings.audit_directory):  # whose callers are told 401 first, and have a line each in that log
+        # With keys a caller must hear 401 before 429, and in the audit log each has a line: the door can do neither.
+        if not (KEYS or settings.audit_directory):
             count = direct.count if isinstance(direct, Measuring) else None
             connections.Connection.door = Door(
                 endpoints, lambda *load: get_current_service().admit(*load), settings.log_requests, count
@@ -349,25 +349,29 @@ class Classifier:
             # What the runner gathers from all workers is counted there.
             observe=metrics.BATCH_IMAGES.observe if isinstance(self._host, Local) else lambda size: None,
         )
-        metrics.BATCH_LIMIT.set(self._queue.max_batch)
-        metrics.WORKERS.set(WORKERS)
         # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
         most = max(VIEWS, settings.max_queue)
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)
         replies = Replies(TAG, self._classifier)
         sandbox = Sandbox(settings.max_pixels)
         self._pipeline = Pipeline(settings, self._classifier, replies, self._drift, self._queue, explanations, sandbox)
-        for artifact in self._served.artifacts:
-            metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
-        loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
-        logger.info("loaded", extra=loaded)
-        if self._classifier.too_few:
-            logger.warning("foreign images are not told", extra={"reason": self._classifier.too_few})
+        self._announce()
         # What is there now stays, and need not be looked through for garbage ever again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
+
+    def _announce(self) -> None:
+        """Tell metrics and log what is served."""
+        metrics.WORKERS.set(WORKERS)
+        metrics.BATCH_LIMIT.set(self._queue.max_batch)
+        for artifact in self._served.artifacts:
+            metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
+        loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
+        logger.info("loaded", extra=loaded)
+        if self._classifier.too_few:
+            logger.warning("foreign images are not told", extra={"reason": self._classifier.too_few})
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
@@ -404,27 +408,28 @@ class Classifier:
             return False
         # One at a time: the first requests wait for the verdict instead of each asking for their own.
         async with self._verifying:
-            if self._verified:
-                return True
-            if time.monotonic() < self._next_verification:
-                return False
-            try:
-                async with asyncio.timeout(VERIFY_SECONDS):
-                    check(await self._reference_outputs(), self._reference, RUNTIME)
-            except VerificationError as error:
-                # It will be so at the next request and probe: no reason to tell it, or to compute it, each time.
-                self._next_verification = time.monotonic() + WRONG_SECONDS
-                logger.critical("not ready", extra={"reason": str(error)})
-                return False
-            except Exception as error:
-                logger.warning("not ready yet", extra={"reason": repr(error)})
-                return False
-            self._verified = True
-            logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
-            if settings.max_batch == "auto" and isinstance(self._host, Local):
-                # In a context of its own: it is no matter of the request that asked.
-                self._tuning = asyncio.create_task(self._tune(self._host), context=contextvars.Context())
-            return True
+            if not self._verified and time.monotonic() >= self._next_verification:
+                self._verified = await self._verify()
+            return self._verified
+
+    async def _verify(self) -> bool:
+        """Whether the engine is right. Of one that is, the batch sizes are measured in the background."""
+        try:
+            async with asyncio.timeout(VERIFY_SECONDS):
+                check(await self._reference_outputs(), self._reference, RUNTIME)
+        except VerificationError as error:
+            # It will be so at the next request and probe: no reason to tell it, or to compute it, each time.
+            self._next_verification = time.monotonic() + WRONG_SECONDS
+            logger.critical("not ready", extra={"reason": str(error)})
+            return False
+        except Exception as error:
+            logger.warning("not ready yet", extra={"reason": repr(error)})
+            return False
+        logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
+        if settings.max_batch == "auto" and isinstance(self._host, Local):
+            # In a context of its own: it is no matter of the request that asked.
+            self._tuning = asyncio.create_task(self._tune(self._host), context=contextvars.Context())
+        return True
 
     async def _tune(self, host: Local) -> None:
         """Measure batch sizes while no request waits, and keep to the best."""

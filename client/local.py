@@ -13,20 +13,19 @@ from client.rows import Reply
 from model import store
 from model.artifact import ArtifactError
 from model.classifier import Classifier, VerificationError, verify
-from model.config import ConfigError
 from model.ensemble import Ensemble, EnsembleError
 from model.preprocess import Pixels, preprocess
 from model.runtimes import RuntimeUnavailableError
 from model.tuning import compare
 from serving.errors import ApiError, from_exception
 from serving.replies import Replies
-from serving.requests import Options
+from serving.requests import Options, bounded
 
-ERRORS = (store.StoreError, ArtifactError, ConfigError, EnsembleError, RuntimeUnavailableError, VerificationError)
+ERRORS = (store.StoreError, ArtifactError, EnsembleError, RuntimeUnavailableError, VerificationError)
 
 
 class Local:
-    """What ``MODEL=model`` would serve; the other settings are those of the service, from the environment."""
+    """What ``MODEL=model`` would serve, on every core; the other settings are the service's, from the environment."""
 
     def __init__(self, model: str | None, prediction_set: float | None) -> None:
         store.set_environment()
@@ -41,7 +40,7 @@ class Local:
     def _load(self) -> None:
         tags = store.resolve_all(self._settings.resolved_model())
         served = Ensemble([store.get(tag) for tag in tags])
-        threads = os.cpu_count() or 1
+        threads = len(os.sched_getaffinity(0))
         runtime = self._settings.resolved_runtime()
         if runtime == "fastest":
             runtime = compare(served, threads).fastest
@@ -65,6 +64,7 @@ class Local:
 
     def _decode(self, image: bytes) -> Pixels | ApiError:
         try:
+            bounded(image, self._settings.max_image_bytes)
             return preprocess(image, self._classifier.config.input_size, self._settings.max_pixels)
-        except ValueError as error:
+        except (ValueError, ApiError) as error:
             return from_exception(error)

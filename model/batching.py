@@ -53,7 +53,7 @@ class _Job:
 class Batcher:
     """Groups the images of concurrent callers into batches of at most ``max_batch`` for ``engine``.
 
-    ``concurrency`` batches may be under way at once: of several the next waits at the engine, and not for this loop.
+    ``concurrency`` batches may be under way at once: with more than one, the next is at the engine when that is free.
     Images that would wait longer than ``max_wait`` seconds for those before them, waiting or under way, are refused, by
     the rate of late.
     ``observe`` is told the size of each batch. Belongs to one event loop.
@@ -141,8 +141,8 @@ class Batcher:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
-                # What an engine does that could do more says little of what it can: the first batch of all is cold. One
-                # that may have several is busy when all that may be under way are.
+                # The rate of an engine that is not saturated is only a lower bound, and the first batch of all is cold.
+                # It is saturated when images still wait or, where several batches may be under way, as many are.
                 is_full = self.waiting > 0 or 1 < self._concurrency == len(self._running)
                 self._under_way += size
                 try:

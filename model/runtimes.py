@@ -184,7 +184,7 @@ def _probe() -> int:
 def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:
     """Load ``artifact`` into the runtime called ``name``, with ``threads`` on a CPU or on GPU ``device_index``.
 
-    Raises ``RuntimeUnavailableError`` for an unknown name or a library that is not installed.
+    Raises ``RuntimeUnavailableError`` for an unknown name, and for ``torch`` where it is not installed.
     """
     if name == TORCH:
         return TorchRuntime(artifact, threads, device_index)

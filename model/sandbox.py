@@ -16,7 +16,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from model.config import CHANNELS
 from model.decoder import ERRORS
 from model.headers import ImageError
 from model.preprocess import MAX_PIXELS, Pixels
@@ -55,11 +56,11 @@ class Sandbox:
 
     def render(self, data: bytes, size: tuple[int, int]) -> Pixels:
         """``preprocess.render``; raises ``ImageError``."""
-        return self._ask(data, {"size": size}, size[0] * size[1])
+        return self._ask(data, {"size": size}, size[0] * size[1], lambda height, width: (height, width) == size)
 
     def shrink(self, data: bytes, longest: int) -> Pixels:
         """``preprocess.shrink``; raises ``ImageError``."""
-        return self._ask(data, {"longest": longest}, longest**2)
+        return self._ask(data, {"longest": longest}, longest**2, lambda *sides: max(sides) <= longest)
 
     def close(self) -> None:
         self._drop()
@@ -67,20 +68,25 @@ class Sandbox:
         self._server.kill()
         self._server.wait()
 
-    def _ask(self, data: bytes, task: dict[str, Any], most: int) -> Pixels:
-        """``most`` pixels are heard of: an image may have taken over its decoder, which then says what it likes."""
+    def _ask(self, data: bytes, task: dict[str, Any], most: int, fits: Callable[[int, int], bool]) -> Pixels:
+        """Of an answer that is none to ``task``, or has more than ``most`` pixels, its decoder dies.
+
+        An image may have taken it over: it then says what it likes, to this request and to the next ones.
+        """
         decoder = self._living()
         try:
             decoder.send_bytes(orjson.dumps(task))
             decoder.send_bytes(data)
             answer = orjson.loads(decoder.recv_bytes(MOST_TOLD))
-            pixels = decoder.recv_bytes(3 * most)
-        except (EOFError, OSError):
+            outcome = _understand(answer, decoder.recv_bytes(3 * most))
+            if isinstance(outcome, np.ndarray) and not fits(*outcome.shape[:2]):
+                raise ValueError(f"pixels of shape {outcome.shape}")
+        except (EOFError, OSError, LookupError, TypeError, ValueError):
             self._drop()
             raise DecoderError("the image cannot be decoded: its decoder had to be ended") from None
-        if "error" in answer:
-            raise ERRORS[answer["error"]](answer["message"])
-        return np.frombuffer(pixels, np.uint8).reshape(answer["shape"])
+        if isinstance(outcome, ImageError):
+            raise outcome
+        return outcome
 
     def _living(self) -> Connection:
         """The decoder; a new one where the last has died, if only of idleness, which makes its socket readable."""
@@ -121,3 +127,12 @@ class Sandbox:
         if self._decoder:
             self._decoder.close()
         self._decoder = None
+
+
+def _understand(answer: dict[str, Any], pixels: bytes) -> Pixels | ImageError:
+    if "error" in answer:
+        return ERRORS[answer["error"]](answer["message"])
+    height, width, channels = answer["shape"]
+    if channels != CHANNELS:
+        raise ValueError(f"{channels} channels")
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, channels)

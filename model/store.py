@@ -26,7 +26,6 @@ from bentoml.exceptions import BentoMLException, NotFound
 from model import comparison, promotions
 from model.artifact import ALSO_SHIPPED, CARD, ONNX, ONNX_INT8, RUNTIMES, SHIPPED, Artifact, ArtifactError
 from model.classifier import verify
-from model.config import ConfigError
 from model.runtimes import create
 from model.tables import Row, aligned
 
@@ -160,7 +159,7 @@ def _objections(model: bentoml.Model, served: str) -> Iterator[str]:
         yield "its card has no figures; `make evaluate` writes them, and `make store` puts it as a new version"
     try:
         current = get(served)
-    except (StoreError, ArtifactError, ConfigError):
+    except (StoreError, ArtifactError):
         return  # nothing is lost with a version that does not load
     if candidate.config.classes != current.config.classes:
         yield f"its classes are not those of {served}, which clients know"
@@ -315,5 +314,5 @@ def run(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ArtifactError, ConfigError, StoreError, BentoMLException, OSError) as error:
+    except (ArtifactError, StoreError, BentoMLException, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))

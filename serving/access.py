@@ -110,7 +110,7 @@ class Keys:
     """The keys of ``file`` as it now is; a change of it counts a second later.
 
     Raises ``AccessError`` at first, unless the service ``is_running`` already: a worker that is started again must not
-    end of what its fellows pass over. It knows no key until the file is mended.
+    end over an error that the others live with. It knows no key until the file is mended.
     """
 
     def __init__(self, file: Path, is_running: bool = False) -> None:

@@ -135,7 +135,7 @@ class Connection(HttpToolsProtocol):
         """The reply to a request that has come whole, and when it is sent; what comes meanwhile is ``_held``."""
         self._held = b""
         self._is_incomplete = False
-        """Whether more of headers, or of the body of a refused request, is due; it may well have come already."""
+        """Whether the rest of headers, or of the body of a refused request, has still to be parsed."""
         self._head_bytes = 0
         """Received since the last that belonged to a body, or that ended headers or a request."""
         self._await_bytes()

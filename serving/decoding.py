@@ -16,8 +16,8 @@ from model.preprocess import Pixels
 class Decoding:
     """One thread, for there is a worker for each processor, and memory for one large image.
 
-    Images that would wait longer than ``max_wait`` seconds, by what lately one took, are refused. One that took longer
-    than that counts as if it had not, or a single image made to take long would shut out all others for long.
+    Images that would wait longer than ``max_wait`` seconds, by what lately one took, are refused. In that average none
+    counts for more than ``max_wait``: one that is made to take long would otherwise keep all others out for long.
     """
 
     def __init__(self, max_wait: float, clock: Callable[[], float] = time.monotonic) -> None:

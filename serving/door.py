@@ -24,7 +24,7 @@ GATHER_SECONDS = 0.02
 SHUT_SECONDS = 1.0
 """After a refusal, in which another is likely: the least that ``Retry-After`` says."""
 Count = Callable[[str, int, list[float]], None]
-"""Told a path, a status, and the seconds that each reply of them took."""
+"""Told a path, a status, and the seconds that it took to make each reply, without the delay before it is sent."""
 
 
 class Door:

@@ -47,8 +47,8 @@ def exit_after(seconds: float) -> threading.Timer:
 
 
 def skip() -> None:
-    """Let the next SIGTERM stop this process, which cannot answer, without delay: others could, whom it keeps from it.
+    """Let the next SIGTERM stop this process at once; from any thread.
 
-    From any thread.
+    It cannot answer, and meanwhile would go on to take connections that other workers could serve.
     """
     _hopeless.set()

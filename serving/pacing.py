@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
 AT_ONCE_SECONDS = 0.004
-"""Longest time for which work may block the event loop of a worker."""
+"""Time after which work on the event loop gives way to others, between two pieces of it. One piece, such as an image of
+many megabytes in base64, may take longer."""
 Work = TypeVar("Work")
 
 

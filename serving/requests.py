@@ -111,8 +111,8 @@ async def read_image(request: Request, settings: Settings) -> bytes:
         images = _multipart(body, options, "image", limit=1)
         if not images:
             raise bad_request("the form has no file field 'image'")
-        return _bounded(images[0], settings.max_image_bytes)
-    return _bounded(_base64(_json_field(body, "image", limit=1)), settings.max_image_bytes)
+        return bounded(images[0], settings.max_image_bytes)
+    return bounded(_base64(_json_field(body, "image", limit=1)), settings.max_image_bytes)
 
 
 async def read_images(request: Request, settings: Settings) -> list[Item]:
@@ -264,7 +264,8 @@ def _kind(value: object) -> str:
     }.get(type(value), "an object")
 
 
-def _bounded(image: bytes, limit: int) -> bytes:
+def bounded(image: bytes, limit: int) -> bytes:
+    """``image``; raises ``ApiError`` where it has more than ``limit`` bytes."""
     if len(image) > limit:
         raise too_large(f"the image has {len(image)} bytes; expected at most {limit}")
     return image
@@ -279,6 +280,6 @@ def _attempt(value: object) -> Item:
 
 def _limit(item: Item, limit: int) -> Item:
     try:
-        return item if isinstance(item, ApiError) else _bounded(item, limit)
+        return item if isinstance(item, ApiError) else bounded(item, limit)
     except ApiError as error:
         return error

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from serving.access import AccessError, Key
 from serving.errors import ApiError
 from serving.logs import Seldom
+from serving.requests import too_large
 
 logger = logging.getLogger("classifier.usage")
 
@@ -51,6 +52,8 @@ class Account(NamedTuple):
         """The account after ``images`` more at the time ``now``; raises ``ApiError`` when the key has not that many."""
         day = int(now // DAY_SECONDS)
         had = self.images if self.day == day else 0
+        if key.images_per_day is not None and images > key.images_per_day:
+            raise too_large(f"the request has {images} images; expected at most {key.images_per_day}, those of a day")
         if key.images_per_day is not None and had + images > key.images_per_day:
             raise _refusal(
                 "quota_exceeded",
@@ -68,9 +71,8 @@ class Account(NamedTuple):
         if key.images_per_second is None:
             return math.inf
         rate = key.images_per_second
-        full = max(1.0, rate)
-        tokens = min(full, self.tokens + max(0.0, now - self.updated) * rate)
-        wanted = min(images, full)
+        tokens = min(rate, self.tokens + max(0.0, now - self.updated) * rate)
+        wanted = min(images, rate)
         if tokens < wanted:
             message = f"more than {rate:g} images a second were sent"
             raise _refusal("rate_limited", message, (wanted - tokens) / rate)
@@ -81,7 +83,7 @@ class Usage:
     """The accounts of every key, in ``file``.
 
     Raises ``AccessError`` when that cannot be used, unless the service ``is_running`` already: a worker that is started
-    again must not end of what the others pass over.
+    again must not end over an error that the others live with.
 
     Without a file it is a temporary one, which goes when this process does: the parent of the workers, which are told
     of it as ``file``.

@@ -116,7 +116,7 @@ class Visit:
 
 
 def _address(scope: Scope) -> str | None:
-    """The client's; None where a proxy that is believed tells what is none."""
+    """The client's IP address; None if a trusted proxy forwarded something that is no address."""
     try:
         return str(ip_address(scope["client"][0]))
     except (TypeError, ValueError):

@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 
 from model import decoder
+from model.headers import ImageError
 from model.preprocess import Pixels
 
-CRASH, HANG, SLEEP, EAT, TALK = FAULTS = b"!crash", b"!hang", b"!sleep", b"!eat", b"!talk"
+CRASH, HANG, SLEEP, EAT, TALK = b"!crash", b"!hang", b"!sleep", b"!eat", b"!talk"
+OTHER_SHAPE, MORE_AXES, OTHER_ERROR = b"!shape", b"!axes", b"!error"
+FAULTS = CRASH, HANG, SLEEP, EAT, TALK, OTHER_SHAPE, MORE_AXES, OTHER_ERROR
+
+
+class UnknownError(ImageError):
+    """None that is agreed upon."""
+
+
 SECONDS, PATIENCE = 1.0, 3.0
 
 
@@ -30,7 +39,12 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
             eaten.append(bytearray(2**24))
     if data.endswith(TALK):
         return np.zeros((4096, 4096, 3), np.uint8)
-    return decoder.work(data, task)
+    if data.endswith(OTHER_ERROR):
+        raise UnknownError
+    pixels = decoder.work(data, task)
+    if data.endswith(OTHER_SHAPE):
+        return pixels.reshape(2 * len(pixels), -1, 3)
+    return pixels[None] if data.endswith(MORE_AXES) else pixels
 
 
 if __name__ == "__main__":

@@ -190,8 +190,12 @@ def test_who_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None], loop: s
         assert time.monotonic() - started < 20 * PATIENCE
 
 
+class Patient(Hasty):
+    send_seconds = 10 * PATIENCE
+
+
 def test_who_does_not_gets_everything() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with serving("uvloop", Patient) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         received = 0
         while chunk := client.recv(2**20):

@@ -109,6 +109,15 @@ def test_the_oldest_give_way_when_the_size_is_reached(tmp_path: Path) -> None:
     assert int((tmp_path / LEDGER).read_text()) == size(tmp_path) <= 2**20
 
 
+def test_one_that_is_large_for_the_store_makes_room_for_itself(tmp_path: Path) -> None:
+    kept = store(tmp_path, review_bytes=2**20)
+    for seed in range(12):
+        data = encode(picture(seed)) + bytes(180_000)
+        kept.offer(data, unsure(), ABOUT)
+        wait((tmp_path / f"{hashlib.sha256(data).hexdigest()}.json").exists)
+        assert size(tmp_path) <= 2**20
+
+
 def test_the_size_holds_over_all_that_share_the_directory(tmp_path: Path) -> None:
     stores = [store(tmp_path, review_bytes=2**20) for _ in range(3)]
     largest = 0

@@ -87,7 +87,9 @@ def test_a_quota_is_for_a_day_by_utc() -> None:
     limits = key(images_per_day=100)
     account = Account().charge(limits, 60, NOON).charge(limits, 40, NOON + 1)
     assert refusal(account, limits, 1, NOON + 2) == ("quota_exceeded", DAY_SECONDS // 2 - 2)
-    assert refusal(Account(), limits, 101, NOON)[0] == "quota_exceeded"
+    with pytest.raises(ApiError, match=r"^the request has 101 images; expected at most 100, those of a day$") as caught:
+        Account().charge(limits, 101, NOON)  # not to be asked again, on no day
+    assert (caught.value.status, caught.value.code) == (413, "too_large")
     tomorrow = account.charge(limits, 100, NOON + DAY_SECONDS / 2)
     assert tomorrow.images == 100
 
