@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+from PIL import Image
 from starlette.datastructures import Headers
 
 from serving import access
@@ -235,7 +236,7 @@ def test_a_file_that_breaks_changes_nothing_and_is_logged(guarded: Guarded) -> N
 def test_what_would_wait_too_long_for_a_decoder_is_not_charged(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     key = access.add(file, "alice", images_per_day=1000)
-    large = encode(picture(height=3000, width=4000), "JPEG", progressive=True)
+    large = encode(Image.new("RGB", (4000, 3000)), "JPEG", progressive=True)  # sooner sent than decoded
     with serve("embedded", tmp_path, API_KEYS=file, WORKERS=1, MAX_WAIT=0.01) as url, ThreadPoolExecutor(16) as pool:
 
         def ask(_: int) -> int:

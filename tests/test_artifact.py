@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.artifact import CARD, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, save_reference, seal
+from model.artifact import CARD, CONFIG, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, save_reference, seal
 from model.classifier import TOLERANCE, VerificationError, check, verify
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.runtimes import EngineLostError, OnnxRuntime, RuntimeUnavailableError, TorchRuntime, create
 from tests import toy
 
@@ -130,5 +132,13 @@ def test_an_unknown_runtime_names_the_known_ones(toy_artifact: Artifact) -> None
 def test_a_config_error_names_file_and_field(tmp_path: Path, toy_artifact: Artifact) -> None:
     path = tmp_path / "config.json"
     path.write_text(toy_artifact.config.model_dump_json().replace('"temperature":', '"temprature":'))
-    with pytest.raises(ArtifactError, match="temprature"):
+    with pytest.raises(ConfigError, match="temprature"):
         ModelConfig.load(path)
+
+
+def test_an_artifact_of_a_wrong_config_is_none(toy_artifact: Artifact, copied: Path) -> None:
+    toy_artifact.config.model_copy(update={"temperature": -1.0}).save(copied / CONFIG)
+    seal_anyway = {name: {"sha256": hashlib.sha256((copied / name).read_bytes()).hexdigest()} for name in HASHED}
+    (copied / CARD).write_text(json.dumps({**toy_artifact.card, "files": seal_anyway}))
+    with pytest.raises(ArtifactError, match="temperature"):
+        Artifact.load(copied)
