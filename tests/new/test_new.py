@@ -85,8 +85,8 @@ def test_nothing_names_the_model_before(copy: Path) -> None:
 
 def test_readme_and_docs_are_of_the_new_one(copy: Path) -> None:
     readme = (copy / "README.md").read_text()
-    assert f"`{NAME}`, a convolutional network" in readme
-    assert "tells 3 classes apart on 48x48 pixels (disc, frame, stripes)" in readme
+    assert "A convolutional network tells 3 classes apart on 48x48 pixels (disc, frame, stripes)." in readme
+    assert f"\n| `{NAME}` | 0.1 M |" in readme
     assert re.search(r"-F image=@tests/images/(\w+)\.jpg .*\n.*\"class_name\":\"\1\"", readme)[1] in toy.CLASSES
     card = (copy / "docs/model-card.md").read_text()
     assert f"## {NAME}" in card
