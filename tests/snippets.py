@@ -44,7 +44,7 @@ EXAMPLE = "cifar10_cnn"
 bundle, and cannot be followed to the letter."""
 SHIPPED = json.loads((REPOSITORY / "model/pretrained/config.json").read_text())["name"]
 of_the_example = pytest.mark.skipif(SHIPPED != EXAMPLE, reason=f"its bound is that of {EXAMPLE}")
-"""For tests of speed, and of maps that a small network of a few epochs does not come up to."""
+"""For tests of speed, of maps that a network of a few epochs does not come up to, and of what few images allow."""
 _FENCE = re.compile(
     r"(?:^<!-- (not run|file): (.+?) -->\n)?^```(\w+)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.M | re.S
 )

@@ -18,6 +18,7 @@ from serving import metrics
 from serving.drift import GATHER_SECONDS, Drift
 from tests import toy
 from tests.live import Server, encode, picture, samples, total
+from tests.snippets import of_the_example
 from train import data
 
 
@@ -57,6 +58,7 @@ def stability_index(values: dict[str, float], feature: str) -> float:
     return sum((p - q) * math.log(p / q) for q, p in shares)
 
 
+@of_the_example
 def test_a_server_counts_what_it_sees_and_says(server: Server) -> None:
     before = samples(server.url)
     dark = [encode(picture(seed).point(lambda v: v // 6)) for seed in range(40)]
@@ -87,11 +89,16 @@ def expected_of(reference: Reference) -> set[str]:
     return {sample.labels["feature"] for sample in family.samples}
 
 
-def test_of_few_validation_images_nothing_is_expected_that_chance_decides() -> None:
+def reference_of(images: int) -> Reference:
+    """The shipped model's, of as many validation images."""
     whole = Artifact.load(SHIPPED).reference(ONNX_INT8)
+    outputs = np.resize(whole.validation, (images, whole.validation.shape[1]))
+    return whole._replace(labels=np.resize(whole.labels, images), validation=outputs)
+
+
+def test_of_few_validation_images_nothing_is_expected_that_chance_decides() -> None:
     for count, expected in ((9, {"class"}), (99, {"class", *STATISTICS}), (100, {"class", "confidence", *STATISTICS})):
-        few = whole._replace(labels=whole.labels[:count], validation=whole.validation[:count])
-        assert expected_of(few) == expected
+        assert expected_of(reference_of(count)) == expected
 
 
 def test_a_share_of_gray_images_is_not_taken_for_a_tenth() -> None:
@@ -99,8 +106,7 @@ def test_a_share_of_gray_images_is_not_taken_for_a_tenth() -> None:
     gray = draw(600, seed=0)
     gray[:108] = gray[:108, ..., :1]
     assert (np.diff(edges(gray)) > 0).all()
-    reference = Artifact.load(SHIPPED).reference(ONNX_INT8)._replace(edges=edges(gray))
-    assert expected_of(reference) == {"class", "confidence", *STATISTICS[:-1]}
+    assert expected_of(reference_of(100)._replace(edges=edges(gray))) == {"class", "confidence", *STATISTICS[:-1]}
 
 
 def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> None:
@@ -121,7 +127,7 @@ def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> 
         await asyncio.sleep(5 * GATHER_SECONDS)
 
     metrics.EXPECTED_SHARE.clear()
-    drift = Drift(shipped.config, shipped.reference(ONNX_INT8)._replace(edges=edges(gray)))
+    drift = Drift(shipped.config, reference_of(100)._replace(edges=edges(gray)))
     (family,) = metrics.EXPECTED_SHARE.collect()
     assert {sample.labels["feature"] for sample in family.samples} == {"class", "confidence", *STATISTICS[:-1]}
     before = counted()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,20 @@ from train.evaluate import within
 from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, table
 
 CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87}
-CARD = {**json.loads((SHIPPED / "card.json").read_text())["metrics"], "robustness": CORRUPTED}
+
+
+def of_many_images(metrics: dict[str, Any]) -> dict[str, Any]:
+    """As if measured on so many test images that chance decides nothing, whichever model is shipped."""
+    metrics = copy.deepcopy(metrics)
+    for runtime in ("onnx", RUNTIME):
+        found = metrics[runtime]
+        times = math.ceil(8000 / found["images"])
+        found["images"] *= times
+        found["reliability"]["images"] = [count * times for count in found["reliability"]["images"]]
+    return metrics
+
+
+CARD = {**of_many_images(json.loads((SHIPPED / "card.json").read_text())["metrics"]), "robustness": CORRUPTED}
 
 
 def failures(new: dict[str, object], slowdown: float = 1.0) -> list[str]:
@@ -41,6 +56,7 @@ def test_a_model_at_a_limit_is_let_through_and_the_next_one_is_not() -> None:
 @pytest.mark.parametrize(("lost", "code"), [(0.005, 0), (0.0051, 1)])
 def test_the_exit_status_is_that_of_the_table(lost: float, code: int, tmp_path: Path) -> None:
     card = Artifact.load(SHIPPED).card
+    card["metrics"] = of_many_images(card["metrics"])
     base = copy.deepcopy(card)
     for metrics in (card["metrics"], base["metrics"]):
         metrics[RUNTIME]["accuracy"] = metrics["onnx"]["accuracy"] = 0.914

@@ -47,6 +47,7 @@ from tests.live import (
     serve,
     total,
 )
+from tests.snippets import of_the_example
 
 TIMEOUT = 60
 """Seconds; for a machine with other work. Replies take milliseconds."""
@@ -755,6 +756,7 @@ def test_unusable_settings_stop_the_start_with_one_line(
     assert re.search(f"^error: .*{expected}", line)
 
 
+@of_the_example
 def test_pictures_of_the_tests_are_told_apart() -> None:
     """Otherwise comparing replies with predictions would prove little."""
     assert len({predict(encode(picture(i))).class_index for i in range(48)}) > 1
