@@ -54,9 +54,14 @@ MAX_INT8_LOSS = 0.003
 """Largest share of images that INT8 may get wrong beyond what FP32 does."""
 
 
+def tolerance(loss: float, images: int) -> float:
+    """How much accuracy may be lost on so many images, of which a single one is noise: ``loss``, where that is more."""
+    return max(loss, 1.5 / images)
+
+
 def int8_tolerance(images: int) -> float:
-    """How much accuracy INT8 may lose on so many images, of which a single one is noise."""
-    return max(MAX_INT8_LOSS, 1.5 / images)
+    """How much accuracy INT8 may lose on so many images."""
+    return tolerance(MAX_INT8_LOSS, images)
 
 
 def within(found: float, limit: float) -> bool:

@@ -31,6 +31,7 @@ from train.evaluate import (
     int8_tolerance,
     require_own_data,
     run_runtime,
+    tolerance,
     within,
 )
 from train.robustness import IMAGES, robustness, sample
@@ -59,7 +60,7 @@ def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row
     found, base, images = new[RUNTIME], old[RUNTIME], new[RUNTIME]["images"]
     by_chance = calibration_error_by_chance(Reliability.of(found))
     return [
-        ("loss of accuracy", base["accuracy"] - found["accuracy"], max(ACCURACY_LOSS, 1.5 / images)),
+        ("loss of accuracy", base["accuracy"] - found["accuracy"], tolerance(ACCURACY_LOSS, images)),
         *corrupted(new, old),
         ("loss of calibration (ECE)", found["ece"] - base["ece"], max(CALIBRATION_LOSS, by_chance)),
         ("accuracy lost by INT8", int8_loss, int8_tolerance(images)),
