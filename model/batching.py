@@ -68,7 +68,9 @@ class Batcher:
         max_wait: float = math.inf,
         concurrency: int = 1,
         observe: Callable[[int], None] = lambda size: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._engine, self.max_batch, self._max_queue, self._max_wait = engine, max_batch, max_queue, max_wait
         self._concurrency, self._observe = concurrency, observe
         self._jobs: deque[_Job] = deque()
@@ -136,7 +138,7 @@ class Batcher:
             self._running.add(asyncio.get_running_loop().create_task(self._drain(), context=contextvars.Context()))
 
     async def _drain(self) -> None:
-        started = time.monotonic()
+        started = self._clock()
         try:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
@@ -151,7 +153,7 @@ class Batcher:
                     self._under_way -= size
                 if is_answered:
                     # What passes between two batches of a busy engine is time that images wait, too.
-                    now = time.monotonic()
+                    now = self._clock()
                     # A batch that is alone has the engine to itself; of several each has its share.
                     rate = size / max(now - started, 1e-6) * (self._concurrency if is_full else 1)
                     if is_full or 0 < self._images_per_second < rate:  # at least that much can be done
