@@ -1,7 +1,7 @@
-"""What MkDocs adds to the pages of this folder: see mkdocs.yml.
+"""MkDocs hooks that add generated and included content to the pages of this folder: see mkdocs.yml.
 
-``<!-- generate: NAME -->`` in a page becomes what the function of that name in ``GENERATORS`` writes, and
-``<!-- include: FILE -->`` a file of the repository, so that nothing is written, or kept, twice.
+In a page, ``<!-- generate: NAME -->`` is replaced by the output of that function in ``GENERATORS``, and
+``<!-- include: FILE -->`` by a file of the repository, so that nothing has to be written or kept twice.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ RUNBOOKS = ROOT / "monitoring/runbooks"
 UNMEASURED = {
     "benchmarks.md": """# Benchmarks
 
-Nothing was measured yet in this checkout. `make bench` measures the service and its peers on your machine in about
-25 minutes and writes this page. What the figures are for is told on [capacity](operations/capacity.md).
+Nothing has been measured in this checkout yet. `make bench` measures the service and its peers on your machine in about
+25 minutes and writes this page. [Capacity](operations/capacity.md) explains how to use the figures.
 """,
     "capacity.md": """# Replicas and cost
 
-Nothing was measured yet in this checkout. After `make bench`, `make capacity` writes this page: how many replicas for
-how many images a second, and what they cost. What limits is told on [capacity](operations/capacity.md).
+Nothing has been measured in this checkout yet. After `make bench`, `make capacity` writes this page: the replicas
+needed for a rate of images, and their cost. [Capacity](operations/capacity.md) describes the bottlenecks.
 """,
 }
-"""Pages in place of those that a measurement writes."""
+"""Placeholders for pages that a measurement writes."""
 ELSEWHERE = {
     "CHANGELOG.md": "upgrade.md",
     "SECURITY.md": "security.md",
     "deploy/k8s/README.md": "operations/kubernetes.md",
 }
-"""Files of the repository that a page of the site includes."""
+"""Files outside ``docs`` to the pages of the site that include them."""
 GENERATORS = {
     "api": reference.api,
     "settings": reference.settings,
@@ -84,7 +84,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _include(name: str, page: str) -> str:
-    """A file of the repository, if it is there, without its title and with its links made those of ``page``."""
+    """A file of the repository without its title and with its links relative to ``page``; empty if it is missing."""
     if not (ROOT / name).exists():
         return ""
     text = re.sub(r"\A# .*\n+", "", (ROOT / name).read_text())
@@ -92,7 +92,7 @@ def _include(name: str, page: str) -> str:
 
 
 def _relink(link: re.Match[str], name: str, page: str) -> str:
-    """A link to a file that is a page of the site leads there; any other is left as its text."""
+    """Point a link to a file that is a page of the site at that page; reduce any other link to its text."""
     text, target, anchor = link.groups()
     path = relpath(f"/{Path(name).parent}/{target}", "/")
     inside = ELSEWHERE.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)

@@ -1,4 +1,4 @@
-"""Tables of the reference pages, written from what runs: the OpenAPI document, settings.py, the rules of Prometheus."""
+"""Tables of the reference pages, generated from the OpenAPI document, settings.py and the Prometheus rules."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Schema = dict[str, Any]
 
 @cache
 def _document() -> Schema:
-    """``/docs.json`` of a service that asks for API keys, which is the whole of it."""
+    """``/docs.json`` of a service that requires API keys: the complete document."""
     from service import Classifier
     from serving.openapi import describe
 
-    service: Any = Classifier  # BentoML's decorator makes another class of it
+    service: Any = Classifier  # BentoML's decorator replaces the class
     document: Schema = json.loads(json.dumps(describe(str(service.openapi_spec.info.version), asks_for_keys=True)))
     return document
 
@@ -36,7 +36,7 @@ def openapi() -> str:
 
 
 def api() -> str:
-    """Every endpoint, and every schema that they share."""
+    """Every endpoint, the probes, and the schemas that they share, as Markdown."""
     from serving.openapi import INFRASTRUCTURE
 
     operations = [
@@ -121,7 +121,7 @@ def _document_schemas() -> set[str]:
 
 
 def _bounded(schema: Schema) -> str:
-    """``integer ≥ 1``, ``0 < number < 1``."""
+    """A scalar type with its bounds: ``1 ≤ integer``, ``0 < number < 1``."""
     kind = str(schema["type"])
     low = next(
         (f"{schema[key]:,} {sign} " for key, sign in (("minimum", "≤"), ("exclusiveMinimum", "<")) if key in schema), ""
@@ -145,7 +145,7 @@ def settings() -> str:
 
 
 def _setting(schema: Schema) -> str:
-    """The type of a setting; whether it may be left out is said by its default."""
+    """The type of a setting, without null: its default shows that it is optional."""
     choices = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
     return _type({**choices[0]} if len(choices) == 1 else {"anyOf": choices})
 
@@ -155,7 +155,7 @@ def _default(value: Any) -> str:
 
 
 def _docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """The string after each field of a class, as one line of Markdown."""
+    """The docstring after each field of a class, as one line of Markdown."""
     body = ast.parse(source).body[0].body  # type: ignore[attr-defined]  # the one class
     for field, after in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
@@ -170,7 +170,7 @@ def _rules() -> Iterator[Schema]:
 
 
 def alerts() -> str:
-    """Every alert with its severity, what it watches, and its runbook."""
+    """Every alert with its severity, component, summary and runbook, the most severe first."""
     order = ("critical", "warning", "info", "none")
     found = sorted(
         (rule for rule in _rules() if "alert" in rule), key=lambda rule: order.index(rule["labels"]["severity"])
@@ -184,12 +184,12 @@ def _runbook(rule: Schema) -> str:
 
 
 def _plain(rule: Schema) -> str:
-    """The summary with its template expressions left out."""
+    """The summary with its template expressions replaced by ``…``."""
     return re.sub(r"\{\{.*?\}\}", "…", str(rule["annotations"]["summary"]))
 
 
 def objectives() -> str:
-    """The share of bad requests that each objective allows, as the rules have it."""
+    """The share of bad requests that each objective allows, read from the rules."""
     shares = {
         rule["labels"]["slo"]: float(rule["expr"].removeprefix("vector(").removesuffix(")"))
         for rule in _rules()
