@@ -46,7 +46,7 @@ def against_peers(results: Results) -> Iterator[Verdict]:
         yield verdict(f"{workload}: errors", f"{ours['errors']}", "0", ours["errors"] == 0)
         if workload == "small":
             times = f"{1000 * ours['p99']:.1f} ms, {1000 * theirs['p99']:.1f} ms"
-            yield verdict(f"{workload}: p99, and that of {name}", times, "no worse", ours["p99"] <= theirs["p99"])
+            yield verdict(f"{workload}: p99 against {name}", times, "no worse", ours["p99"] <= theirs["p99"])
 
 
 def single_latency(results: Results) -> Iterator[Verdict]:
@@ -54,7 +54,7 @@ def single_latency(results: Results) -> Iterator[Verdict]:
     if ours and best:
         name, theirs = best
         times = f"{1000 * ours['p50']:.2f} ms, {1000 * theirs['p50']:.2f} ms"
-        yield verdict(f"small, 1 connection: p50, and that of {name}", times, "no worse", ours["p50"] <= theirs["p50"])
+        yield verdict(f"small, 1 connection: p50 against {name}", times, "no worse", ours["p50"] <= theirs["p50"])
 
 
 def ceiling(results: Results) -> Iterator[Verdict]:
@@ -82,7 +82,7 @@ def overload(results: Results) -> Iterator[Verdict]:
         if run := results.open(name, FIVEFOLD):
             curve = [r["good"] for factor in results.factors if (r := results.open(name, factor))]
             share = run["good"] / max(*curve, results.best_rate(name))
-            yield verdict(f"{name}: goodput at 5 x saturation, of its peak", f"{share:.0%}", "≥ 90%", share >= 0.9)
+            yield verdict(f"{name}: goodput at 5 x saturation, of peak", f"{share:.0%}", "≥ 90%", share >= 0.9)
             outcomes = ", ".join(sorted(run["outcomes"]))
             yield verdict(f"{name}: replies at 5 x", outcomes, "200, 429, 503", set(run["outcomes"]) <= ALLOWED)
             met = run["p99"] is not None and run["p99"] <= results.deadline
@@ -93,10 +93,10 @@ def overload(results: Results) -> Iterator[Verdict]:
 def start(results: Results) -> Iterator[Verdict]:
     seconds = results.value(EMBEDDED, "start_seconds")
     if seconds:
-        yield verdict("process start to first right answer", f"{seconds:.1f} s", "≤ 3 s", seconds <= 3)
+        yield verdict("process start to first correct answer", f"{seconds:.1f} s", "≤ 3 s", seconds <= 3)
 
 
 def scaling(results: Results) -> Iterator[Verdict]:
     if EMBEDDED in results.names and ONE_WORKER in results.names:
         ratio = results.best_rate(EMBEDDED) / results.best_rate(ONE_WORKER)
-        yield "every worker against one, best requests/s", f"{ratio:.2f} x", "", ""
+        yield "all workers against one, best requests/s", f"{ratio:.2f} x", "", ""

@@ -99,21 +99,21 @@ def page(results: Results, price: float) -> str:
 def introduction(results: Results, worker: Worker) -> Iterator[str]:
     yield "# Capacity"
     yield ""
-    yield "Written by `make capacity` from docs/benchmarks.json; nothing here was measured beyond that."
-    yield f"Processor: {results.raw['processor']}. A worker is one core, which serves one image after another, with a"
-    yield "queue of its own and independent arrivals: M/D/1. Nginx chooses the replica with the fewest requests, which"
-    yield "waits less. What was measured took longer: the model's p99 is multiplied by the worst ratio of the last"
-    yield "table, and no worker is to be busier than at the highest utilisation there that met the objective."
+    yield "Written by `make capacity` from docs/benchmarks.json; nothing else was measured for it."
+    yield f"Processor: {results.raw['processor']}. The model: a worker is one core that serves one image at a time,"
+    yield "with its own queue and independent arrivals (M/D/1). Nginx picks the replica with the fewest requests, which"
+    yield "shortens waits. Measured latencies are longer than the model's: its p99 is multiplied by the worst ratio in"
+    yield "the last table, and no worker may be busier than the highest utilisation there that met the objective."
     yield ""
     yield from table(
-        ["of one worker", ""],
+        ["one worker", ""],
         [
-            ["images/s at most", f"{worker.rate:,.0f}"],
-            ["time of a request elsewhere, ms", milliseconds(worker.elsewhere)],
-            ["p99 measured to p99 by the model, at worst", f"{shortfall(results):.1f} x"],
+            ["maximum images/s", f"{worker.rate:,.0f}"],
+            ["time per request outside the worker, ms", milliseconds(worker.elsewhere)],
+            ["measured p99 to the model's p99, worst ratio", f"{shortfall(results):.1f} x"],
             ["highest utilisation that met the objective", f"{highest_measured(results):.0%}"],
             [f"utilisation at which 99 % are within {1000 * OBJECTIVE:.0f} ms", f"{worker.utilisation:.1%}"],
-            ["images/s at that objective", f"{worker.utilisation * worker.rate:,.0f}"],
+            ["images/s at that utilisation", f"{worker.utilisation * worker.rate:,.0f}"],
         ],
     )
 
@@ -121,14 +121,14 @@ def introduction(results: Results, worker: Worker) -> Iterator[str]:
 def replicas(worker: Worker, price: float) -> Iterator[str]:
     yield "## Replicas and cost"
     yield ""
-    yield f"A worker and a core for each replica, and one replica to spare. A core hour costs {price:g} (`PRICE=`)."
+    yield f"Each replica has one worker and one core; one replica is a spare. A core hour costs {price:g} (`PRICE=`)."
     yield ""
     rows = []
     for wanted in WANTED:
         count = worker.replicas(wanted)
         cost = f"{cost_per_million(count, wanted, price):.3g}" if count else NONE
         rows.append([f"{wanted:,}", whole(count), cost])
-    yield from table(["images/s", "replicas", "cost of a million images"], rows)
+    yield from table(["images/s", "replicas", "cost per million images"], rows)
 
 
 def whole(number: int | None) -> str:
@@ -139,7 +139,7 @@ def bottlenecks(results: Results, worker: Worker) -> Iterator[str]:
     yield "## Where the bottleneck moves"
     yield ""
     size = SAMPLE.stat().st_size
-    yield f"Images of {size:,} bytes, and {HEADERS} of headers; a network card of {LINK} Gbit/s."
+    yield f"Images of {size:,} bytes plus {HEADERS} bytes of headers; network cards of {LINK} Gbit/s."
     yield ""
     photographs = results.closed(EMBEDDED, "photographs")
     large = Worker.of(results, photographs["images_per_second"]) if photographs else None
@@ -152,8 +152,8 @@ def bottlenecks(results: Results, worker: Worker) -> Iterator[str]:
     yield from table(head, rows)
     if large:
         yield f"Photographs allow a utilisation of {large.utilisation:.1%}, by the same rules and at their own rate;"
-        yield "no open loop of them was measured. Of a core's time for one"
-        yield f"{1 - large.rate / worker.rate:.0%} is what it takes longer than a small image, to read and decode it."
+        yield "no open loop was measured with them. Of a core's time for one,"
+        yield f"{1 - large.rate / worker.rate:.0%} is reading and decoding beyond what a small image needs."
         yield "A GPU takes over none of that."
     else:
         yield "Photographs, which take longer to decode, were not measured (`PHOTOS=`)."
@@ -164,8 +164,8 @@ def checks(results: Results) -> Iterator[str]:
     yield "## Checked against measurements"
     yield ""
     one, all_ = results.best_rate(ONE_WORKER), results.best_rate(EMBEDDED)
-    yield f"The model takes every worker to be as fast as the first: measured, {results.raw['cores']} workers are "
-    yield f"{all_ / one:.2f} times as fast as one, with the load's generator on the same cores."
+    yield f"The model assumes that every worker is as fast as the first. Measured, {results.raw['cores']} workers are"
+    yield f"{all_ / one:.2f} times as fast as one, with the load generator on the same cores."
     yield ""
     rows = []
     for check in compared(results):

@@ -38,9 +38,9 @@ def conditions(results: Results) -> Iterator[str]:
     raw = results.raw
     libraries = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
     state = ", with uncommitted changes" if raw["modified"] else ""
-    yield f"{raw['date']}, commit `{raw['commit'][:12]}`{state}; every server has `{raw['model']}` in INT8."
-    yield f"{raw['processor']}, {raw['cores']} cores, {raw['memory_gib']:.0f} GiB, Linux {raw['kernel']}, "
-    yield f"Python {raw['python']}; load average at the start {raw['load_average']:.2f}. {libraries}; {raw['wrk']}."
+    yield f"{raw['date']}, commit `{raw['commit'][:12]}`{state}; every server runs `{raw['model']}` in INT8."
+    yield f"{raw['processor']}, {raw['cores']} cores, {raw['memory_gib']:.0f} GiB, Linux {raw['kernel']},"
+    yield f"Python {raw['python']}; load average {raw['load_average']:.2f} at the start. {libraries}; {raw['wrk']}."
     options = ", ".join(f"`{name} {value}`" for name, value in raw["options"].items() if name not in ("only", "photos"))
     yield f"Options: {options}."
     yield ""
@@ -68,8 +68,8 @@ def larger(results: Results) -> Iterator[str]:
             row += [f"{run['images_per_second']:,.0f}" if run else NONE, times]
         rows.append(row)
     yield from table(head, rows)
-    yield "The bundle decodes a large JPEG at a fraction of its size, the peers in full: a part of the difference with"
-    yield "photographs is that, and not the framework."
+    yield "The bundle decodes a large JPEG at a fraction of its size, the peers in full: part of the difference with"
+    yield "photographs comes from that, not from the framework."
 
 
 def ceilings(results: Results) -> Iterator[str]:
@@ -103,7 +103,7 @@ def resources(results: Results) -> Iterator[str]:
         row = [f"{size:,.0f}" if size else NONE, f"{start:.1f}" if start else NONE, f"{errors:,} of {replies:,}"]
         versions = ", ".join(f"{package} {version}" for package, version in results.versions[name].items())
         rows.append([name, *row, versions])
-    yield from table(["", "PSS, MiB", "start to first right answer, s", "errors, closed loops", "versions"], rows)
+    yield from table(["", "PSS, MiB", "start to first correct answer, s", "errors, closed loops", "versions"], rows)
 
 
 def scaling(results: Results) -> Iterator[str]:
@@ -115,15 +115,15 @@ def scaling(results: Results) -> Iterator[str]:
             share = f"{best / results.best_rate(ONE_WORKER):.2f} x" if ONE_WORKER in results.names else NONE
             times = latencies(run) if run else NONE
             rows.append([name, f"{best:,.0f}", share, times])
-    yield from table(["", "best requests/s", "of one worker", f"p50 / p95 / p99 at {MIDDLE} connections, ms"], rows)
+    yield from table(["", "best requests/s", "of one worker's", f"p50 / p95 / p99 at {MIDDLE} connections, ms"], rows)
     cores = results.raw["cores"]
-    yield f"All of them share {cores} cores with the load generator, and the last two with Nginx: the cores bound them."
+    yield f"All of them share {cores} cores with the load generator, the last two also with Nginx: cores are the limit."
 
 
 def page(results: Results) -> str:
-    judged = table(["what", "measured", "bar", "met"], bars.judge(results))
+    judged = table(["what", "measured", "target", "met"], bars.judge(results))
     sections = {
-        "What it must show": judged,
+        "Targets": judged,
         "One small JPEG a request": [
             *closed(results),
             "![](images/bench-throughput.png)",
@@ -138,8 +138,8 @@ def page(results: Results) -> str:
     }
     if results.problems:
         problems = [f"- {name}: {(text.strip().splitlines() or [''])[-1]}" for name, text in results.problems.items()]
-        sections["Could not be measured, or not to the end"] = problems
-    lines = ["# Benchmarks", "", "Written by `make bench`; no figure is typed by hand. How: `tests/benchmark/`.", ""]
+        sections["Not measured, or only in part"] = problems
+    lines = ["# Benchmarks", "", "Written by `make bench`; no figure is typed by hand. Code: `tests/benchmark/`.", ""]
     lines += conditions(results)
     for title, content in sections.items():
         lines += [f"## {title}", "", *content, ""]
