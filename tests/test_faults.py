@@ -158,7 +158,7 @@ metrics.REJECTED.labels("internal").inc()
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 registry = CollectorRegistry()
 multiprocess.MultiProcessCollector(registry)
-print(generate_latest(registry).decode())
+print(generate_latest(registry).decode(), flush=True)
 os._exit(0)  # as if killed
 """
 
