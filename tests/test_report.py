@@ -141,7 +141,7 @@ def test_models_beside_each_other_tell_what_was_not_measured(
     record = {**artifact.card["training"], "teachers": [toy_artifact.card["training"]]}
     taught = seal(few.path, {**few.card, "training": record})
     assert "| trained for, without teachers |" in readme.sizes([artifact, taught])
-    assert "The first is the default; `MODEL=` in front of `make serve` names one." in readme.section(artifact, few)
+    assert "The first is the default. `MODEL=NAME make serve` serves another." in readme.section(artifact, few)
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,9 +1,9 @@
-"""Write what README.md says of the shipped model: the section from its card, so that what is said is what was measured,
-and the example, which asks it for a picture of ``tests/images``.
+"""Write what README.md says about the shipped model: the section, from the figures measured into its card, and the
+example, which classifies a picture of ``tests/images``.
 
     python -m train.readme
 
-``make adopt`` runs it. The model card, ``train.report``, tells more.
+``make adopt`` runs it. ``train.report`` writes the model card, which has more.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ PICTURES = "tests/images"
 DIGITS = 6
 """Decimal places of a probability, as the service rounds it."""
 NAMED_CLASSES = 20
-"""Most classes that are listed by name; more are only counted."""
+"""Most classes to list by name; more are only counted."""
 NOT_MEASURED = "-"
 MORE = """The [model card](docs/model-card.md) has the rest: formats, classes, corruptions, calibration, prediction
-sets, foreign images, mistakes, limits, and the commands of the trainings."""
+sets, foreign images, mistakes, limits, and the training commands."""
 WIDTH = 120
 
 
 def shipped() -> list[Artifact]:
-    """Those in the repository, the default one first."""
+    """The artifacts in the repository, the default one first."""
     return [Artifact.load(path) for path in (SHIPPED, *ALSO_SHIPPED)]
 
 
 def example(artifact: Artifact, root: Path = README.parent) -> str:
-    """A command for the middle one of the pictures, and what a server on a CPU answers."""
+    """A command that classifies the middle one of the pictures, and what a server on a CPU answers."""
     files = sorted((root / PICTURES).glob("*.jpg"))
     if not files:
         raise CommandError(f"{root / PICTURES}: expected pictures; python -m tests.golden SOURCE")
@@ -67,7 +67,7 @@ def example(artifact: Artifact, root: Path = README.parent) -> str:
 
 
 def section(artifact: Artifact, *others: Artifact) -> str:
-    """Everything below the heading: of the default model, and of the ``others`` of the same data beside it."""
+    """Everything below the heading: the default model, beside it those of the ``others`` that share its data."""
     artifacts = [artifact, *of_the_same_data(artifact, list(others))]
     return "\n\n".join([about(artifacts), sizes(artifacts), MORE])
 
@@ -79,8 +79,8 @@ def about(artifacts: list[Artifact]) -> str:
     source = training["source"]
     official = ", not CIFAR-10's official 10,000" if is_part_of(source, CIFAR10) and source != CIFAR10 else ""
     what = "A convolutional network tells" if len(artifacts) == 1 else "Convolutional networks tell"
-    on_gpu = next((f", but on a GPU `{a.config.name}`" for a in artifacts if a.path == ACCURATE), "")
-    choice = f" The first is the default{on_gpu}; `MODEL=` in front of `make serve` names one."
+    on_gpu = next((f" on a CPU, `{a.config.name}` on a GPU" for a in artifacts if a.path == ACCURATE), "")
+    choice = f" The first is the default{on_gpu}. `MODEL=NAME make serve` serves another."
     text = (
         f"{what} {len(config.classes)} classes apart on {width}x{height} pixels{names}. "
         f"Trained on {training['images']['train']:,} images of `{source}`, measured in INT8 on its "
@@ -90,7 +90,7 @@ def about(artifacts: list[Artifact]) -> str:
 
 
 def sizes(artifacts: list[Artifact]) -> str:
-    """The shipped models beside each other, the default one first."""
+    """A table of the shipped models, the default one first."""
     taught = any("teachers" in run for artifact in artifacts for run in runs(artifact.card["training"]))
     time = "trained for, without teachers" if taught else "trained for"
     accuracy = "accuracy (95 % interval)"
