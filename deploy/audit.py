@@ -1,6 +1,6 @@
-"""Known vulnerabilities of every pinned package: `make audit`. `--options` prints what tells pip-audit of the excuses.
+"""Known vulnerabilities of every pinned package: `make audit`. `--options` prints pip-audit's options for the excuses.
 
-Fails for one that deploy/audit.toml does not excuse, for an excuse that has expired, and when the index cannot say:
+Fails on a vulnerability that deploy/audit.toml does not excuse, or no longer does, and when the index gives no verdict:
 no verdict is no acquittal.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 EXCUSES = ROOT / "deploy/audit.toml"
 REQUIREMENTS = ROOT / "requirements.txt"
-"""Holds what both images hold too."""
+"""Includes the packages of both images."""
 
 
 class NoVerdictError(RuntimeError):
@@ -26,7 +26,7 @@ class NoVerdictError(RuntimeError):
 
 
 def objections(report: Mapping[str, Any], excused: Mapping[str, date], today: date) -> Iterator[str]:
-    """A line for each vulnerability in a report of pip-audit that is not excused; raises ``NoVerdictError``."""
+    """A line for each unexcused vulnerability in a pip-audit report; raises ``NoVerdictError``."""
     packages = report["dependencies"]
     if skipped := [package for package in packages if "skip_reason" in package]:
         raise NoVerdictError(f"{len(skipped)} of {len(packages)} packages: {skipped[0]['skip_reason']}")
@@ -39,13 +39,13 @@ def objections(report: Mapping[str, Any], excused: Mapping[str, date], today: da
 
 
 def excuses(file: Path) -> dict[str, date]:
-    """Until when each vulnerability is excused; every entry needs a reason."""
+    """The day on which the excuse of each vulnerability expires; every entry needs a reason."""
     entries = tomllib.loads(file.read_text()).get("excused", [])
     return {entry["id"]: entry["expires"] for entry in entries if entry["reason"]}
 
 
 def ask(requirements: Path) -> dict[str, Any]:
-    """The report of pip-audit on exactly what is pinned; raises ``NoVerdictError``."""
+    """pip-audit's report on exactly the pinned packages; raises ``NoVerdictError``."""
     options = ("--require-hashes", "--disable-pip", "--progress-spinner", "off", "--format", "json")
     command = (sys.executable, "-m", "pip_audit", "--requirement", requirements, *options)
     done = subprocess.run(command, capture_output=True, text=True)
@@ -57,7 +57,7 @@ def ask(requirements: Path) -> dict[str, Any]:
 
 
 def options(excused: Mapping[str, date], today: date) -> list[str]:
-    """Those of pip-audit with which it passes over what is still excused."""
+    """The pip-audit options that skip what is still excused."""
     return [part for name, expires in excused.items() if expires > today for part in ("--ignore-vuln", name)]
 
 

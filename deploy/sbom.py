@@ -1,7 +1,7 @@
-"""The parts list of an image, as CycloneDX 1.6: `make sbom IMAGE=classifier:cpu`.
+"""The software bill of materials (SBOM) of an image, as CycloneDX 1.6: `make sbom IMAGE=classifier:cpu`.
 
-Asks the image itself, so that it names what is inside and not what was asked for: the Python packages, Debian's
-packages, and the models with the SHA-256 of each of their files.
+Asks the image itself, so that it lists what is inside rather than what was requested: Python packages, Debian packages,
+and the models with the SHA-256 of each of their files.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ for card in Path(os.environ.get("BENTO_PATH", "."), "models").glob("*/*/card.jso
 debian = [line.split() for line in listed.stdout.decode().splitlines()]
 print(json.dumps({"python": python, "debian": debian, "models": models}))
 """
-"""Run by the Python of the image."""
+"""Run by the image's own Python."""
 
 
 def document(name: str, inventory: dict[str, Any]) -> str:
-    """The parts list of the image ``name``, in order and valid."""
+    """The sorted and validated SBOM of the image ``name``, as JSON; raises ``ValueError`` if it is not CycloneDX."""
     bom = Bom()
     bom.metadata.component = root = Component(name=name, type=ComponentType.CONTAINER)
     for package, version in inventory["python"]:

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Known vulnerabilities in an image: make scan IMAGE=NAME. Fails on one in a Python package that deploy/audit.toml does not
-# excuse, on one in a Debian package for which Debian has a fix, and when the lists cannot be read. pip-audit asks PyPI;
-# debsecan Debian's own security tracker.
+# Known vulnerabilities in an image: make scan IMAGE=NAME. Fails on one in a Python package that deploy/audit.toml does
+# not excuse, on one in a Debian package for which Debian has a fix, and when the lists cannot be read. pip-audit asks
+# PyPI, debsecan asks Debian's security tracker.
 set -eu
 image=$1 programs=$2
 folder=$(mktemp -d)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes what is missing in deploy/secrets, for a first run on one's own machine: a self-signed certificate for
+# Creates whatever is missing in deploy/secrets, for a first run on your own machine: a self-signed certificate for
 # localhost, an API key and placeholders. In production the same files hold the real ones. Run by `make secrets`.
 set -eu
 umask 077
@@ -17,15 +17,15 @@ placeholder pagerduty_key none
 placeholder deadman_url http://localhost:9/replace-me
 placeholder grafana_password "$(openssl rand -hex 16)"
 
-# api_key is for whoever calls, `make smoke` among them; api_keys, the folder that the service is given, has its hash.
-# More: python -m serving.access add NAME deploy/secrets/api_keys/keys.toml
+# api_key is for callers such as `make smoke`; the folder api_keys, which the service mounts, holds its hash.
+# Add more with: python -m serving.access add NAME deploy/secrets/api_keys/keys.toml
 if [ ! -e api_keys/keys.toml ]; then
   mkdir -p api_keys
   openssl rand -hex 32 | tr -d '\n' >api_key
   printf '[first]\nsha256 = "%s"\n' "$(openssl dgst -sha256 -r api_key | cut -d' ' -f1)" >api_keys/keys.toml
 fi
 
-# Each container has a user of its own and is given single files, or the folder of keys: their mode must let it read.
-# The folder around them keeps everyone else of this machine out.
+# Each container runs as its own user and mounts single files or the folder of keys, so their mode must let it read
+# them. The folder around them keeps all other users of this machine out.
 chmod 0755 api_keys
 find . -type f -exec chmod 0644 {} +

@@ -1,4 +1,4 @@
-"""Is the stack that `make up` started at work? Asked from outside, as a caller would: make smoke."""
+"""Checks from outside, as a caller, that the stack started by `make up` works: make smoke."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURE = next((ROOT / "tests/images").glob("*.jpg"))
 SECRETS = ROOT / "deploy/secrets"
 HTTPS_PORT = int(os.environ.get("HTTPS_PORT", "443"))
 PROMETHEUS_PORT = int(os.environ.get("PROMETHEUS_PORT", "9090"))
-SECONDS = 20  # what callers are advised to wait; see nginx/snippets/proxy.conf
+SECONDS = 20  # the time-out advised to callers; see nginx/snippets/proxy.conf
 
 
 class SmokeError(Exception):
@@ -24,10 +24,10 @@ class SmokeError(Exception):
 
 
 def tls(secrets: Path = SECRETS) -> ssl.SSLContext:
-    """Trusts the certificate that Nginx was given, whatever name it bears, and shows ours where there is one."""
+    """Trusts Nginx's certificate, whatever its name, and presents a client certificate if there is one."""
     context = ssl.create_default_context(cafile=str(secrets / "tls_certificate"))
     context.check_hostname = False
-    if certificate := os.environ.get("CLIENT_CERTIFICATE"):  # for the overlay mtls
+    if certificate := os.environ.get("CLIENT_CERTIFICATE"):  # with the overlay mtls
         context.load_cert_chain(certificate, os.environ.get("CLIENT_KEY"))
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
@@ -46,7 +46,7 @@ def outside() -> HTTPSConnection:
 
 
 def api_key(secrets: Path = SECRETS) -> str:
-    """Without the newline of an editor: the error that Python raises of it in a header would tell the key."""
+    """Without the newline that an editor adds: Python's error about one in a header would reveal the key."""
     return (secrets / "api_key").read_text().strip()
 
 
@@ -75,7 +75,7 @@ def hides_metrics() -> str:
 
 
 def scraped() -> list[dict[str, str]]:
-    """The targets of Prometheus; a replica that has just started is unknown to it until it has been asked once."""
+    """Prometheus' targets; one that has just started has the health ``unknown`` until its first scrape."""
     prometheus = HTTPConnection("localhost", PROMETHEUS_PORT, timeout=SECONDS)
     for _ in range(SECONDS):
         _, body = ask(prometheus, "GET", "/api/v1/targets?state=active")

@@ -1,7 +1,7 @@
-"""Makes an overlay run one image, by digest: python deploy/k8s/pin.py production NAME@sha256:DIGEST
+"""Pins an overlay to one image, by digest: python deploy/k8s/pin.py production NAME@sha256:DIGEST
 
-What was tested, scanned and signed is then what runs; a tag can be moved. `check` in place of an overlay only looks
-at the image.
+What was tested, scanned and signed is then what runs; a tag can be moved. `check` in place of an overlay only validates
+the image's name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ images:
 
 
 def main(overlay: str, image: str) -> None:
-    parts = re.fullmatch(r"(\w[\w./:-]*)@(sha256:[0-9a-f]{64})", image)  # what begins with - is an option
+    parts = re.fullmatch(r"(\w[\w./:-]*)@(sha256:[0-9a-f]{64})", image)  # a leading - would be an option
     file = Path(__file__).parent / "overlays" / overlay / "image/kustomization.yaml"
     if not parts:
         raise SystemExit(f"error: IMAGE={image!r}; expected NAME@sha256:DIGEST")

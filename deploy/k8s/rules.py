@@ -1,6 +1,6 @@
-"""Prints the PrometheusRules that hold the rules of monitoring/prometheus/rules, for `make k8s-rules`.
+"""Prints the PrometheusRules with the rules of monitoring/prometheus/rules, for `make k8s-rules`.
 
-Its result is committed, because Argo CD renders what git holds; a test holds the two in step.
+The output is committed, because Argo CD renders what git holds; a test keeps the two in step.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ MONITORING = Path(__file__).parents[2] / "monitoring"
 RULES = MONITORING / "prometheus/rules"
 TEMPLATE = MONITORING / "alertmanager/templates/classifier.tmpl"
 FILES = {"classifier": ("service.yml", "slo.yml", "model.yml"), "classifier-gpu": ("gpu.yml",)}
-"""Of each PrometheusRule. Those about Nginx, the machine and Prometheus itself are left out: a cluster has its own."""
+"""Rule files of each PrometheusRule. Nginx, the machine and Prometheus itself are left out: a cluster has its own."""
 LEFT_OUT = {"ClassifierReplicasLost"}
-"""Fires when replicas become fewer, as after every canary and by every scaler. A cluster replaces dead pods, and knows
-how many there should be: its own alerts are about those that are missing."""
+"""It would fire whenever replicas become fewer, as after every canary and scale-down. A cluster replaces dead pods and
+knows how many there should be: its own alerts report missing ones."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Lines of an expression stay lines."""
+    """Keeps the line breaks of expressions."""
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
@@ -34,7 +34,7 @@ Dumper.add_representer(str, _text)
 
 
 def runbooks() -> str:
-    """The address before the path of a runbook: a cluster's Alertmanager has not the template that puts it there."""
+    """The base address of the runbooks: a cluster's Alertmanager lacks the template that would prepend it."""
     found = re.search(r'define "classifier.runbooks" }}(\S+){{ end', TEMPLATE.read_text())
     assert found
     return found[1]

@@ -1,9 +1,9 @@
-"""The Grafana dashboards as plain data; run to write dashboards/*.json, which Grafana reads.
+"""The Grafana dashboards as plain data. Run it to write dashboards/*.json, which Grafana reads.
 
     python -m monitoring.grafana.dashboards
 
-A panel is a title, a unit, and queries with their legends. Windows are those of the alerts, so that a panel shows what
-an alert has seen.
+A panel is a title, a unit, and queries with their legends. It uses the alerts' time windows, so that it shows what an
+alert has seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 24, 8
-"""Of Grafana's grid, and of a panel."""
+"""Width of Grafana's grid, and default height of a panel, in grid cells."""
 SOURCE = {"type": "prometheus", "uid": "prometheus"}
 
 Json = dict[str, Any]
@@ -25,7 +25,7 @@ DURATION = "bentoml_service_request_duration_seconds"
 
 
 def panel(title: str, unit: str, *queries: tuple[str, str], about: str = "", **options: Any) -> Json:
-    """A graph over time, unless ``kind`` says otherwise; ``queries`` are pairs of legend and PromQL."""
+    """A time series, unless ``kind`` says otherwise; ``queries`` are pairs of legend and PromQL."""
     kind, width = options.pop("kind", "timeseries"), options.pop("width", 8)
     instant = kind in ("stat", "table", "bargauge")
     return {
@@ -51,7 +51,7 @@ def panel(title: str, unit: str, *queries: tuple[str, str], about: str = "", **o
 
 
 def stat(title: str, unit: str, expr: str, red_below: float | None = None, red_above: float | None = None) -> Json:
-    """One number, green or red."""
+    """A single number, green or red."""
     below, above = ("red", "green") if red_below is not None else ("green", "red")
     steps: list[Json] = [{"color": below, "value": None}]
     limit = red_below if red_below is not None else red_above
@@ -224,7 +224,7 @@ MODEL = [
     panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH, height=4),
 ]
 
-# No network: node-exporter has a network of its own in Compose, and would show that one.
+# No network panels: in Compose, node-exporter would show its own container's network.
 MACHINE = [
     panel("CPU busy", "percentunit", ("{{instance}}", "machine:cpu_busy:ratio_rate5m"), min=0, max=1),
     panel(
@@ -247,7 +247,7 @@ MACHINE = [
 
 
 def dashboard(uid: str, title: str, panels: list[Json]) -> Json:
-    """Panels in rows, from left to right, as they fit."""
+    """A dashboard with its panels placed in rows, left to right, as they fit."""
     x = y = row = 0
     placed = []
     for number, item in enumerate(panels, 1):

@@ -1,4 +1,4 @@
-"""The Grafana dashboard of the log lines in Loki; run to write dashboards/logs.json. Needs the overlay `logs`.
+"""The Grafana dashboard of the log lines in Loki. Run it to write dashboards/logs.json. Needs the overlay `logs`.
 
 python -m monitoring.grafana.logs
 """
@@ -26,7 +26,7 @@ def variable(name: str, **options: Any) -> Json:
 
 
 def choice(name: str, values: str) -> Json:
-    """One of the values, or all of them."""
+    """A variable that takes one of the comma-separated ``values``, or all of them."""
     return variable(name, type="custom", query=values, includeAll=True, allValue=".+", current={"value": "$__all"})
 
 

@@ -1,4 +1,4 @@
-"""Draw the dashboards from what Prometheus answers now, for pages that cannot show Grafana itself.
+"""Draw the dashboards from Prometheus' current data, for pages that cannot show Grafana itself.
 
 python -m monitoring.grafana.render http://localhost:9090 docs/images --minutes 60
 """
@@ -14,7 +14,7 @@ import matplotlib as mpl
 import requests
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no display
+from matplotlib import pyplot as plt  # only after choosing a backend that needs no display
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
@@ -24,7 +24,7 @@ from monitoring.grafana.dashboards import DASHBOARDS, WIDTH
 Series = list[dict[str, Any]]
 POINTS = 60
 COLUMN, ROW, HEADER, MARGIN = 0.55, 0.28, 0.35, 0.5
-"""Of a picture, in inches."""
+"""Sizes within a picture, in inches."""
 SCALES = {
     "percentunit": (100, " %"),
     "percent": (1, " %"),
@@ -32,11 +32,14 @@ SCALES = {
     "celsius": (1, " °C"),
     "watt": (1, " W"),
 }
-"""Units that are drawn other than as a bare number."""
+"""Factor and suffix of the units that are not drawn as a bare number."""
 
 
 def query(prometheus: str, expr: str, instant: bool, minutes: float) -> Series:
-    """The series of a panel's query: their last values, or those of the last ``minutes``. NaN is no value."""
+    """The series of a panel's query, without NaN: their last values if ``instant``, else those of the last ``minutes``.
+
+    Raises ``ValueError`` with Prometheus' message if the query fails.
+    """
     now = time.time()
     window = {"time": now} if instant else {"start": now - 60 * minutes, "end": now, "step": 60 * minutes / POINTS}
     reply = requests.post(
@@ -54,7 +57,7 @@ def query(prometheus: str, expr: str, instant: bool, minutes: float) -> Series:
 
 
 def answers(prometheus: str, panel: dict[str, Any], minutes: float) -> list[tuple[str, dict[str, str], Any]]:
-    """Each series of a panel: its legend, its labels and its points."""
+    """Legend, labels and points of each series of a panel."""
     found = []
     for target in panel["targets"]:
         for series in query(prometheus, target["expr"], target["instant"], minutes):
@@ -88,12 +91,12 @@ def draw_panel(axes: Axes, panel: dict[str, Any], found: list[tuple[str, dict[st
         axes.grid(alpha=0.3)
         highest = max(v for *_, points in found for _, v in points) * factor
         if "min" in defaults:
-            axes.set_ylim(bottom=defaults["min"], top=1.3 * highest or 1)  # with room for the legend
+            axes.set_ylim(bottom=defaults["min"], top=1.3 * highest or 1)  # leaves room for the legend
         axes.legend(fontsize=5, loc="upper left", ncols=2)
 
 
 def draw(prometheus: str, board: dict[str, Any], path: Path, minutes: float) -> None:
-    """One picture of a dashboard, its panels where Grafana has them; time is in minutes before now."""
+    """Draw a dashboard to ``path``, its panels where Grafana places them; time is in minutes before now."""
     height = ROW * max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in board["panels"]) + HEADER
     figure = plt.figure(figsize=(COLUMN * WIDTH, height))
     for panel in board["panels"]:
