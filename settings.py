@@ -1,6 +1,6 @@
 """Every setting of the service: read from the environment once, validated, immutable.
 
-A setting is an environment variable of the field's name in capitals: ``RUNTIME=onnx WORKERS=4 bentoml serve``.
+A setting is the environment variable named after the field, in capitals: ``RUNTIME=onnx WORKERS=4 bentoml serve``.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 def _writable(directory: Path, mode: int = 0o777) -> Path:
     with suppress(OSError):
-        directory.mkdir(mode, parents=True, exist_ok=True)  # one that is there keeps the mode that somebody chose
+        directory.mkdir(mode, parents=True, exist_ok=True)  # an existing one keeps its mode
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PydanticCustomError("writable", "a directory that can be written")
     return directory
 
 
 WritableDirectory = Annotated[Path, AfterValidator(_writable)]
-"""Made when missing; found out at the start, not with the first request."""
+"""Created if missing. One that cannot be written stops the start instead of failing the first request."""
 PrivateDirectory = Annotated[Path, AfterValidator(partial(_writable, mode=0o700))]
-"""The same, for what only this user is to read."""
+"""The same, but created for this user alone."""
 
 
 class SettingsError(SystemExit):
-    """A setting that cannot be used: the process stops with one line on standard error."""
+    """An unusable setting: the process stops with one line on standard error."""
 
 
 class Settings(BaseSettings):
@@ -50,80 +50,81 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, allow_inf_nan=False)
 
     model: str | None = None
-    """``name`` or ``name:version`` in the model store; without a version the promoted one. Several, with commas in
-    between, answer together as an ensemble. By default a shipped one: the fast on a CPU, the accurate on a GPU."""
+    """``name`` or ``name:version`` in the model store; without a version, the promoted one. Several, separated by
+    commas, answer as an ensemble. By default a shipped model: the fast one on a CPU, the accurate one on a GPU."""
     shadow: str | None = None
-    """``name:version`` of a model that sees the same images; its disagreement is counted, its answer never sent."""
+    """``name:version`` of a model that sees the same images; its disagreements are counted, its answers never sent."""
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)
-    """Share of ordinary images that may wrongly be called foreign: more makes ``in_distribution`` stricter."""
+    """Share of ordinary images that may be flagged as foreign by mistake; more makes ``in_distribution`` stricter."""
     runtime: Literal["auto", "fastest", "torch", "onnx", "onnx-int8"] = "auto"
-    """Engine: ``torch`` where it is installed and there is an NVIDIA GPU, else ``onnx-int8``. ``fastest`` times the two
-    formats of ONNX at the start instead, for INT8 is not faster on every processor."""
+    """Engine. ``auto`` is ``torch`` where PyTorch is installed and can use an NVIDIA GPU, else ``onnx-int8``.
+    ``fastest`` times both ONNX formats at startup instead, because INT8 is not faster on every processor."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
-    """``embedded``: each API worker owns an engine. ``runner``: a process per GPU owns it. A GPU decides ``auto``."""
+    """``embedded``: each API worker owns an engine. ``runner``: one process per GPU owns it. ``auto`` is ``runner`` on
+    a GPU, else ``embedded``."""
     workers: Annotated[int, Field(ge=1)] | Literal["cpu_count"] = "cpu_count"
-    """API worker processes."""
+    """Number of API worker processes."""
     threads: int = Field(default=1, ge=1)
-    """CPU threads of one engine."""
+    """CPU threads per engine."""
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Images in the largest batch of an engine. ``auto`` measures, and keeps the smallest size within 3 % of the best
-    rate, for on a CPU more is slower. With a runner it is the limit of the runner's batches, by ``auto`` those of its
-    largest CUDA graph, and of what a worker sends it at once, by ``auto`` 32."""
+    """Largest batch of an engine, in images. ``auto`` measures, and keeps the smallest size within 3 % of the best
+    rate, because larger batches are slower on a CPU. With a runner it limits both the runner's batches (``auto``: its
+    largest CUDA graph) and what a worker sends it at once (``auto``: 32)."""
     max_queue: int = Field(default=512, ge=1)
-    """Images that may wait in one API worker; a request with more of them is answered 429."""
+    """Images that may wait in one API worker; a request that would exceed this is answered 429."""
     max_wait: float = Field(default=0.5, gt=0)
-    """Longest wait for an engine, or of large images for a decoder, as estimated from the rate at which that queue
-    drained lately. A request that would wait longer is answered 429; an empty queue takes every request."""
+    """Longest wait for an engine or, for large images, a decoder, estimated from the recent drain rate of that queue. A
+    request that would wait longer is answered 429; an empty queue accepts every request."""
     max_request_images: int = Field(default=256, ge=1)
     """Most images in one ``/classify/batch`` request."""
     request_timeout: float = Field(default=10.0, gt=0)
-    """Deadline of a request; one that waits longer is answered 504 and not computed. A caller may ask for a shorter one
-    by the header ``X-Request-Timeout``."""
+    """Deadline of a request; one that waits longer is answered 504 and not computed. A caller can shorten it with the
+    ``X-Request-Timeout`` header."""
     drain_seconds: float = Field(default=0.0, ge=0)
-    """After SIGTERM, how long requests are still taken while readiness is off, for a load balancer to notice that."""
+    """How long requests are still accepted after SIGTERM, with readiness off, so that a load balancer can notice."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
-    """Largest body of a request."""
+    """Largest request body."""
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
-    """Largest image, as it was sent."""
+    """Largest image file, as sent."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Most pixels of an image, width times height; a quarter of that with transparency. No side may exceed 32,767."""
+    """Most pixels in an image, width times height; a quarter of that with transparency. No side may exceed 32,767."""
     api_keys: Path | None = None
-    """File of API keys (serving/access.py), read again when it changes; without it anyone may call."""
+    """File of API keys (serving/access.py), reread when it changes. Without it, anyone may call."""
     usage_file: Path | None = None
-    """SQLite file of what each key has used; by default a temporary one, and a restart forgets the quotas."""
+    """SQLite file that records what each key has used. By default a temporary one, so a restart resets the quotas."""
     audit_directory: PrivateDirectory | None = None
-    """Folder of the audit log, a rotating file for each process; none by default."""
+    """Folder for the audit log, one rotating file per process. Off by default."""
     review_directory: PrivateDirectory | None = None
-    """Folder that keeps images of low confidence for labelling and retraining; none by default."""
+    """Folder that keeps low-confidence images for labelling and retraining. Off by default."""
     review_below: float = Field(default=0.5, gt=0, le=1)
-    """Confidence under which an image is kept for review."""
+    """Confidence below which an image may be kept for review."""
     review_share: float = Field(default=0.1, gt=0, le=1)
-    """Share of the images under ``REVIEW_BELOW`` that is kept, drawn at random."""
+    """Share of the images below ``REVIEW_BELOW`` that is kept, drawn at random."""
     review_days: float = Field(default=30.0, gt=0)
-    """Age at which a kept image is removed."""
+    """Age, in days, at which a kept image is removed."""
     review_bytes: int = Field(default=2**30, ge=2**20)
     """Size of the folder at which the oldest images are removed."""
     log_level: Level = "INFO"
-    """Lowest level that is written to standard error."""
+    """Lowest level written to standard error."""
     log_requests: bool = True
-    """Whether each request is one line of the log."""
+    """Whether each request is logged, one line each."""
     log_directory: WritableDirectory | None = None
-    """Folder of rotating files of WARNING and above, one file a process; none by default."""
+    """Folder for rotating log files of WARNING and above, one per process. Off by default."""
     smtp_host: str | None = None
-    """Mail server for CRITICAL lines; none by default. ``SMTP_TO`` goes with it."""
+    """Mail server for CRITICAL log lines; needs ``SMTP_TO``. Off by default."""
     smtp_port: int = Field(default=25, ge=1, le=65535)
     """Port of ``SMTP_HOST``."""
     smtp_from: str = "classifier@localhost"
     """Sender of those mails."""
     smtp_to: str | None = None
-    """Recipients of those mails, with commas between."""
+    """Recipients of those mails, separated by commas."""
     smtp_user: str | None = None
-    """User name, for a server that wants a login; STARTTLS is then required."""
+    """User name for a server that requires a login; STARTTLS is then required too."""
     smtp_password: SecretStr | None = None
     """Password of ``SMTP_USER``."""
 
     def resolved_runtime(self) -> str:
-        """The runtime that is meant; ``fastest`` is left to be measured."""
+        """The runtime to use; ``fastest`` is left for the caller to measure."""
         if self.runtime != "auto":
             return self.runtime
         return TORCH if runtimes.cuda_devices() else ONNX_INT8
@@ -165,7 +166,7 @@ def load(**overrides: Any) -> Settings:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    """``RUNTIME='tpu'; expected …`` for each setting that is wrong."""
+    """``RUNTIME='tpu'; expected …`` for each invalid setting."""
     found: dict[str, tuple[Any, list[str]]] = {}
     for one in error.errors():
         _, expected = found.setdefault(str(one["loc"][0]).upper(), (one["input"], []))
