@@ -2,8 +2,8 @@
 
     bentoml serve service:Classifier
 
-Embedded, every worker of ``Classifier`` owns an engine. As a runner, workers only decode and gather, and one
-``Runner`` process per GPU batches across all of them. Which of the two follows from the hardware or from ``TOPOLOGY``.
+In the embedded topology every worker of ``Classifier`` owns an engine. In the runner topology workers only decode and
+gather, and one ``Runner`` process per GPU batches across all of them. The hardware, or ``TOPOLOGY``, decides which.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ logger = logging.getLogger("classifier.service")
 
 settings = configuration.load()
 CORES = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system())))
-"""Whole CPUs that this process may use, by affinity and by the quota of its container."""
+"""Whole CPUs available to this process, by its affinity and its container's quota."""
 WORKERS = CORES if settings.workers == "cpu_count" else settings.workers
 IS_WORKER = bentoml.server_context.worker_index is not None
 if IS_WORKER:
@@ -78,11 +78,11 @@ if IS_WORKER:
 else:
     supervision.install()
 MEASURED = "RUNTIME_MEASURED"
-"""Variable by which workers learn what was measured before they were started."""
+"""Environment variable that tells workers what was measured before they started."""
 
 
 def load_models() -> tuple[Ensemble, Ensemble | None]:
-    """The models that answer and the one in their shadow."""
+    """The models that answer, and the shadow model if there is one."""
     served = Ensemble([store.get(tag) for tag in TAGS])
     shadow = Ensemble([store.get(SHADOW)]) if SHADOW else None
     if shadow:
@@ -101,7 +101,7 @@ try:
         load_models()[0].reference(ONNX_INT8 if RUNTIME == "fastest" else RUNTIME)
     KEYS = Keys(settings.api_keys, is_running=IS_WORKER) if settings.api_keys else None
     USAGE = Usage(settings.usage_file, is_running=IS_WORKER) if KEYS else None
-except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # of the disk, too
+except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # OSError: from the disk
     asked = f"MODEL={MODEL!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
     raise configuration.SettingsError(f"error: {asked}: {error}") from None
 except AccessError as error:
@@ -114,7 +114,7 @@ if RUNTIME == "fastest":
         raise configuration.SettingsError(f"error: {error}") from None
     RUNTIME = measured.fastest
     os.environ[MEASURED] = orjson.dumps(measured._asdict()).decode()
-# A worker that is started later serves the same.
+# Workers started later must serve the same.
 os.environ.update({"MODEL": TAG, "SHADOW": SHADOW or "", "RUNTIME": RUNTIME})
 if USAGE:
     os.environ["USAGE_FILE"] = str(USAGE.file)
@@ -124,39 +124,39 @@ if RUNTIME == TORCH and not GPUS and not IS_WORKER:
     logger.warning("RUNTIME='torch' finds no GPU and computes on the CPU, slower than the other runtimes")
 
 DEFAULT_BATCH = 32
-"""Images in a batch until the best size has been measured; and in a hop to the runner."""
+"""Batch size until the best one has been measured, and the most images in one hop to the runner."""
 PATHS = (*GUARDED, *UNLOGGED)
 MAX_HELD_BODIES = 5
-"""Bodies of ``MAX_BODY_BYTES`` that one worker may hold at once."""
+"""Bodies of ``MAX_BODY_BYTES`` each that one worker may hold at once."""
 CONCURRENCY = 1 if WORKERS >= CORES else 2
-"""Batches on their way to an engine. With two it need not wait for the event loop, which pays where workers are fewer
-than cores; elsewhere batches half as large cost more than that gains."""
+"""Batches in flight to an engine. With two, the engine need not wait for the event loop, which pays off where there are
+fewer workers than cores; elsewhere, halving the batches costs more than that gains."""
 VERIFY_SECONDS = 10.0
-"""Longest time for the reference images; an engine that takes longer hangs."""
+"""Time limit for the reference images; an engine that takes longer is hung."""
 WRONG_SECONDS = 60.0
-"""Interval at which an engine that answers wrongly is verified again."""
+"""Delay before a wrong engine is verified again, or the runner that owns it restarted."""
 RETRY_SECONDS = 0.5
-"""Interval at which a runner that is starting is asked whether it is ready."""
+"""Interval at which a starting runner is polled for readiness."""
 IDLE_SECONDS = 0.05
-"""Interval at which an engine that is to be measured looks whether the queue is empty."""
+"""Interval at which the measuring of batches checks whether the queue is empty."""
 GC_THRESHOLD = 20_000
-"""Allocations before a garbage collection; CPython's 700 would cost a twentieth of the time."""
+"""Allocations between garbage collections; CPython's 700 would cost a twentieth of the time."""
 RUNNER_TIMEOUT = 3600.0
-"""BentoML's limit of one call to the runner: in effect none, for the deadlines of requests are ours."""
+"""BentoML's time limit for one call to the runner: effectively none, because we enforce request deadlines ourselves."""
 
 SERVICE_OPTIONS: dict[str, Any] = {
     "traffic": {"timeout": RUNNER_TIMEOUT},
     "logging": {"access": {"enabled": False}},
     "tracing": {"excluded_urls": ".*"},
-    "runner_probe": {"enabled": False},  # its errors would be replies of 500; ``__is_ready__`` asks instead
+    "runner_probe": {"enabled": False},  # it would answer errors with 500; ``__is_ready__`` asks instead
 }
-# A distribution that BentoML has no recipe for: for "debian" it would install compilers and git, 0.6 GB of them.
-# A volume at /audit, for AUDIT_DIRECTORY, takes over whose it is.
+# BentoML has no recipe for a distribution "slim"; for "debian" it would install compilers and git, 0.6 GB of them. A
+# volume mounted at /audit, for AUDIT_DIRECTORY, inherits the owner of that folder.
 IMAGE = bentoml.images.Image(base_image="python:3.11-slim", distro="slim").run("install -d -o 1034 -g 1034 /audit")
 
 
 class LeanService(Service[Any]):
-    """Without BentoML's time limit, which keeps a timer and all of a request until it would have run out: 4 KB each."""
+    """A service without BentoML's timeout, which keeps a timer and the whole request until it expires: 4 KB each."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
@@ -166,7 +166,7 @@ class LeanService(Service[Any]):
 
 
 class RunnerService(LeanService):
-    """Answers its workers past BentoML's layers, which are for callers of all kinds."""
+    """Answers the workers directly, bypassing BentoML's layers, which are for callers of all kinds."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
@@ -184,7 +184,7 @@ class RunnerService(LeanService):
     **SERVICE_OPTIONS,
 )
 class Runner:
-    """Owns one engine and batches over every API worker."""
+    """Owns one engine and batches across all API workers."""
 
     def __init__(self) -> None:
         worker = bentoml.server_context.worker_index or 1
@@ -193,7 +193,7 @@ class Runner:
         engine, answer = start_engine(worker, served, shadow)
         self._is_right = prove(engine, served)
         self._host = Local(engine, answer)
-        # Gathered over all workers: on a GPU what there is a CUDA graph for.
+        # Batches span all workers: on a GPU, up to the largest CUDA graph.
         most = runtimes.graphed_images(served.config.input_size) if GPUS else DEFAULT_BATCH
         self._queue = Batcher(
             self._host.infer,
@@ -226,11 +226,11 @@ class Runner:
 
 
 def prove(engine: Runtime, served: Ensemble) -> bool:
-    """Whether the engine of a runner is right.
+    """Whether a runner's engine is right.
 
-    The workers' own proof reaches one of several runners, and none that comes in the place of another. A wrong one ends
-    in a while, for it is started again, and may then be right; where there are others, of which a worker asks whichever
-    is free, it accepts nothing until then.
+    The workers' own verification reaches only one of several runners, and none that replaces another. A wrong runner
+    exits after ``WRONG_SECONDS``: it is then restarted, and may be right. Where there are other runners it accepts
+    nothing until then, because a worker asks whichever is free.
     """
     try:
         verify(engine, served.reference(RUNTIME))
@@ -246,9 +246,9 @@ def prove(engine: Runtime, served: Ensemble) -> bool:
 
 
 def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
-    """The engine of a worker, warm, and how it answers: with a shadow behind it where there is one.
+    """The warmed-up engine of a worker, and the function that infers with it, shadowed if there is a shadow model.
 
-    Whether it is right is for ``__is_ready__`` to say: a worker that ended here would be started again for ever.
+    Verifying the engine is up to ``__is_ready__``: a worker that exited here would be restarted for ever.
     """
     device = (worker - 1) % max(1, GPUS)
     engine = served.engine(RUNTIME, settings.threads, device)
@@ -257,7 +257,7 @@ def start_engine(worker: int, served: Ensemble, shadow: Ensemble | None) -> tupl
 
 
 def process_name(kind: str) -> str:
-    """Name of this worker in its logs and their files, and in its heartbeat."""
+    """Name of this process in its log lines, log files and heartbeat."""
     return f"{kind}-{bentoml.server_context.worker_index or 1}"
 
 
@@ -266,7 +266,7 @@ def json_response(document: bytes) -> Response:
 
 
 def describe_artifact(artifact: Artifact) -> dict[str, Any]:
-    """A model card as ``GET /model`` shows it."""
+    """The model card of ``artifact``, as ``GET /model`` shows it."""
     config = artifact.config
     return {
         "name": config.name,
@@ -279,10 +279,10 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 class ClassifierService(LeanService):
-    """Puts the gateway around BentoML's application, and the model card and the page beside its endpoints."""
+    """Wraps BentoML's application in the gateway, with the model card and the demo page beside its endpoints."""
 
     def on_load_bento(self, bento: bentoml.Bento) -> None:
-        """Takes the services of this machine's topology; BentoML's own fails if the build machine's had no runner."""
+        """Use this machine's topology; BentoML's own method fails if the build machine's had no runner."""
         for service in self.all_services().values():
             service.bento = bento
 
@@ -293,13 +293,13 @@ class ClassifierService(LeanService):
         if is_main:
             version = bentoml.server_context.bento_version or "development"
             document = orjson.dumps(describe(version, asks_for_keys=KEYS is not None))
-            # Before BentoML's own route of that path.
+            # Ahead of BentoML's own route for that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
         visits = Visits.open(settings, TAG, KEYS, USAGE, process_name("api"))
         bodies = Bodies(MAX_HELD_BODIES * settings.max_body_bytes)
         endpoints = {method.route: method.func for method in self.apis.values()}
         direct = bypass(app, endpoints)
-        # With keys a caller must hear 401 before 429, and in the audit log each has a line: the door can do neither.
+        # API keys require 401 before 429, and the audit log a line for each request: the door can do neither.
         if not (KEYS or settings.audit_directory):
             count = direct.count if isinstance(direct, Measuring) else None
             connections.Connection.door = Door(
@@ -313,7 +313,7 @@ class ClassifierService(LeanService):
     workers=WORKERS,
     service_class=ClassifierService,
     image=IMAGE,
-    envs=[{"name": "MODEL", "value": TAG}],  # of a Bento, which holds no other
+    envs=[{"name": "MODEL", "value": TAG}],  # for a Bento, which holds no other model
     **SERVICE_OPTIONS,
 )
 class Classifier:
@@ -346,10 +346,10 @@ class Classifier:
             max_queue=settings.max_queue,
             max_wait=settings.max_wait,
             concurrency=self._host.concurrency,
-            # What the runner gathers from all workers is counted there.
+            # The runner counts its own batches, which span all workers.
             observe=metrics.BATCH_IMAGES.observe if isinstance(self._host, Local) else lambda size: None,
         )
-        # An explanation is one batch of views; the queue is bounded by images, so by explanations too.
+        # An explanation is one batch of views, so bounding the queue by images bounds it by explanations too.
         most = max(VIEWS, settings.max_queue)
         explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)
         replies = Replies(TAG, self._classifier)
@@ -357,13 +357,13 @@ class Classifier:
         self._pipeline = Pipeline(settings, self._classifier, replies, self._drift, self._queue, explanations, sandbox)
         self._measured = orjson.loads(os.environ.get(MEASURED, "null"))
         self._announce()
-        # What is there now stays, and need not be looked through for garbage ever again.
+        # What exists now stays for good: keep the garbage collector from ever traversing it again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
 
     def _announce(self) -> None:
-        """Tell metrics and log what is served."""
+        """Report what is served in the metrics and the log."""
         metrics.WORKERS.set(WORKERS)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
         for artifact in self._served.artifacts:
@@ -381,13 +381,13 @@ class Classifier:
             self._verified = False
             raise
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
-        if self._verified:  # the reference images are no traffic
+        if self._verified:  # the reference images are not traffic
             self._drift.count_images(images)
         return self._classifier.score(outputs)
 
     @bentoml.on_startup
     async def verify_unasked(self) -> None:
-        """Every worker at its start: probes reach one of them, and the others would be cold for the first requests."""
+        """Verify each worker at startup: a probe reaches only one, and first requests would meet the others cold."""
         self._verification = asyncio.create_task(self._verify_when_possible())
 
     @bentoml.on_startup
@@ -395,30 +395,30 @@ class Classifier:
         self._beating = asyncio.create_task(beat(process_name("api")))
 
     async def _verify_when_possible(self) -> None:
-        while not await self._host.is_ready():  # noqa: ASYNC110  # no event tells of another process
+        while not await self._host.is_ready():  # noqa: ASYNC110  # another process sets no event
             await asyncio.sleep(RETRY_SECONDS)
         await self.__is_ready__()
 
     async def __is_ready__(self) -> bool:
-        """Ready once the reference images have come back right, on the very path that requests take; until SIGTERM."""
+        """Whether the reference images have come back right on the very path of requests; False from SIGTERM on."""
         if draining.begun.is_set():
             return False
         if not await self._host.is_ready():
-            self._verified = False  # what comes in the runner's place proves itself again
+            self._verified = False  # whatever replaces the runner must prove itself again
             return False
-        # One at a time: the first requests wait for the verdict instead of each asking for their own.
+        # One at a time: the first requests share a verification instead of each starting their own.
         async with self._verifying:
             if not self._verified and time.monotonic() >= self._next_verification:
                 self._verified = await self._verify()
             return self._verified
 
     async def _verify(self) -> bool:
-        """Whether the engine is right. Of one that is, the batch sizes are measured in the background."""
+        """Whether the engine is right. If so, its batch sizes are measured in the background."""
         try:
             async with asyncio.timeout(VERIFY_SECONDS):
                 check(await self._reference_outputs(), self._reference, RUNTIME)
         except VerificationError as error:
-            # It will be so at the next request and probe: no reason to tell it, or to compute it, each time.
+            # The next request or probe would find the same: no need to compute and log it each time.
             self._next_verification = time.monotonic() + WRONG_SECONDS
             logger.critical("not ready", extra={"reason": str(error)})
             return False
@@ -427,12 +427,12 @@ class Classifier:
             return False
         logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
         if settings.max_batch == "auto" and isinstance(self._host, Local):
-            # In a context of its own: it is no matter of the request that asked.
+            # In a context of its own: it does not belong to the request that triggered it.
             self._tuning = asyncio.create_task(self._tune(self._host), context=contextvars.Context())
         return True
 
     async def _tune(self, host: Local) -> None:
-        """Measure batch sizes while no request waits, and keep to the best."""
+        """Measure batch sizes while no request waits, and adopt the best."""
         try:
             seconds = await measure_batches(host.seconds_of, self._reference.images, self._until_idle)
         except Exception:
@@ -448,14 +448,14 @@ class Classifier:
             await asyncio.sleep(IDLE_SECONDS)
 
     async def _reference_outputs(self) -> Outputs:
-        """Outputs for the reference images, in batches that the smallest queue admits."""
+        """Outputs for the reference images, in batches that even the smallest queue admits."""
         images = self._reference.images
         size = min(self._queue.max_batch, settings.max_queue)
         scores = np.concatenate([await self._queue(images[i : i + size]) for i in range(0, len(images), size)])
         return scores[:, : self._reference.outputs.shape[1]]
 
     def admit(self, count: int, ahead: int) -> None:
-        """Raise ``QueueFullError`` where ``count`` images more have no place behind ``ahead`` that are on their way."""
+        """Raise ``QueueFullError`` if ``count`` more images do not fit behind the ``ahead`` that are on their way."""
         self._queue.admit(count, ahead)
 
     def card(self) -> Response:
@@ -477,7 +477,7 @@ class Classifier:
 
     @bentoml.api(route="/explain", input_spec=ClassifyInput, output_spec=ExplainOutput)
     async def explain(self, request: Request) -> Response:
-        """Where the verdict on one image comes from: a PNG overlay, or numbers for who accepts ``application/json``."""
+        """Explain the verdict on one image: a PNG overlay, or numbers for callers that accept ``application/json``."""
         return await self._answer(self._pipeline.explain, request)
 
     async def _answer(self, work: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
@@ -493,7 +493,7 @@ class Classifier:
             if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("request failed")
             elif answer.status == HTTPStatus.GATEWAY_TIMEOUT and seconds < limit:
-                request.state.reason = "caller_deadline"  # no failure of this service: it is counted apart
+                request.state.reason = "caller_deadline"  # not a failure of this service: counted separately
             return answer.response()
 
 
