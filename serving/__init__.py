@@ -1,1 +1,1 @@
-"""What stands between the service and the wire: request forms, errors, metrics, logs and the outermost middleware."""
+"""Everything between the service and the wire: request formats, errors, metrics, logs and the outermost middleware."""

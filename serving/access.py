@@ -1,22 +1,22 @@
-"""API keys: who may call, from a file that is read again whenever it changes.
+"""API keys: who may call, from a file that is reread whenever it changes.
 
     python -m serving.access add NAME FILE [--images-per-second 20] [--images-per-day 100000] [--expires 2030-01-31]
                               [--path /classify]...
     python -m serving.access list FILE
     python -m serving.access remove NAME FILE
 
-``add`` prints the new key, which is kept nowhere: FILE, which the setting API_KEYS names, holds its SHA-256 alone.
+``add`` prints the new key, which is stored nowhere: FILE, named by the setting API_KEYS, holds only its SHA-256.
 
     [alice]
     sha256 = "..."
-    images_per_second = 20     # beyond: 429 rate_limited. A batch of N images counts N
+    images_per_second = 20     # beyond: 429 rate_limited. A batch of N images counts as N
     images_per_day = 100000    # by UTC; beyond: 429 quota_exceeded
     expires = 2030-01-31       # the first day, by UTC, on which it is refused
-    paths = ["/classify"]      # 403 on the others; without it none is refused
+    paths = ["/classify"]      # 403 on any other; without it, no path is refused
 
-A plain SHA-256 is right here, as it would not be for passwords: a key is 256 random bits, which nobody guesses, so
-there is nothing that a salt or a slow hash would protect; and a slow one, computed for every request that anyone sends,
-would let anyone keep the server busy.
+A plain SHA-256 is right here, as it would not be for passwords: a key is 256 random bits, which nobody can guess, so a
+salt or a slow hash would protect nothing; and a slow hash, computed for every request that anyone sends, would let
+anyone keep the server busy.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ logger = logging.getLogger("classifier.keys")
 
 Guarded = Literal["/classify", "/classify/batch", "/explain", "/model", "/docs.json", "/schema.json"]
 GUARDED: tuple[str, ...] = get_args(Guarded)
-"""Paths that ask for a key. The others are for probes and Prometheus, which have none: nginx does not pass them on, and
-a NetworkPolicy keeps them to the cluster."""
+"""Paths that require a key. The others are for probes and Prometheus, which have none: Nginx does not forward them, and
+a NetworkPolicy keeps them inside the cluster."""
 CHECK_SECONDS = 1.0
 """Interval at which the file is checked for changes."""
 
 
 class AccessError(RuntimeError):
-    """A file of keys that cannot be used; the message names what is wrong, and never a value of it."""
+    """An unusable key file; the message names what is wrong but never quotes a value."""
 
 
 class Key(BaseModel):
-    """What the file says of one key."""
+    """One key's entry in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -71,7 +71,7 @@ class Key(BaseModel):
 
 
 NAME = re.compile("[A-Za-z0-9_-]{1,64}")
-"""A bare key of TOML, harmless in a log and as a label of a metric."""
+"""A bare key in TOML, harmless in a log and as a metric label."""
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 _FILE = TypeAdapter(dict[Name, Key])
 
@@ -95,11 +95,11 @@ def read(file: Path) -> dict[str, Key]:
 
 
 def _parse(text: str) -> dict[str, Key]:
-    """Raises ``ValueError``."""
+    """The keys in ``text`` by name; raises ``ValueError``."""
     try:
         keys = _FILE.validate_python(tomllib.loads(text))
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]  # what was put in place of a hash may be a key
+        first = error.errors(include_input=False)[0]  # the input may be a key, given in place of its hash
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if len({key.sha256 for key in keys.values()}) < len(keys):
         raise ValueError("two names have the same sha256")
@@ -107,10 +107,10 @@ def _parse(text: str) -> dict[str, Key]:
 
 
 class Keys:
-    """The keys of ``file`` as it now is; a change of it counts a second later.
+    """The current keys of ``file``; a change takes effect a second later.
 
-    Raises ``AccessError`` at first, unless the service ``is_running`` already: a worker that is started again must not
-    end over an error that the others live with. It knows no key until the file is mended.
+    Raises ``AccessError`` at construction, unless the service ``is_running`` already: a restarted worker must not exit
+    over an error that the others live with. It knows no key until the file is fixed.
     """
 
     def __init__(self, file: Path, is_running: bool = False) -> None:
@@ -125,7 +125,7 @@ class Keys:
             logger.error("no API key is known", extra={"reason": str(error)})
 
     def identify(self, headers: Headers) -> tuple[str, Key]:
-        """Name and limits of the key that a request has brought; raises ``ApiError`` 401."""
+        """Name and limits of the key that a request presents; raises ``ApiError`` 401."""
         self._refresh()
         name = self._find(presented(headers))
         if name is None:
@@ -138,7 +138,7 @@ class Keys:
         return name, self._keys[name]
 
     def _find(self, key: str) -> str | None:
-        """The name of a key: all are compared, each in constant time, so that time tells nothing of any."""
+        """The name of a key. Every known key is compared in constant time, so that timing reveals nothing about any."""
         digest, found = sha256(key), None
         for name, known in self._keys.items():
             if hmac.compare_digest(digest, known.sha256):
@@ -161,7 +161,7 @@ class Keys:
 
 
 def presented(headers: Headers) -> str:
-    """The key in the headers of a request, or nothing."""
+    """The key in a request's headers, or an empty string."""
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     return credentials.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
@@ -171,7 +171,7 @@ def sha256(key: str) -> str:
 
 
 def _state(file: Path) -> tuple[int, ...] | None:
-    """Changes whenever the file does; None when it cannot be reached."""
+    """A fingerprint that changes whenever the file does; None when the file cannot be reached."""
     with suppress(OSError):
         status = file.stat()
         return status.st_mtime_ns, status.st_ino, status.st_size
@@ -179,7 +179,7 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 
 def add(file: Path, name: str, **limits: Any) -> str:
-    """Put a new key called ``name`` into ``file``, which is made when missing; returns the key."""
+    """Add a new key called ``name`` to ``file``, which is created if missing; returns the key."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r}; expected a name of 1 to 64 letters, digits, hyphens and underscores")
     if not file.resolve().parent.is_dir():
@@ -197,7 +197,7 @@ def add(file: Path, name: str, **limits: Any) -> str:
 
 
 def remove(file: Path, name: str) -> None:
-    """Take the key called ``name`` out of ``file``."""
+    """Remove the key called ``name`` from ``file``."""
     before = file.read_text(encoding="utf-8")
     keys = _parse(before)
     if keys.pop(name, None) is None:
@@ -213,7 +213,7 @@ def _toml(value: object) -> str:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Put ``text`` in place of the file at one stroke."""
+    """Replace the content of ``file`` with ``text`` atomically."""
     target = file.resolve()
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
     temporary = Path(name)
@@ -222,7 +222,7 @@ def _replace(file: Path, text: str) -> None:
             output.write(text)
             output.flush()
             os.fsync(output.fileno())
-        # Readable by the user that serves, whoever that is: no key can be told from its hash.
+        # Readable by whichever user runs the service: a hash does not reveal its key.
         if target.exists():
             before = target.stat()
             os.chown(temporary, before.st_uid, before.st_gid)

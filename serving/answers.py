@@ -1,4 +1,4 @@
-"""The JSON that is answered, as models: for ``/docs.json`` and for BentoML's clients."""
+"""The JSON of replies as pydantic models, for ``/docs.json`` and BentoML's clients."""
 
 from __future__ import annotations
 

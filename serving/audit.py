@@ -1,10 +1,10 @@
-"""The audit log: a JSON line for each request to the guarded API, and nothing of what the images show.
+"""The audit log: one JSON line per request to the guarded API, without anything that the images show.
 
     {"time", "request_id", "key", "client", "path", "status", "code", "model",
      "images": [{"sha256", "class", "confidence"}, ...]}
 
-An image of a batch that failed has ``code`` in place of a verdict. The lines are appended to a file of this process
-alone, which rotates; a thread writes them. Replicas may share the folder.
+An image that failed within a batch has ``code`` instead of a verdict. A thread appends the lines to a rotating file
+that belongs to this process alone. Replicas may share the folder.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from serving.logs import Seldom
 logger = logging.getLogger("classifier.audit")
 
 ROTATE_BYTES, ROTATE_FILES = 64 * 2**20, 15
-"""The current file and 15 older ones: 1 GiB a process, three million requests for one image each."""
+"""The current file and 15 older ones: 1 GiB per process, or three million requests for one image each."""
 WAITING_LINES = 10_000
-"""Lines that may wait for a slow disk; more are lost, and the log of the service says so."""
+"""Lines that may wait for a slow disk; any more are lost, and the service's log says so."""
 
 
 class Audit:
-    """Appends to ``directory/audit-<process_name>.jsonl``, or ``-2`` and so on where another replica has that one."""
+    """Appends to ``directory/audit-<process_name>.jsonl``, or ``-2`` and so on if another replica holds that one."""
 
     def __init__(self, directory: Path, process_name: str) -> None:
         lines: queue.Queue[logging.LogRecord] = queue.Queue(WAITING_LINES)
@@ -47,7 +47,7 @@ class Audit:
 
 
 def _claim(directory: Path, process_name: str) -> tuple[Path, TextIO]:
-    """A file and the open lock that makes it ours until we end: two processes that rotate one file would lose lines."""
+    """A file, and the open lock that makes it ours until we exit: two processes rotating one file would lose lines."""
     for number in count(1):
         name = process_name if number == 1 else f"{process_name}-{number}"
         lock = (directory / f".{name}.lock").open("w")
@@ -61,7 +61,7 @@ def _claim(directory: Path, process_name: str) -> tuple[Path, TextIO]:
 
 
 class _Complaining(logging.Handler):
-    """Says in the log of the service, now and then, that lines are lost; the standard library prints a traceback."""
+    """Reports lost lines in the service's log, now and then; the standard library would print a traceback."""
 
     _complaints = Seldom(logger)
 

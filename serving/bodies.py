@@ -1,4 +1,4 @@
-"""What a worker holds of request bodies, all requests together: many large ones at once are no way to its memory."""
+"""The request bodies that a worker holds, bounded in total: many large ones at once must not exhaust its memory."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from starlette.types import Message, Receive
 from serving.errors import OVERLOADED, ApiError
 
 SMALL = 2**16
-"""Bytes of a request that are taken however many others are held: large uploads that stall keep no small image out."""
+"""Bytes of a request accepted no matter how many are held: stalled large uploads must not keep small images out."""
 
 
 class Bodies:
-    """Counts the bytes of bodies that are held; who sends more than ``limit`` leaves room for is answered 429."""
+    """Counts the bytes of bodies held; a request that sends more than ``limit`` leaves room for is answered 429."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
 
     def meter(self, receive: Receive) -> Meter:
-        """``receive``, with what comes through it counted as held until the end of the block."""
+        """A context manager around ``receive`` that counts the bytes it delivers as held until the block ends."""
         return Meter(self, receive)
 
 

@@ -1,7 +1,8 @@
-"""A client's connection, with an end to what uvicorn lets take for ever, and a door that may be shut.
+"""A client's connection, with time limits where uvicorn has none, and a door that can refuse requests.
 
-Headers that never end or never stop coming, the rest of a body whose request is answered already, and a reply that
-nobody reads: each holds a file descriptor and memory. A request whose body comes late is answered by its own deadline.
+The limits are for headers that never end or never stop coming, the rest of a body whose request is already answered,
+and a reply that nobody reads: each holds a file descriptor and memory. A request whose body comes late is answered at
+its own deadline.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from serving import metrics
 from serving.errors import REFUSAL_SECONDS, ApiError, standalone
 
 MAX_HEAD_BYTES = 2**16
-"""Received one after another without being part of a body: headers, or what follows the last chunk. They are parsed to
-objects of 25 times their size."""
+"""Most bytes received in a row that are not part of a body: headers, or what follows the last chunk. They are parsed
+into objects 25 times their size."""
 UPGRADING = frozenset((b"upgrade", b"http2-settings"))
-"""Headers, and options of ``Connection``, of a request for another protocol."""
+"""Headers, and options of ``Connection``, that ask for another protocol."""
 WHOLE_POST = re.compile(rb"POST ([!-~]++) HTTP/1\.1\r\n((?:[!#-'*+.0-9A-Z^_`a-z|~-]++:[\t -~\x80-\xff]*+\r\n)++)\r\n")
-"""Target and headers, to the letter of RFC 9112; what is written otherwise is for the parser to judge."""
+"""Target and headers, to the letter of RFC 9112; anything written otherwise is left to the parser."""
 FIELD = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")
 DIGITS = re.compile(rb"[0-9]{1,18}")
 CHANGING = UPGRADING | {b"transfer-encoding", b"expect"}
@@ -35,16 +36,17 @@ CHANGING = UPGRADING | {b"transfer-encoding", b"expect"}
 CONNECTION = (b"connection", b"proxy-connection")
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
-"""Delay of the end of an idle connection, so that bytes which have come already are read first; any time will do."""
+"""Delay before an idle connection is closed, so that bytes already received are read first; any delay will do."""
 SHORTEST_SLEEP = 1e-9
-"""Before a connection is taken; some 60 us in practice. Else the first worker to wake takes and keeps all that come."""
+"""Sleep before taking a connection; some 60 us in practice. Without it, the first worker to wake takes and keeps every
+connection that arrives."""
 NOTHING = memoryview(b"")
 FEW = 64
-"""Connections of a worker up to which it sleeps: with more each has its share, and a flood of them must not wait."""
+"""Connections up to which a worker sleeps: with more, each worker has its share, and a flood of them must not wait."""
 
 
 def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
-    """Target and headers, named in small letters, of a plain POST that is all of ``data``; None is for a parser."""
+    """Target and headers, with lower-case names, if ``data`` is exactly one plain POST; None if it needs the parser."""
     post = WHOLE_POST.match(data)
     if not post:
         return None
@@ -64,14 +66,14 @@ def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
 class Door(Protocol):
     @property
     def is_shut(self) -> bool:
-        """Whether it is likely to refuse."""
+        """Whether it is likely to refuse the next request."""
 
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]], /) -> Response | None:
-        """The reply that refuses a POST to ``target``, or None where it is to be heard."""
+        """The reply that refuses a POST to ``target``, or None to admit it."""
 
 
 class Joining:
-    """A transport that writes the head of a reply together with its body: a system call and a packet less."""
+    """A transport that writes the head of a reply together with its body, which saves a system call and a packet."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
@@ -83,7 +85,7 @@ class Joining:
         return getattr(self._transport, name)
 
     def write(self, data: Buffer) -> None:
-        """Hold ``data`` back until more comes, or until the event loop has done what it is at."""
+        """Hold ``data`` back until more comes, or until the event loop's next turn."""
         self.written += len(data)
         if self._held:
             data, self._held = b"".join((self._held, data)), b""
@@ -93,7 +95,7 @@ class Joining:
             self._loop.call_soon(self.flush)
 
     def write_through(self, data: Buffer) -> None:
-        """Write at once a reply that is complete."""
+        """Write a complete reply at once."""
         self.flush()
         self.written += len(data)
         self._write(data)
@@ -104,7 +106,7 @@ class Joining:
             self._write(data)
 
     def _write(self, data: Buffer) -> None:
-        if not self._transport.is_closing():  # the client may have gone, which uvicorn tells the last of its requests
+        if not self._transport.is_closing():  # the client may have gone; uvicorn tells only its last request
             self._transport.write(data)
 
     def close(self) -> None:
@@ -114,30 +116,30 @@ class Joining:
 
 class Connection(HttpToolsProtocol):
     receive_seconds = 10.0
-    """Longest wait for headers, and for what is left of a body after its reply. Nginx's limit is the same."""
+    """Longest wait for headers, and for the rest of a body after its reply. Nginx has the same limit."""
     send_seconds = 30.0
-    """Longest wait for a client to read what the operating system has not taken of a reply."""
+    """Longest wait for a client to read the part of a reply that the operating system has not taken."""
     door: ClassVar[Door | None] = None
     stand_back: ClassVar[bool] = False
-    """Whether other processes listen on the same socket: each then lets the others come to the next connection."""
+    """Whether other processes listen on the same socket: each then leaves the next connection to the others first."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         if self.stand_back and len(self.connections) < FEW:
             time.sleep(SHORTEST_SLEEP)
         super().connection_made(transport)
-        self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # as good as one
+        self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # behaves like one
         self._sending: asyncio.TimerHandle | None = None
         self._is_refused = False
-        """Whether the request that is being read has got its reply at the door."""
+        """Whether the door has already refused the request being read."""
         self._is_let_in = False
-        """Whether the door has let in the request that is about to be parsed."""
+        """Whether the door has admitted the request about to be parsed."""
         self._refusal_due: tuple[Response, asyncio.TimerHandle] | None = None
-        """The reply to a request that has come whole, and when it is sent; what comes meanwhile is ``_held``."""
+        """The refusal of a request that arrived whole, and its timer; ``_held`` takes what arrives until it is sent."""
         self._held = b""
         self._is_incomplete = False
-        """Whether the rest of headers, or of the body of a refused request, has still to be parsed."""
+        """Whether the rest of the headers, or of a refused request's body, has still to be parsed."""
         self._head_bytes = 0
-        """Received since the last that belonged to a body, or that ended headers or a request."""
+        """Bytes received since the last one of a body, or the last end of headers or of a request."""
         self._await_bytes()
 
     def _await_bytes(self) -> None:
@@ -150,7 +152,7 @@ class Connection(HttpToolsProtocol):
             return
         if self.door and self.door.is_shut and self._refuse_whole(self.door, data):
             return
-        # Line breaks before a request begin none, but end the time for which a connection may be idle.
+        # Line breaks before a request do not begin one, but they end the keep-alive timeout.
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
             self._expect_more()
         self._head_bytes += len(data)
@@ -161,9 +163,9 @@ class Connection(HttpToolsProtocol):
             self._await_bytes()
 
     def _refuse_whole(self, door: Door, data: bytes) -> bool:
-        """Refuse a request that has come whole and alone, past the parser, if ``door`` says so.
+        """Refuse a request that arrived whole and alone, bypassing the parser, if ``door`` says so.
 
-        With several times more requests than can be answered a worker does little else, and this takes half the time.
+        At several times the load that it can answer, a worker does little else, and this takes half the time.
         """
         is_busy = self._is_incomplete or (self.cycle and (self.cycle.more_body or not self.cycle.response_complete))
         if is_busy or self.flow.write_paused or self.transport.is_closing():
@@ -186,7 +188,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._send(refusal)
-        super().on_response_complete()  # of uvicorn's: the time for which the connection may be idle begins
+        super().on_response_complete()  # of uvicorn: starts the keep-alive timeout
         if self._held:
             data, self._held = self._held, b""
             self.flow.resume_reading()
@@ -197,7 +199,7 @@ class Connection(HttpToolsProtocol):
         super().shutdown()
 
     def _feed(self, data: bytes) -> None:
-        """As uvicorn's ``data_received``, but for a request that would change the protocol."""
+        """Like uvicorn's ``data_received``, except for a request that would change the protocol."""
         self._unset_keepalive_if_required()
         rest = memoryview(data)
         try:
@@ -207,21 +209,21 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def _hear(self, data: memoryview) -> memoryview:
-        """Parse ``data``, and return what is behind the head of a request that would change the protocol."""
+        """Parse ``data``, and return what follows the headers of a request that would change the protocol."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self._asks_for_upgrade():
                 self._hear_without_upgrade()
                 return data[upgrade.args[0] :]
-            self.cycle.keep_alive = False  # CONNECT: what follows is no HTTP
+            self.cycle.keep_alive = False  # CONNECT: what follows is not HTTP
         return NOTHING
 
     def _asks_for_upgrade(self) -> bool:
         return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
 
     def _hear_without_upgrade(self) -> None:
-        """Go on with HTTP/1, as a server may (RFC 9110, 7.8): the parser would leave off, and the body be lost."""
+        """Stay with HTTP/1, as a server may (RFC 9110, 7.8): the parser would stop here, and the body would be lost."""
         version = self.parser.get_http_version().encode()
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
@@ -240,7 +242,7 @@ class Connection(HttpToolsProtocol):
             self._hang_up(
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"expected headers of at most {MAX_HEAD_BYTES} bytes"
             )
-        else:  # no reply has its place here
+        else:  # no reply can be sent here
             self.transport.abort()
 
     def _expect_more(self) -> None:
@@ -252,25 +254,25 @@ class Connection(HttpToolsProtocol):
         self._is_incomplete, self._head_bytes = False, 0
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, after the requests before it."""
+        """Answer input that is not HTTP, after the requests before it."""
         cycle = self.cycle
         is_answering = cycle is not None and not cycle.response_complete
         if is_answering and not cycle.more_body:
             cycle.keep_alive = False
         elif self._is_refused or (is_answering and (self.pipeline or cycle.response_started)):
-            self.transport.abort()  # no reply has its place here
+            self.transport.abort()  # no reply can be sent here
         else:
             self._hang_up(HTTPStatus.BAD_REQUEST, msg)
 
     def _hang_up(self, status: HTTPStatus, message: str) -> None:
-        """With a reply in the form of every error."""
+        """Close the connection after an error reply in the usual form."""
         error = ApiError(status, "invalid_request", message, {"connection": "close"})
         metrics.REJECTED.labels(error.code).inc()
         self._send(standalone(error, ()))
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
-        """To a WebSocket, nor to anything else."""
+        """Never: neither to a WebSocket nor to anything else."""
         return False
 
     def on_message_begin(self) -> None:
@@ -287,11 +289,11 @@ class Connection(HttpToolsProtocol):
             self._expect_more()
         else:
             super().on_headers_complete()
-        self.headers = []  # those that come behind a chunked body are none of the request's
+        self.headers = []  # trailers after a chunked body are not the request's headers
 
     def _refusal(self) -> Response | None:
-        """What the door says; it is asked where a reply can go out at once, and another request come after it."""
-        if self._is_let_in:  # asked a second time, the door would count the request among those before it
+        """The door's refusal, if any. It is asked only where a reply can go out at once and another request follow."""
+        if self._is_let_in:  # asked again, the door would count the request among those ahead of it
             self._is_let_in = False
             return None
         is_plain = self.parser.get_method() == b"POST" and self.parser.get_http_version() == "1.1"
@@ -321,11 +323,11 @@ class Connection(HttpToolsProtocol):
         self._expect_nothing()
         if self._is_refused:
             self._is_refused = False
-            super().on_response_complete()  # of uvicorn's: the connection is free again
+            super().on_response_complete()  # of uvicorn: the connection is free again
         else:
             super().on_message_complete()
             if self.cycle.response_complete and not self.transport.is_closing():
-                # Answered before its body was here, which ended the time for which the connection may be idle.
+                # Answered before its body arrived, which ended the keep-alive timeout.
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
@@ -347,7 +349,7 @@ class Connection(HttpToolsProtocol):
             self._sending = self.loop.call_later(self.send_seconds, self._check_reader, self._joining.written)
 
     def _check_reader(self, written: int) -> None:
-        """End it if bytes of the first ``written`` are still here; what came after them has its own time."""
+        """Abort the connection if any of the first ``written`` bytes are unread; later ones have time of their own."""
         self._sending = None
         unread = self.transport.get_write_buffer_size()
         if unread > self._joining.written - written:
@@ -356,10 +358,10 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, unless a request has come while the event loop was at something else.
+        """Close an idle connection, unless a request arrived while the event loop was busy.
 
-        uvloop sees to a timer that is due before what has been received since; to the next one only after that, which
-        cancels it.
+        uvloop runs a due timer before it handles data received meanwhile, but a second timer only after that data,
+        which cancels it.
         """
         self.timeout_keep_alive_task = self.loop.call_later(GRACE_SECONDS, super().timeout_keep_alive_handler)
 
@@ -371,5 +373,5 @@ class Connection(HttpToolsProtocol):
 
 
 def install() -> None:
-    """Let uvicorn in this process, which has not been configured yet, use ``Connection``."""
+    """Make uvicorn in this process use ``Connection``; call it before uvicorn is configured."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Connection.__name__}"

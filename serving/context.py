@@ -1,4 +1,4 @@
-"""What everything that runs on behalf of a request may know of it: its id, and whether its client still waits."""
+"""What any code that serves a request can know about it: its id, and whether its client is still waiting."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def choose_request_id(sent: str | None) -> str:
-    """The caller's ``X-Request-ID`` where it is short and harmless in a log, else a fresh one."""
+    """The caller's ``X-Request-ID`` if it is short and harmless in a log, else a new one."""
     if sent and _ACCEPTABLE.fullmatch(sent):
         return sent
-    return f"{random.getrandbits(128):032x}"  # no secret: the system's own randomness would take a system call
+    return f"{random.getrandbits(128):032x}"  # not a secret: the system's randomness would take a system call
 
 
 def header(scope: Scope, name: bytes) -> str | None:
-    """A header of a request, by its name in small letters. Starlette's mapping decodes and raises on the way there."""
+    """A request header by its lower-case name. Starlette's mapping encodes the name each time and raises on a miss."""
     for found, value in scope["headers"]:
         if found == name:
             return str(value, "latin-1")
@@ -34,11 +34,11 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def watch(receive: Receive) -> None:
-    """Remember the connection of the request at hand, of which ``receive`` is a method where uvicorn serves."""
+    """Remember the current request's connection; under uvicorn, ``receive`` is one of its methods."""
     _connection.set(getattr(receive, "__self__", None))
 
 
 def client_waits() -> Callable[[], bool]:
-    """Tells at any later moment whether the client is still there; asking ``receive`` would take a task a request."""
+    """A function that tells later whether the client still waits; asking ``receive`` would cost each request a task."""
     connection = _connection.get()
     return lambda: not getattr(connection, "disconnected", False)

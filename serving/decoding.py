@@ -1,4 +1,4 @@
-"""The queue before the decoder of large images: one at a time, with a bound, and nothing for who has hung up."""
+"""The queue for decoding large images: one at a time, bounded, and no work for clients that have hung up."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from model.preprocess import Pixels
 
 
 class Decoding:
-    """One thread, for there is a worker for each processor, and memory for one large image.
+    """One thread: there is a worker for each processor, and memory for one large image.
 
-    Images that would wait longer than ``max_wait`` seconds, by what lately one took, are refused. In that average none
-    counts for more than ``max_wait``: one that is made to take long would otherwise keep all others out for long.
+    Refuses images that would wait longer than ``max_wait`` seconds, judging by how long recent ones took. In that
+    average none counts for more than ``max_wait``: one crafted to take long would otherwise keep the others out.
     """
 
     def __init__(self, max_wait: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_wait, self._clock = max_wait, clock
         self._thread = ThreadPoolExecutor(1, "decode")
         self._seconds = 0.0
-        """That one image takes, as a moving average."""
+        """Time that one image takes, as a moving average."""
         self._pending: set[Future[Pixels]] = set()
 
     @property
     def waiting(self) -> int:
-        """Images that are waiting or being decoded; of those whose caller has given up, the one being decoded."""
+        """Images waiting or being decoded; those whose callers gave up count only while being decoded."""
         return len(self._pending)
 
     def admit(self) -> None:
-        """Raise ``QueueFullError`` when one more would wait too long. Where none waits any is welcome."""
+        """Raise ``QueueFullError`` if one more would wait too long. An empty queue accepts any."""
         delay = self.waiting * self._seconds
         if delay > self._max_wait:
             raise QueueFullError(self.waiting, int(self._max_wait / self._seconds), math.ceil(delay))
@@ -41,7 +41,7 @@ class Decoding:
     async def __call__(
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], data: bytes, *how: Any
     ) -> Pixels:
-        """``decode(data, *how)`` in its turn; raises what it raises, and ``GoneError`` if by then it is not wanted."""
+        """``decode(data, *how)`` in its turn; raises what it raises, or ``GoneError`` if no longer wanted by then."""
         held = [data]
         future = self._thread.submit(self._timed, is_wanted, decode, held, *how)
         self._pending.add(future)
@@ -49,7 +49,7 @@ class Decoding:
         try:
             return await asyncio.wrap_future(future)
         finally:
-            held.clear()  # the thread's queue keeps what was cancelled until its turn
+            held.clear()  # the thread's queue keeps cancelled calls until their turn
 
     def _timed(
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], held: list[bytes], *how: Any

@@ -1,8 +1,8 @@
-"""Requests to the endpoints of the API, past those layers of BentoML that such a request has no use for.
+"""A direct path for API requests, around the BentoML layers that they have no use for.
 
-Routing, tracing, the request context and the conversion of what an endpoint takes and gives cost more than all else
-that is done for a small image, and change nothing for a method from request to response. BentoML's measuring of
-requests stays, and whatever is no POST to an endpoint goes through its whole application.
+Routing, tracing, the request context and the conversion of an endpoint's input and output cost more than all other work
+on a small image, and do nothing for a method that takes a request and returns a response. BentoML's request metrics
+stay, and anything but a POST to an endpoint goes through its whole application.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 Endpoint = Callable[[Any, Request], Awaitable[Response]]
-"""A method of the service, and the service as its first argument."""
+"""A method of the service, with the service as its first argument."""
 
 
 class Direct:
-    """Wraps ``app``; ``endpoints`` are the methods of the service by their paths."""
+    """Wraps ``app``; ``endpoints`` maps paths to methods of the service."""
 
     def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
         self._app, self._endpoints = app, endpoints
@@ -38,7 +38,7 @@ class Direct:
 
 
 class Measuring(RunnerTrafficMetricsMiddleware):
-    """BentoML's measuring of requests, which keeps at hand what it counts on, instead of looking it up by labels."""
+    """BentoML's request metrics, with their labelled children cached instead of looked up each time."""
 
     def _setup(self, *injected: Any, **by_name: Any) -> None:
         super()._setup(*injected, **by_name)
@@ -49,12 +49,12 @@ class Measuring(RunnerTrafficMetricsMiddleware):
             "metrics_last_request_timestamp",
         ):
             setattr(self, name, _Remembered(getattr(self, name)))
-        # As 200 and 500 in BentoML: a rate counts from a value that was there before.
+        # As BentoML does for 200 and 500: a rate needs a value from before the first increase.
         for endpoint in server_context.service_routes:
             self._replies(endpoint, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def count(self, path: str, status: int, seconds: list[float]) -> None:
-        """Count requests that were answered with ``status`` outside the application, each after so many seconds."""
+        """Count requests answered with ``status`` outside the application; ``seconds`` has the time that each took."""
         if not self._is_setup:
             self._setup()
         total, duration = self._replies(path, status)
@@ -63,7 +63,7 @@ class Measuring(RunnerTrafficMetricsMiddleware):
             duration.observe(each)
 
     def _replies(self, path: str, status: int) -> tuple[Any, Any]:
-        """The number and the duration of replies with ``status``."""
+        """The counter and the duration histogram of replies with ``status``."""
         about = {
             "endpoint": path,
             "service_name": server_context.bento_name,
@@ -75,7 +75,7 @@ class Measuring(RunnerTrafficMetricsMiddleware):
 
 
 class _Remembered:
-    """Stands for a metric, of which it keeps the children; the paths and statuses that label them are few."""
+    """Stands in for a metric and caches its children; the paths and statuses that label them are few."""
 
     def __init__(self, metric: Any) -> None:
         self._metric, self._children = metric, dict[tuple[object, ...], Any]()
@@ -88,15 +88,15 @@ class _Remembered:
 
 
 def bypass(app: Starlette, endpoints: Mapping[str, Endpoint]) -> ASGIApp:
-    """BentoML's ``app`` with its measuring outermost and the direct way to ``endpoints`` right behind it."""
+    """BentoML's ``app`` with its request metrics outermost and the direct path to ``endpoints`` right behind them."""
     direct = Direct(app, endpoints)
     options = remove_middleware(app, RunnerTrafficMetricsMiddleware)
-    # None where BentoML is configured to measure nothing.
+    # None if BentoML is configured to measure nothing.
     return direct if options is None else Measuring(direct, **options)
 
 
 def remove_middleware(app: Starlette, layer: Any) -> dict[str, Any] | None:
-    """Remove a middleware from ``app``; the options that it would have been made with, or None where it has none."""
+    """Remove a middleware from ``app``; returns the options it was to be created with, or None if there was none."""
     for entry in app.user_middleware:
         if entry.cls is layer:
             app.user_middleware.remove(entry)

@@ -1,7 +1,7 @@
-"""Load shedding by the headers alone: who would be told 429 after all is told so before anything is done for them.
+"""Load shedding by the headers alone: a request that would end in 429 gets it before any work is done for it.
 
-At several times what the engine can do, most of the work of a server is to say no. Here it is said without a task, a
-body and the layers of an application, for a fraction of the time, which is left to those who are answered.
+At several times the engine's capacity, most of a server's work is saying no. Here that takes no task, no body and no
+application layers, only a fraction of the time, and the rest is left to requests that are answered.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ logger = logging.getLogger("classifier.access")
 
 GATHER_SECONDS = 0.02
 SHUT_SECONDS = 1.0
-"""After a refusal, in which another is likely: the least that ``Retry-After`` says."""
+"""Time after a refusal in which another is likely: the smallest ``Retry-After``."""
 Count = Callable[[str, int, list[float]], None]
-"""Told a path, a status, and the seconds that it took to make each reply, without the delay before it is sent."""
+"""Called with a path, a status, and the seconds it took to make each reply, without the delay before it is sent."""
 
 
 class Door:
-    """Stands before ``paths``; ``admit(1, ahead)`` raises ``QueueFullError`` where an image more has no place.
+    """Guards ``paths``; ``admit(1, ahead)`` raises ``QueueFullError`` if there is no room for another image.
 
-    Ahead are the requests let in during the same turn of the event loop, in which hundreds come at once. They reach the
-    queue in the next turn, unless their bodies come late, and those that are too many would be refused there after all,
-    at five times the cost. Until then nothing leaves the queue: where one has no place nobody behind has.
+    ``ahead`` is the number of requests admitted in the same turn of the event loop, in which hundreds may arrive at
+    once. They reach the queue in the next turn, unless their bodies come late; any excess would be refused there after
+    all, at five times the cost. Until then nothing leaves the queue: if one request has no room, none behind it has.
 
-    What is refused is counted and logged in sums, ``GATHER_SECONDS`` later.
+    Refusals are counted and logged in sums, ``GATHER_SECONDS`` later.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Door:
         self._ahead = 0
         self._shut_until = 0.0
         self._refusal: ApiError | None = None
-        """Shared by all that are refused in this turn."""
+        """Shared by all requests refused in this turn."""
 
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Response | None:
-        """The refusal of a POST to ``target``, or None for one that is to be heard."""
+        """The refusal of a POST to ``target``, or None to admit it."""
         path = self._paths.get(target.partition(b"?")[0])
         if path is None or draining.begun.is_set():
             return None
@@ -74,7 +74,7 @@ class Door:
 
     @property
     def is_shut(self) -> bool:
-        """Whether it has refused someone in the last ``SHUT_SECONDS``, and may well refuse the next."""
+        """Whether it has refused a request in the last ``SHUT_SECONDS``, and may well refuse the next."""
         return time.perf_counter() < self._shut_until
 
     def _end_turn(self) -> None:

@@ -1,7 +1,7 @@
-"""Stopping without losing a request: on SIGTERM readiness goes off first, and the door closes some time later.
+"""Graceful shutdown: on SIGTERM readiness goes off first, and the server stops accepting some time later.
 
-In between every request is answered as before, and each reply asks its client for a new connection the next time, which
-a load balancer that has seen the readiness opens elsewhere.
+In between, requests are answered as before, and each reply asks its client to open a new connection next time, which a
+load balancer that has noticed the readiness opens elsewhere.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from types import FrameType
 logger = logging.getLogger("classifier.draining")
 
 begun = threading.Event()
-"""Set from the signal on. A process is told to stop once."""
+"""Set from SIGTERM on. A process is told to stop once."""
 _hopeless = threading.Event()
 
 
 def install(seconds: float) -> None:
-    """Postpone by ``seconds`` what this process, whose event loop is running, does on SIGTERM."""
+    """Postpone by ``seconds`` what SIGTERM does to this process, whose event loop is running."""
     stop = signal.getsignal(signal.SIGTERM)
     assert callable(stop)
     loop = asyncio.get_running_loop()
@@ -39,7 +39,7 @@ def install(seconds: float) -> None:
 
 
 def exit_after(seconds: float) -> threading.Timer:
-    """End this process then, whatever its other threads do; join the timer to do nothing until then."""
+    """End this process after ``seconds``, whatever its other threads do; join the timer to do nothing until then."""
     end = threading.Timer(seconds, os._exit, (1,))
     end.daemon = True
     end.start()
@@ -47,8 +47,8 @@ def exit_after(seconds: float) -> threading.Timer:
 
 
 def skip() -> None:
-    """Let the next SIGTERM stop this process at once; from any thread.
+    """Make the next SIGTERM stop this process at once; may be called from any thread.
 
-    It cannot answer, and meanwhile would go on to take connections that other workers could serve.
+    The process cannot answer, and while draining would go on taking connections that other workers could serve.
     """
     _hopeless.set()

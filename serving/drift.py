@@ -1,7 +1,7 @@
-"""Counts what is sent, in the bins of the training images, and what is said of it, in those of the validation images.
+"""Counts images in the bins of the training images, and verdicts in the bins of the validation images.
 
-The counters add up over workers and replicas; how far they have moved from what is expected, the population stability
-index, is a rule of Prometheus (monitoring/prometheus), so that a window and a threshold are no matter of the service.
+The counters add up over workers and replicas. A Prometheus rule (monitoring/prometheus) computes how far they have
+moved from what is expected, the population stability index, so that window and threshold do not concern the service.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from serving.pacing import paced
 CLASS, CONFIDENCE = "class", "confidence"
 GATHER_SECONDS = 0.02
 LEAST_IMAGES, LEAST_CONFIDENCES = 10, 100
-"""Validation images from which on statistics and confidences are compared. Of fewer, which go with few training images,
-the index is above the threshold of its alert by chance: for 20 confidences in a fifth of all cases."""
+"""Fewest validation images for which statistics and confidences are compared. With fewer, which come with few training
+images, the index exceeds its alert threshold by chance: for 20 confidences, in a fifth of all cases."""
 PIXELS_AT_ONCE = 2**18
-"""Of which the statistics take some 2 ms."""
+"""Pixels whose statistics take some 2 ms."""
 CONFIDENCE_EDGES = (0.5, 0.7, 0.9, 0.95, 0.99)
 
 
 class Drift:
-    """Tells Prometheus what to expect, and what comes.
+    """Tells Prometheus what is expected, and what arrives.
 
-    A statistic whose edges tie, with each other or with 0, as the colour of gray images, is left out: its bins do not
-    hold a tenth each. What is expected of too few images is left out as well.
+    Leaves out a statistic whose edges tie, with each other or with 0, such as the colour of grey images: its bins do
+    not hold a tenth each. Expectations from too few images are left out as well.
     """
 
     def __init__(self, config: ModelConfig, reference: Reference) -> None:
@@ -48,7 +48,7 @@ class Drift:
         }
         self._tells_confidence = images >= LEAST_CONFIDENCES
         self._unseen: list[Pixels] = []
-        # At 0 from the start, and at hand for every image.
+        # At 0 from the start, and not looked up again for every image.
         self._verdicts = [metrics.IMAGES.labels(name) for name in config.classes]
         probabilities = calibrated(reference.validation, config.temperature)
         verdicts = np.bincount(probabilities.argmax(axis=1), minlength=len(config.classes))
@@ -63,7 +63,7 @@ class Drift:
             _expect(name, {str(i): 1 for i in range(BINS)})
 
     def count_images(self, images: Pixels) -> None:
-        """Count a batch (N, H, W, 3), soon: not while its replies wait, and many images in one go cost less."""
+        """Count a batch (N, H, W, 3) a little later: its replies need not wait, and many images at once cost less."""
         self._unseen.append(images)
         if len(self._unseen) == 1:
             self._counting = asyncio.get_running_loop().create_task(self._count())
@@ -92,12 +92,12 @@ class Drift:
 
 @cache
 def _images(feature: str, bin_name: str) -> Counter:
-    """``DRIFT_IMAGES`` of one bin, without looking it up by its labels for every image."""
+    """``DRIFT_IMAGES`` of one bin, cached to save a lookup by labels for every image."""
     return metrics.DRIFT_IMAGES.labels(feature, bin_name)
 
 
 def _expect(feature: str, counts: dict[str, int]) -> None:
-    """Shares of the bins; one image more in each, so that none is expected never to be seen."""
+    """Expected shares of the bins, with one image added to each so that no share is 0."""
     total = sum(counts.values()) + len(counts)
     for name, count in counts.items():
         metrics.EXPECTED_SHARE.labels(feature, name).set((count + 1) / total)

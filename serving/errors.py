@@ -14,18 +14,18 @@ from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError
 from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id
 
 ERROR_HEADER = "x-error-code"
-"""On every error reply of ours; an error reply without it comes from another layer and is rewritten."""
+"""Set on every error reply of ours; an error reply without it comes from another layer and is rewritten."""
 
 
 INTERNAL = "the server failed; see its log"
 OVERLOADED = "overloaded"
 REFUSAL_SECONDS = 0.1
-"""Until a client hears that it is refused for overload. A few who ask again at once would otherwise ask thousands of
-times a second, which alone keeps a server overloaded (a metastable failure: Bronson et al., HotOS 2021)."""
+"""Delay before a client is told that it is refused for overload. A few clients that retry at once could otherwise do so
+thousands of times a second, enough to keep a server overloaded (a metastable failure: Bronson et al., HotOS 2021)."""
 
 
 class ApiError(Exception):
-    """Something to tell the caller: a stable ``code``, a message that names the value, and an HTTP status."""
+    """An error for the caller: a stable ``code``, a message that names the value, and an HTTP status."""
 
     def __init__(self, status: HTTPStatus, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -40,11 +40,11 @@ class ApiError(Exception):
 
 
 def from_exception(error: Exception) -> ApiError:
-    """What ``error`` means to the caller; anything unforeseen is a 500 that tells nothing."""
+    """``error`` as the caller sees it; anything unexpected is a 500 that reveals nothing."""
     match error:
         case ApiError():
-            # Its frames hold the request and, where it was raised by name, itself: a ring that keeps both in memory
-            # until the garbage collector finds it.
+            # Its frames hold the request and, where it was raised from a variable, the error itself: a reference cycle
+            # that keeps both in memory until the garbage collector finds it.
             error.__traceback__ = None
             return error
         case TooManyPixelsError():
@@ -65,7 +65,7 @@ def from_exception(error: Exception) -> ApiError:
 
 
 def from_status(status: int) -> ApiError:
-    """The error for a reply of another layer, of which only the status is trusted."""
+    """The error for another layer's reply, of which only the status is trusted."""
     match HTTPStatus(status):
         case HTTPStatus.SERVICE_UNAVAILABLE as known:
             return ApiError(known, "not_ready", "the service is not ready")
@@ -76,9 +76,9 @@ def from_status(status: int) -> ApiError:
 
 
 def standalone(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
-    """The whole reply to a request with these headers, of which no layer of the application has heard."""
+    """The complete reply to a request with these headers that no layer of the application has seen."""
     chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER))
-    token = request_id.set(chosen)  # which the reply tells
+    token = request_id.set(chosen)  # for the body of the reply
     response = error.response()
     request_id.reset(token)
     response.raw_headers.append((REQUEST_ID_HEADER, chosen.encode()))

@@ -1,7 +1,7 @@
-"""The outermost ASGI layer: request ids, known paths only, one form for every error, one log line a request.
+"""The outermost ASGI layer: request ids, known paths only, one form for every error, one log line per request.
 
-It stands outside BentoML's own middlewares, so that an unknown path makes no new metric series there, and what they
-answer by themselves is rewritten like everything else.
+It wraps BentoML's own middleware, so that an unknown path creates no metric series there, and replies that the
+middleware makes by itself are rewritten like all others.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
 
 
 class Gateway:
-    """Wraps ``app``, which answers on ``paths``, and ``page``, which answers or refuses on all others.
+    """Sends ``paths`` to ``app``, and all others to ``page``, which answers or refuses.
 
-    ``visits`` are for who may call, and what is kept of it.
+    ``visits`` decides who may call, and keeps records.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._handle(scope, receive, send)
-        else:  # of the application's start and end
+        else:  # startup and shutdown of the application
             await self._app(scope, receive, send)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +66,7 @@ class Gateway:
                 await answer(scope, metered, reply)
         except ApiError as error:
             await reply.fail(from_exception(error))
-        except asyncio.CancelledError:  # the server has waited for this request for as long as it was told to
+        except asyncio.CancelledError:  # shutdown: the server has waited for this request long enough
             await reply.fail(ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the service is shutting down"))
         except Exception as error:
             logger.exception("unhandled error")
@@ -93,7 +93,7 @@ class Gateway:
 
 
 class _Reply:
-    """Passes a reply on with the request id; an error reply of another layer is replaced by one of ours."""
+    """Passes a reply on with the request id added; an error reply of another layer is replaced by one of ours."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, chosen_id: str) -> None:
         self._scope, self._receive, self._send, self._id = scope, receive, send, chosen_id

@@ -1,6 +1,6 @@
-"""Tells Prometheus that the event loop of this worker turns: one that hangs is a process like any other.
+"""Tells Prometheus that this worker's event loop runs: from outside, a hung process looks like any other.
 
-Its requests do not tell: those who keep connections open may leave a worker without any.
+Request counts do not tell: clients that keep their connections open may leave a worker without any.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NoReturn
 from serving import metrics
 
 BEAT_SECONDS = 15.0
-"""A quarter of what the rules of Prometheus take for silence."""
+"""A quarter of the time after which the Prometheus rules take a worker for hung."""
 
 
 async def beat(process: str) -> NoReturn:
-    """Note the time, again and again, for the worker that its logs call ``process``."""
+    """Record the time, again and again, for the worker called ``process`` in its logs."""
     alive = metrics.WORKER_ALIVE.labels(process)
     while True:
         alive.set_to_current_time()

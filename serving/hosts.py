@@ -31,16 +31,16 @@ logger = logging.getLogger("classifier.hosts")
 HANG_SECONDS = 60.0
 """A batch that takes longer will not come back."""
 HANG_CHECKS = 10
-"""Checks of what is computed within ``HANG_SECONDS``; a batch that all of them see hangs."""
+"""Checks of the running batch within ``HANG_SECONDS``; a batch that all of them see is hung."""
 GRACE_SECONDS = 15.0
-"""Time for a process to end by itself, which a hanging thread may keep it from."""
+"""Time for a process to exit by itself, which a hung thread may prevent."""
 PROBE_SECONDS = 5.0
 """Longest wait for the runner to say whether it is ready."""
 Answer = TypeVar("Answer")
 
 
 def give_up(reason: str) -> None:
-    """End this process: nothing that it can do brings its engine back, and the supervisor starts another one."""
+    """End this process: it cannot get its engine back, and the supervisor starts another process."""
     logger.critical("the engine is lost", extra={"reason": reason})
     draining.exit_after(GRACE_SECONDS)
     draining.skip()
@@ -48,7 +48,7 @@ def give_up(reason: str) -> None:
 
 
 class Host(Protocol):
-    """Infers and explains without blocking the event loop, ``concurrency`` batches at once."""
+    """Infers and explains without blocking the event loop, up to ``concurrency`` batches at once."""
 
     concurrency: int
 
@@ -60,12 +60,12 @@ class Host(Protocol):
 
 
 class Local:
-    """An engine of this process; ``answer`` is how it infers, with a shadow or without.
+    """An engine in this process; ``answer`` is how it infers, with or without a shadow.
 
-    It has a thread of its own, but for a few images that take no longer than ``AT_ONCE_SECONDS``: going to the thread
-    and back would cost a lone request a tenth of its time.
+    It has a thread of its own. Only a few images that take less than ``AT_ONCE_SECONDS`` are computed on the event
+    loop, because the way to the thread and back would cost a lone request a tenth of its time.
 
-    When the engine is lost, or hangs for ``patience`` seconds, ``give_up`` is called with the reason, once.
+    When the engine is lost, or hangs for ``patience`` seconds, ``give_up`` is called once with the reason.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Local:
         self._thread = ThreadPoolExecutor(1, "engine")
         self._in_use = Lock()  # an engine is called from one thread at a time
         self._batch: object | None = None
-        """Another one for each batch that is computed, None between them."""
+        """A new object for each batch while it is computed, None in between."""
         self._is_lost = False
         self._seconds_per_image = math.inf
         Thread(target=self._watch, name="watch", daemon=True).start()
@@ -101,7 +101,7 @@ class Local:
 
     def _timed(self, images: Pixels) -> Outputs:
         started = time.perf_counter()
-        with metrics.Timer("infer"):  # here, where the engine is ours: to wait for it is no inference
+        with metrics.Timer("infer"):  # here, where the engine is ours: waiting for it is not inference
             outputs = self._answer(images)
             self._seconds_per_image = (time.perf_counter() - started) / len(images)
         return outputs
@@ -132,7 +132,7 @@ class Local:
 
     def _watch(self) -> None:
         checks, batch = 0, None
-        while checks < HANG_CHECKS:  # counted, for a process that was paused, as by `docker pause`, does not hang
+        while checks < HANG_CHECKS:  # not elapsed time: a process paused by `docker pause` does not hang
             time.sleep(self._patience / HANG_CHECKS)
             checks = checks + 1 if self._batch and self._batch is batch else 0
             batch = self._batch
@@ -145,17 +145,17 @@ class Local:
 
 
 def _aiohttp() -> Any:
-    """Imported where there is a runner: it takes a twentieth of a start, to read certificates that nobody asks for."""
+    """Imported only where there is a runner: it takes a twentieth of the startup, to read certificates nobody needs."""
     import aiohttp
 
     return aiohttp
 
 
 class Remote:
-    """The runner behind a BentoML dependency, asked over BentoML's own session with it."""
+    """The runner behind a BentoML dependency, called over BentoML's own session."""
 
     concurrency = 4
-    """Batches that one worker keeps on their way, so that the runner never waits for one."""
+    """Batches that one worker keeps in flight, so that the runner never waits for one."""
 
     def __init__(self, runner: Any) -> None:
         self._session = runner.to_async._session_manager.get_session
@@ -182,7 +182,7 @@ class Remote:
         try:
             try:
                 return await self._post(path, *message)
-            except _aiohttp().ClientConnectionError:  # closed for idleness in that moment, or a runner that is replaced
+            except _aiohttp().ClientConnectionError:  # just closed for idleness, or the runner is being replaced
                 return await self._post(path, *message)
         except Exception as error:
             logger.error("the runner failed", extra={"reason": repr(error)})

@@ -1,7 +1,7 @@
 """Logging of a worker process: one JSON line per event, with the request's id, and never an image's content.
 
-Console: everything from ``LOG_LEVEL``. ``LOG_DIRECTORY``: WARNING and above, rotating. ``SMTP_HOST``: CRITICAL by mail,
-sent from a thread of its own so that a slow mail server never holds up a request.
+Console: ``LOG_LEVEL`` and above. ``LOG_DIRECTORY``: WARNING and above, rotating. ``SMTP_HOST``: CRITICAL by mail, sent
+from a thread of its own so that a slow mail server never holds up a request.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SELDOM_SECONDS = 60.0
 
 
 def add_request_id(record: logging.LogRecord) -> bool:
-    """A filter that lets every record pass."""
+    """A logging filter that passes every record."""
     record.request_id = request_id.get()
     return True
 
 
 class Seldom:
-    """Logs what may go wrong with every request once a minute at most, with the number of times."""
+    """Logs a problem that may recur with every request, at most once a minute, with the number of times."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger, self._times, self._next = logger, 0, 0.0
@@ -54,16 +54,16 @@ class Seldom:
 
 
 def mute_native_code() -> None:
-    """Codecs print on descriptor 2 what they find wrong with an image, so that anyone could fill the log.
+    """Discard what native code prints to file descriptor 2; what Python writes to standard error goes where it did.
 
-    What they print goes nowhere from now on, and what Python writes to standard error goes where it did.
+    Codecs print there what they find wrong with an image, so that anyone could fill the log.
     """
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def configure(settings: Settings, process_name: str) -> None:
-    """Replace every handler of this process by ours; ``process_name`` tells its lines and its file from others'."""
+    """Replace every log handler of this process by ours; ``process_name`` identifies its lines and its file."""
     formatter = OrjsonFormatter(
         "{asctime}{levelname}{name}{message}{request_id}",
         style="{",
@@ -78,15 +78,15 @@ def configure(settings: Settings, process_name: str) -> None:
         handler.setFormatter(formatter)
         handler.addFilter(add_request_id)
         root.addHandler(handler)
-    # The server's own loggers came with handlers and levels of their own; these lines belong in the same stream.
+    # The server's own loggers come with handlers of their own; their lines belong in the same stream.
     for name in ("bentoml", "uvicorn.error", "circus"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # Where what fails in a callback or a task of its own is told. BentoML disables every logger that it does not know.
+    # These report failures in callbacks and detached tasks; BentoML disables every logger that it does not know.
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).disabled = False
-    # The gateway writes a line a request, with the request's id and its error code.
+    # The gateway writes a line per request, with the request's id and its error code.
     logging.getLogger("uvicorn.access").disabled = True
 
 
@@ -95,7 +95,7 @@ def _handlers(settings: Settings, process_name: str) -> Iterator[logging.Handler
     console.setLevel(settings.log_level)
     yield console
     if settings.log_directory:
-        # A file a process: two processes that rotate one file lose lines.
+        # One file per process: two processes rotating one file lose lines.
         path = settings.log_directory / f"{process_name}.log"
         file = RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_FILES, encoding="utf-8")
         file.setLevel(logging.WARNING)
@@ -114,7 +114,7 @@ def _mail(settings: Settings) -> logging.Handler:
         settings.smtp_to.split(","),
         "CRITICAL: classifier",
         credentials=(settings.smtp_user, password) if settings.smtp_user else None,
-        # Neither key nor certificate of ours; those of the server are looked at, which is not the default.
+        # No client key or certificate; the context verifies the server's, which is not the default.
         secure=(None, None, ssl.create_default_context()) if settings.smtp_user else None,  # type: ignore[arg-type]
         timeout=SMTP_TIMEOUT,
     )

@@ -1,4 +1,4 @@
-"""Prometheus metrics of our own; BentoML's ``/metrics`` exposes them and adds them up over worker processes."""
+"""Our own Prometheus metrics; BentoML's ``/metrics`` exposes them, added up over the worker processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prometheus_client.mmap_dict import MmapedDict
 FILES = ("counter", "histogram", "gauge_all", "gauge_livesum", "gauge_livemax")
 """Memory-mapped files of the client library: each process has one per kind, ``<kind>_<pid>.db``."""
 RESERVED_BYTES = 2**17
-"""Disk space reserved for each file; a worker that has seen everything fills a tenth of that."""
+"""Disk space reserved for each file; a worker that has used every series fills a tenth of it."""
 
 
 def _prepare(folder: Path) -> None:
-    """Reserve this process' files on the disk, and forget the gauges of processes that were killed, and zeros.
+    """Reserve disk space for this process's files; remove dead processes' gauges, and their files of nothing but zeros.
 
-    The library lets the files grow as they are written to, which on a full disk ends in SIGBUS instead of an error. The
-    last values of a gauge would stand for ever, and what ends again and again in its start would fill the disk.
+    The library grows the files as it writes to them, which on a full disk ends in SIGBUS instead of an error. Gauges of
+    dead processes would keep their last values for ever, and a process that keeps failing to start would fill the disk.
     """
     for kind in FILES:
         with (folder / f"{kind}_{os.getpid()}.db").open("ab") as file:
@@ -33,15 +33,15 @@ def _prepare(folder: Path) -> None:
 
 
 def _has_counted(file: Path) -> bool:
-    with suppress(FileNotFoundError):  # another worker starts too
+    with suppress(FileNotFoundError):  # removed by another worker that is starting
         series = MmapedDict.read_all_values_from_file(file)  # type: ignore[no-untyped-call]
         return any(value for _, value, *_ in series)
     return False
 
 
-if _folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # a worker, and no value of it exists yet
+if _folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # this is a worker, and none of its values exists yet
     _prepare(Path(_folder))
-    # By default the library asks the system for it at each of some thirty updates a request. A worker does not fork.
+    # By default the library asks the system for it at each update, some thirty per request. A worker does not fork.
     _number = os.getpid()
     values.ValueClass = values.MultiProcessValue(lambda: _number)  # type: ignore[no-untyped-call]
 
@@ -89,7 +89,7 @@ REASONS = (
     *("unauthorized", "forbidden", "rate_limited", "quota_exceeded"),
     *("not_found", "method_not_allowed", "disconnected"),
 )
-for _reason in REASONS:  # Prometheus sees no growth from no series to 1: each is there from the start, at 0
+for _reason in REASONS:  # Prometheus sees no increase when a series appears at 1, so each starts at 0
     REJECTED.labels(_reason)
 DECODER_DEATHS = Counter(
     "classifier_decoder_deaths_total", "Decoders that an image crashed, or that took too much time or memory for it."
@@ -114,14 +114,14 @@ MODEL_INFO = Gauge(
 
 @cache
 def _seconds(stage: str) -> Histogram:
-    """``STAGE_SECONDS`` of one stage, without looking it up by its label for every image."""
+    """``STAGE_SECONDS`` of one stage, cached to save a lookup by label for every image."""
     return STAGE_SECONDS.labels(stage)
 
 
 class Timer:
-    """Observes how long its block takes as one stage of a request, and notes it in ``told``, in milliseconds.
+    """Observes how long its block takes as one stage of a request, and appends that to ``told``, in milliseconds.
 
-    A class, for a generator by ``contextmanager`` takes three times as long.
+    A class, because a generator with ``contextmanager`` takes three times as long.
     """
 
     def __init__(self, stage: str, told: list[str] | None = None) -> None:
@@ -138,7 +138,7 @@ class Timer:
 
 
 class Stages:
-    """The stages of one request, which its caller is told."""
+    """The timed stages of one request, to be reported to its caller."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -148,6 +148,6 @@ class Stages:
         return Timer(stage, self._told)
 
     def headers(self) -> dict[str, str]:
-        """``Server-Timing`` (W3C), in milliseconds, with the total until now."""
+        """``Server-Timing`` (W3C), in milliseconds, with the total so far."""
         total = f"total;dur={1000 * (time.perf_counter() - self._started):.3f}"
         return {"server-timing": ", ".join((*self._told, total))}

@@ -1,6 +1,6 @@
-"""``/docs.json``: every endpoint, form, error and header as they really are, in OpenAPI 3.1.
+"""``/docs.json``: every endpoint, request format, error and header as they really are, in OpenAPI 3.1.
 
-BentoML's own document knows one form of a request and its own errors, so nothing of it is left but the version.
+BentoML's own document knows one request format and only its own errors, so nothing of it is kept but the version.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ERRORS = {
     HTTPStatus.SERVICE_UNAVAILABLE: "not_ready",
     HTTPStatus.GATEWAY_TIMEOUT: "deadline_exceeded",
 }
-"""Status to the codes that go with it."""
+"""The error codes that go with each status."""
 KEY_ERRORS = {
     HTTPStatus.UNAUTHORIZED: "unauthorized: no API key, or an unknown one",
     HTTPStatus.FORBIDDEN: "forbidden: the API key has expired, or is not for this path",
     HTTPStatus.TOO_MANY_REQUESTS: "overloaded, as without keys; rate_limited or quota_exceeded: too many images were "
     "sent with this API key; Retry-After says for how long",
 }
-"""Errors that are added where API keys are asked for."""
+"""Errors added where API keys are required."""
 KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -96,7 +96,7 @@ def _ref(name: str) -> Document:
 
 
 def _failures(errors: dict[HTTPStatus, str]) -> Document:
-    """Replies by status, from the codes that go with it."""
+    """Error replies by status, described by their error codes."""
     failures = {}
     for status, codes in errors.items():
         reply = _reply(codes, application_json=_ref("Failure"))
@@ -105,7 +105,7 @@ def _failures(errors: dict[HTTPStatus, str]) -> Document:
 
 
 def _post(summary: str, field: str, form: Document, encoded: Document, reply: Document, **raw: Document) -> Document:
-    """An operation that takes images, as ``form`` in a form and as ``encoded`` in JSON, or as they are."""
+    """An operation that takes images: as ``form`` in multipart, as ``encoded`` in JSON, or as they are (``raw``)."""
 
     def with_field(schema: Document) -> Document:
         return {"schema": {"type": "object", "required": [field], "properties": {field: schema}}}

@@ -1,4 +1,4 @@
-"""Long work on the event loop, in pieces that let everyone else have a turn."""
+"""Long work on the event loop, in pieces that let other tasks have their turn."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
 AT_ONCE_SECONDS = 0.004
-"""Time after which work on the event loop gives way to others, between two pieces of it. One piece, such as an image of
-many megabytes in base64, may take longer."""
+"""Time after which long work on the event loop yields to other tasks, between two pieces. A single piece, such as an
+image of many megabytes in base64, may take longer."""
 Work = TypeVar("Work")
 
 
 async def paced(items: Iterable[Work]) -> AsyncIterator[Work]:
-    """``items``; the event loop turns whenever what is done with them has kept it for ``AT_ONCE_SECONDS``."""
+    """``items``, yielding to the event loop whenever the work on them has kept it for ``AT_ONCE_SECONDS``."""
     since = time.perf_counter()
     for item in items:
         yield item

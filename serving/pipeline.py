@@ -1,4 +1,4 @@
-"""From a request to what is answered: read, decode, classify, reply."""
+"""From request to reply: read, decode, classify, reply."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from settings import Settings
 logger = logging.getLogger("classifier.pipeline")
 
 LARGE_BYTES, LARGE_PIXELS = 16_384, 65_536
-"""From these sizes on decoding takes longer than handing it to a process; a small file may well hold a large image."""
+"""From these sizes on, decoding takes longer than handing over to a process; a small file may hold a large image."""
 JSON, PNG = "application/json", "image/png"
 
 
@@ -87,7 +87,7 @@ class Pipeline:
         return verdict.body() if isinstance(verdict, ApiError) else self._reply(verdict, options)
 
     def _reply(self, prediction: Prediction, options: Options) -> dict[str, Any]:
-        """What is said of an image, once: it is counted."""
+        """What the caller is told about an image. Call it once for each, because it counts."""
         self._drift.count_verdict(prediction)
         reply = self._replies(prediction, options)
         if reply.get("abstained"):
@@ -95,7 +95,7 @@ class Pipeline:
         return reply
 
     async def explain(self, request: Request) -> Response:
-        """A picture of the evidence for the verdict, or its numbers for a caller that accepts JSON."""
+        """A picture of the evidence for the verdict, or its numbers if the caller accepts JSON."""
         options = read_options(request)
         stages = metrics.Stages()
         data, image, prediction = await self._classify_one(request, stages, self._admit_explanation)
@@ -114,8 +114,8 @@ class Pipeline:
     async def _classify_one(
         self, request: Request, stages: metrics.Stages, admit: Callable[[], None]
     ) -> tuple[bytes, Pixels, Prediction]:
-        """The image of a request, as it was sent and decoded, and its prediction."""
-        admit()  # who will be refused is so before anything is done for them
+        """The image of a request, as sent and as decoded, and its prediction."""
+        admit()  # refuse before doing any work
         with stages.timed("read"):
             data = await read_image(request, self._settings)
             header = self._inspect(data)
@@ -139,12 +139,12 @@ class Pipeline:
         with stages.timed("classify"):
             try:
                 return await self._infer(images, client_waits())
-            except BaseException:  # who gave up has left the queue, too
+            except BaseException:  # a caller that gave up has left the queue, too
                 metrics.QUEUE_IMAGES.set(self._infer.waiting)
                 raise
 
     def _inspect(self, item: Item) -> Header | ApiError:
-        """What an image says of itself, or what is wrong with it."""
+        """The header of an image, or what is wrong with the image."""
         if isinstance(item, ApiError):
             return item
         try:
@@ -175,7 +175,7 @@ class Pipeline:
             raise
 
     async def _attempt(self, item: Item, header: Header | ApiError) -> Pixels | ApiError:
-        """One image of a batch, or what is wrong with it: it fails alone."""
+        """One decoded image of a batch, or what is wrong with it: it fails alone."""
         if isinstance(item, bytes):
             try:
                 return await self._decode(item, header)
@@ -186,7 +186,7 @@ class Pipeline:
 
 
 def _is_decoded_here(item: Item, header: Header | ApiError) -> bool:
-    """Whether an image is harmless and small; one that is no image needs no decoder either."""
+    """Whether an image is small and safe to decode in this process; one that is invalid needs no decoder either."""
     if isinstance(item, ApiError) or isinstance(header, ApiError):
         return True
     return header.is_plain and len(item) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS

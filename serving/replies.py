@@ -1,4 +1,4 @@
-"""Predictions as the API says them."""
+"""Predictions in the form of API replies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DIGITS = 6
 
 
 class Replies:
-    """Makes replies in the name of the model ``tag``."""
+    """Turns predictions of the model ``tag`` into replies."""
 
     def __init__(self, tag: str, classifier: Classifier) -> None:
         self._tag, self._classifier = tag, classifier
@@ -35,7 +35,7 @@ class Replies:
         return reply
 
     def _set(self, prediction: Prediction, level: float) -> list[str]:
-        """Class names, the likeliest first."""
+        """Class names, likeliest first."""
         chosen = self._classifier.prediction_set(prediction.probabilities, level)
         chosen.sort(key=lambda index: -prediction.probabilities[index])
         return [self._classifier.config.classes[index] for index in chosen]

@@ -1,4 +1,4 @@
-"""Requests to image bytes, in each of the three forms; bounded while reading, and never a temporary file or a fetch.
+"""From requests to image bytes, in three formats: bounded while reading; no temporary files, no URLs fetched.
 
 multipart/form-data   field ``image``, or ``images`` once for each image of a batch
 image/*               the body is the image
@@ -25,7 +25,7 @@ JSON, MULTIPART = "application/json", "multipart/form-data"
 Item = bytes | ApiError
 """One image of a batch, or what is wrong with it."""
 OTHER_VALUES = 100_000
-"""Values that a JSON body may hold besides its images. None is used, and each takes some 64 bytes when parsed."""
+"""Values that a JSON body may hold besides its images. None is used, yet each takes some 64 bytes when parsed."""
 WHITESPACE = b" \t\n\v\f\r"
 
 
@@ -42,9 +42,9 @@ class Options:
     """What a caller may ask for in the query string."""
 
     prediction_set: float | None = None
-    """Level of the prediction set to be sent along, between 0 and 1."""
+    """Level of the prediction set to include in the reply, between 0 and 1."""
     abstain_below: float | None = None
-    """Confidence under which no verdict is wanted."""
+    """Confidence below which no verdict is wanted."""
     abstain_foreign: bool = False
     """Whether no verdict is wanted on an image that does not resemble the training images."""
 
@@ -57,7 +57,7 @@ NO_OPTIONS = Options()
 
 
 def read_options(request: Request) -> Options:
-    """The options of a request; raises ``ApiError`` for one that is unknown or has no sensible value."""
+    """The options of a request; raises ``ApiError`` for one that is unknown, repeated or invalid."""
     if not request.scope["query_string"]:
         return NO_OPTIONS
     readers = {"prediction_set": _share, "abstain_below": _share, "abstain_foreign": _flag}
@@ -68,7 +68,7 @@ def read_options(request: Request) -> Options:
         if name in chosen:
             raise bad_request(f"query parameter {name!r} is given twice; expected it once")
         chosen[name] = readers[name](name, value)
-    return Options(**chosen)  # type: ignore[arg-type]  # by the readers
+    return Options(**chosen)  # type: ignore[arg-type]  # the readers return the right types
 
 
 def _share(name: str, value: str) -> float:
@@ -88,7 +88,7 @@ def _flag(name: str, value: str) -> bool:
 
 
 def read_timeout(request: Request, limit: float) -> float:
-    """Seconds that the caller is willing to wait, by ``X-Request-Timeout``: ``limit`` at most, and by default."""
+    """Seconds that the caller will wait, from ``X-Request-Timeout``: at most ``limit``, and ``limit`` by default."""
     asked = header(request.scope, b"x-request-timeout")
     if asked is None:
         return limit
@@ -116,7 +116,7 @@ async def read_image(request: Request, settings: Settings) -> bytes:
 
 
 async def read_images(request: Request, settings: Settings) -> list[Item]:
-    """The images of a ``/classify/batch`` request, in order; one that is wrong by itself does not spoil the others."""
+    """The images of a ``/classify/batch`` request, in order; one invalid image does not spoil the others."""
     media_type, options = _content_type(request)
     if media_type.startswith("image/"):
         raise _unsupported(media_type, JSON, MULTIPART)
@@ -158,7 +158,7 @@ def _unsupported(media_type: str, *expected: str) -> ApiError:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, given up as soon as it is known to exceed ``limit`` bytes."""
+    """The body; raises ``ApiError`` as soon as it is known to exceed ``limit`` bytes."""
     announced = (header(request.scope, b"content-length") or "")[:19]
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise too_large(f"the body has {announced} bytes; expected at most {limit}")
@@ -184,7 +184,7 @@ def _multipart(body: bytes, options: dict[str, str], field: str, limit: int) -> 
     parts: list[bytes] = []
     collecting = False
     try:
-        # File names, which nobody reads, may be in any encoding: Latin-1 takes every byte.
+        # File names are not used and may be in any encoding: Latin-1 accepts every byte.
         with PushMultipartParser(
             boundary, max_segment_count=limit + 16, max_header_size=8192, header_charset="latin-1"
         ) as parser:
@@ -202,7 +202,7 @@ def _multipart(body: bytes, options: dict[str, str], field: str, limit: int) -> 
     except ParserLimitReached as error:
         raise too_large(f"the form is too large: {error}") from error
     except (MultipartError, ValueError) as error:
-        # Its words come first; what follows may be the bytes of the sender.
+        # The message comes first; what follows may be the sender's bytes.
         raise bad_request(f"the form is malformed: {str(error.args[0])[:100]}") from error
     return parts
 
@@ -227,7 +227,7 @@ def _json_field(body: bytes, field: str, limit: int) -> object:
 
 
 def _has_more(body: bytes, marks: bytes, most: int) -> bool:
-    """Whether ``body`` has more than ``most`` of the bytes ``marks``; where they are few, faster than to count them."""
+    """Whether ``body`` has more than ``most`` of the bytes ``marks``; faster than counting where they are few."""
     found = 0
     for mark in marks:
         place = body.find(mark)
@@ -265,7 +265,7 @@ def _kind(value: object) -> str:
 
 
 def bounded(image: bytes, limit: int) -> bytes:
-    """``image``; raises ``ApiError`` where it has more than ``limit`` bytes."""
+    """``image``; raises ``ApiError`` if it has more than ``limit`` bytes."""
     if len(image) > limit:
         raise too_large(f"the image has {len(image)} bytes; expected at most {limit}")
     return image

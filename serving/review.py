@@ -1,8 +1,8 @@
-"""Images that the model was unsure of, kept for people to label and for the next training. Off unless it is asked for.
+"""Images that the model was unsure of, kept for people to label and for retraining. Off by default.
 
-Each is a file as it was sent, named after its SHA-256, with a JSON line beside it that says what was answered. A
-sample, an age and a size bound what is kept, over every process that shares the directory. A thread does all of it, and
-what it cannot keep is not kept: no request ever waits or fails.
+Each is stored as sent, named after its SHA-256, with a JSON line beside it that records the answer. A sampling rate, an
+age and a size limit what is kept, across all processes that share the directory. A thread does all the work and drops
+what it cannot keep: no request ever waits or fails.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from settings import Settings
 logger = logging.getLogger("classifier.review")
 
 WAITING_IMAGES = 16
-"""Images in memory that wait for the thread; of more, none is kept."""
+"""Images that may wait in memory for the thread; any more are dropped."""
 SWEEP_SECONDS = 600.0
-"""Interval at which images that have grown too old are removed."""
+"""Interval at which images that are too old are removed."""
 SWEEP_TO = 0.9
-"""Share of the size cap that is left when it was reached, so that the directory is not listed for every image."""
+"""Share of the maximum size that a sweep leaves once it is reached, so that not every image lists the directory."""
 BLOCK = 4096
-"""A file takes whole blocks of the disk, and there are many small ones."""
+"""Disk block size: a file takes whole blocks, and there are many small files."""
 DAY_SECONDS = 86_400
 NAME = re.compile("[0-9a-f]{64}")
 """Stem of a kept file: the image's SHA-256."""
 LEDGER = ".bytes"
-"""File with the bytes that are kept; whoever changes the directory holds its lock."""
+"""File with the number of bytes kept; whoever changes the directory holds its lock."""
 
 
 class Sighting(NamedTuple):
-    """An image as sent, and what was said of it; ``about`` is put into its JSON line too."""
+    """An image as sent, and its prediction; ``about`` goes into its JSON line too."""
 
     data: bytes
     prediction: Prediction
@@ -54,7 +54,7 @@ class Sighting(NamedTuple):
 
 
 class Review:
-    """Keeps a sample of the images of low confidence in the directory that the settings name."""
+    """Keeps a sample of the low-confidence images in the directory that the settings name."""
 
     def __init__(self, settings: Settings) -> None:
         assert settings.review_directory
@@ -66,9 +66,9 @@ class Review:
         threading.Thread(target=self._work, name="review", daemon=True).start()
 
     def offer(self, data: bytes, prediction: Prediction, about: dict[str, str | None]) -> None:
-        """Keep the image if the model is unsure of it, it is drawn, and the thread is not behind."""
+        """Keep the image if the model is unsure of it, it is drawn for the sample, and the thread is not behind."""
         if prediction.confidence < self._below and random.random() < self._share and not self._waiting.full():
-            self._waiting.put_nowait(Sighting(data, prediction, about))  # one thread offers, so that there is room
+            self._waiting.put_nowait(Sighting(data, prediction, about))  # only one thread offers, so there is room
 
     def _work(self) -> None:
         next_sweep = 0.0
@@ -81,7 +81,7 @@ class Review:
                 self._keep(self._waiting.get(timeout=max(0.0, next_sweep - time.monotonic())))
             except queue.Empty:
                 pass
-            except Exception as error:  # a full disk, a directory taken away: the service goes on
+            except Exception as error:  # a full disk or a removed directory must not stop the service
                 self._complaints.error("images for review are not kept", reason=repr(error))
 
     def _keep(self, sighting: Sighting) -> None:
@@ -97,11 +97,11 @@ class Review:
             held = int(ledger.read() or 0)
             if held + size > self._max_bytes:
                 held = self._sweep(min(SWEEP_TO * self._max_bytes, self._max_bytes - size))
-            _note(ledger, held + size)  # first: whatever fails below never makes room for too much
+            _note(ledger, held + size)  # first: a failure below then never lets too much in
             _write({image: sighting.data, image.with_suffix(".json"): line})
 
     def _sweep(self, max_bytes: float) -> int:
-        """Remove what is too old, and the oldest until at most ``max_bytes`` are left; returns what is left."""
+        """Remove images that are too old, then the oldest down to ``max_bytes`` at most; returns the bytes left."""
         kept = self._kept()
         held = sum(size for _, size, _ in kept)
         oldest = time.time() - self._max_age
@@ -114,7 +114,7 @@ class Review:
         return held
 
     def _kept(self) -> list[tuple[float, int, list[Path]]]:
-        """Time, size and files of each image with its line, the oldest first."""
+        """Time, size and files of each image with its JSON line, oldest first."""
         pairs: dict[str, list[Path]] = {}
         for file in self._directory.iterdir():
             if NAME.fullmatch(file.stem) and file.is_file():  # whatever else is there is not ours to remove
@@ -147,14 +147,14 @@ def _describe(sighting: Sighting, name: str) -> dict[str, Any]:
 
 
 def _note(ledger: TextIO, size: int) -> None:
-    """As wide as the largest size, and over the old one: on a full disk that stays, instead of an empty file."""
+    """Write the size over the old one, at a fixed width: a full disk then keeps the old one, not an empty file."""
     ledger.seek(0)
     ledger.write(f"{size:20}")
     ledger.flush()
 
 
 def _write(contents: dict[Path, bytes]) -> None:
-    """All of the files or none."""
+    """Write all of the files or none."""
     try:
         for path, content in contents.items():
             path.write_bytes(content)

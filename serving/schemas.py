@@ -1,7 +1,7 @@
-"""What BentoML and its clients are told of requests and replies.
+"""Request and reply schemas for BentoML and its clients.
 
-The inputs hand the request itself to the endpoint instead of parsing it: parsing is ``serving.requests``', where every
-mistake gets its own 4xx, and no default of BentoML's fetches URLs or writes temporary files.
+The inputs hand the request itself to the endpoint instead of parsing it. ``serving.requests`` does the parsing: every
+mistake gets its own 4xx, and none of BentoML's defaults fetches URLs or writes temporary files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Unparsed(IODescriptor):
 
 
 class _Handle:
-    """Has the one field that the endpoint's only argument is taken from."""
+    """Has one field, from which BentoML takes the endpoint's only argument."""
 
     model_fields: ClassVar[tuple[str, ...]] = ("request",)
 

@@ -1,4 +1,4 @@
-"""A second model that sees what the served one sees: its disagreement is counted, its answer never sent."""
+"""A second model that sees what the served one sees: its disagreements are counted, its answers never sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOWEST_PRIORITY = 19
 class Shadowed:
     """An engine that shows every batch to a shadow engine too, as long as that one keeps up.
 
-    The shadow computes in a thread of the lowest priority and takes one batch at a time; what comes meanwhile is
+    The shadow computes one batch at a time, in a thread of the lowest priority. Batches that arrive meanwhile are
     counted as ``dropped``, so that the served engine never waits for it.
     """
 
@@ -50,5 +50,5 @@ class Shadowed:
 
 
 def _yield_to_others() -> None:
-    # On Linux a thread has a priority of its own.
+    # On Linux each thread has its own priority.
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

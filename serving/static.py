@@ -1,6 +1,6 @@
-"""The page to try: the files of ``serving/page``, read once and answered from memory; index.html is at ``/``.
+"""The demo page: the files of ``serving/page``, read once and served from memory, with index.html at ``/``.
 
-It stands beside BentoML's application: no file of it makes a metric series, and no call of the API passes through it.
+It stands beside BentoML's application: its files create no metric series, and no API call passes through it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    # Kept, but asked for each time: modules of two releases never meet in one page.
+    # Cached, but revalidated each time, so that modules of two releases never meet in one page.
     "cache-control": "no-cache",
 }
 
 
 class Page:
-    """An ASGI application; raises ``ApiError`` where it has nothing."""
+    """An ASGI application; raises ``ApiError`` for what it does not serve."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         files = {
@@ -46,7 +46,7 @@ class Page:
             for file in sorted(folder.rglob("*"))
             if file.suffix in TYPES
         }
-        # Pictures to click are the files of that folder, each named after its class.
+        # The sample pictures are the files of that folder, each named after its class.
         samples = [path.removeprefix("/page/") for path in files if path.startswith("/page/samples/")]
         files[SAMPLES] = orjson.dumps(samples), "application/json"
         files["/"] = files.pop(INDEX)

@@ -1,12 +1,12 @@
-"""What BentoML's supervisor of the worker processes (circus) leaves out for a service that heals and stops by itself.
+"""What BentoML's process supervisor (circus) lacks for a service that recovers and stops by itself.
 
-- It looks for dead workers every 10 s, and in a container replaces none until all are dead: here, within a second.
-- Told to stop, it stops the runner together with the workers that still ask it: here, the runner goes last.
-- Meanwhile it keeps a port open on which nobody accepts: here, a proxy is refused at once and turns to another replica.
-- A second server with the same home empties the metrics of the first: here, each has a folder of its own.
-- Any user of the machine may command it, over a TCP port: here, over a socket in a private folder.
-- Killed, it leaves its workers behind, which keep the port: here, they stop.
-- It does not start where the driver of a GPU does not answer, even without need of it: here, there is no GPU then.
+- It checks for dead workers every 10 s, and in a container replaces none until all are dead: here, within a second.
+- On shutdown it stops the runner together with the workers that still call it: here, the runner goes last.
+- Meanwhile it keeps a port open that nobody accepts on: here, a proxy is refused at once and tries another replica.
+- A second server with the same home empties the first one's metrics: here, each has its own folder.
+- Any user of the machine can control it over a TCP port: here, over a socket in a private folder.
+- When killed, it leaves its workers behind, holding the port: here, they stop.
+- It does not start if a GPU's driver does not answer, even if no GPU is needed: here, that counts as no GPU.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from model.runtimes import cuda_devices
 
 CHECK_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
+"""From prctl(2)."""
 WORKERS = "service"
-"""BentoML's name for the watcher of the API workers; those of runners are called otherwise."""
+"""BentoML's name for the watcher of the API workers; those of the runners have other names."""
 
 
 class Supervisor(circus.Arbiter):
@@ -62,7 +62,7 @@ class Supervisor(circus.Arbiter):
             sys.exit(f"error: port {self.sockets[API_SERVER_NAME].port} is in use; expected a free one")
 
     def manage_watchers(self) -> Any:
-        """Look for dead workers; not while it is at something else, such as a start that takes longer than that."""
+        """Check for dead workers, unless circus is busy with something else, such as a slow start."""
         with suppress(ConflictError):
             return super().manage_watchers()
 
@@ -72,8 +72,8 @@ class Supervisor(circus.Arbiter):
         return self._end
 
     async def _stop(self) -> None:
-        # A signal in mid-start would be lost otherwise: circus does one thing at a time, and refuses others.
-        while self._exclusive_running_command:  # noqa: ASYNC110  # it has no event for the end of it
+        # Otherwise a signal during the start would be lost: circus does one thing at a time and refuses others.
+        while self._exclusive_running_command:  # noqa: ASYNC110  # circus has no event for its end
             await asyncio.sleep(CHECK_SECONDS / 10)
         self.sockets[API_SERVER_NAME].close()
         (workers,) = (watcher for watcher in self.watchers if watcher.name == WORKERS)
@@ -81,13 +81,13 @@ class Supervisor(circus.Arbiter):
         for runner in runners:
             runner.hooks["before_signal"] = _hold
         workers.hooks["after_stop"] = lambda **_: _release(runners)
-        # Not BentoML's own, which begins by removing the runner's socket.
+        # Not BentoML's own ``stop``, which begins by removing the runner's socket.
         await Arbiter.stop(self)
         self.exit_stack.close()
 
 
 def _hold(**_: Any) -> bool:
-    """Answers circus that the signal is not to be sent."""
+    """Tell circus not to send the signal."""
     return False
 
 
@@ -99,7 +99,7 @@ def _release(runners: list[Watcher]) -> None:
 
 
 def _metrics_folder() -> Path:
-    # In each container that shares the home this is process 1.
+    # The process id is not enough: in each container that shares the home it is 1.
     server = f"{socket.gethostname()}-{os.getpid()}"
     return Path(BentoMLContainer.bentoml_home.get(), "prometheus_multiproc_dir", server)
 
@@ -109,14 +109,14 @@ def _usable_gpus() -> list[int]:
 
 
 def follow() -> None:
-    """Let this worker stop, as by SIGTERM, when the supervisor ends without having told it to."""
+    """Have this worker sent SIGTERM when the supervisor dies without having stopped it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def install() -> None:
-    """Let ``bentoml serve`` in this process, which has not started any worker yet, use ``Supervisor``.
+    """Make ``bentoml serve`` in this process use ``Supervisor``; call it before any worker starts.
 
-    BentoML empties the folder of the metrics at its start: that of each server is its own.
+    BentoML empties the metrics folder at startup, so each server gets its own.
     """
     BentoMLContainer.prometheus_multiproc_dir.set(str(_metrics_folder()))
     NvidiaGpuResource.from_system = _usable_gpus  # type: ignore[method-assign, assignment]

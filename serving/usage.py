@@ -1,7 +1,7 @@
-"""How many images each API key has had: rate and quota, held over every worker process of a server.
+"""Image counts of each API key: rate and quota, enforced across all worker processes of a server.
 
-The counts are in a small SQLite file that the workers share, and no request waits for it on the event loop. A file that
-fails, or that another process does not let go of, limits nobody for a while: that is logged, and the service goes on.
+The counts are in a small SQLite file that the workers share, and the event loop never waits for it. If the file fails,
+or another process does not release it, nobody is limited for a while: that is logged, and the service goes on.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ logger = logging.getLogger("classifier.usage")
 
 DAY_SECONDS = 86_400
 PATIENCE_SECONDS = 1.0
-"""Longest wait for another process to let go of the file; it needs well under a millisecond."""
+"""Longest wait for another process to release the file, which needs it for well under a millisecond."""
 REST_SECONDS = 10.0
-"""Time for which the file is left alone after a failure: else each request would wait for it, one after another."""
+"""Time for which a file that failed is left alone: otherwise requests would wait for it one after another."""
 SET_UP = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS usage (name TEXT PRIMARY KEY, tokens REAL, updated RE
 
 
 class Account(NamedTuple):
-    """What a key has left of its second and has had of its day."""
+    """What a key has left of its rate, and what it has used of its daily quota."""
 
     tokens: float = math.inf
     updated: float = 0.0
@@ -45,11 +45,11 @@ class Account(NamedTuple):
     images: int = 0
 
     def set_back(self, now: float) -> Account:
-        """The account by a clock that was set back to ``now``: until it is as late again nothing would be filled."""
+        """The account, to refill from ``now`` on if the clock was set back; otherwise it would not until then."""
         return self._replace(updated=min(self.updated, now))
 
     def charge(self, key: Key, images: int, now: float) -> Account:
-        """The account after ``images`` more at the time ``now``; raises ``ApiError`` when the key has not that many."""
+        """The account after ``images`` more at time ``now``; raises ``ApiError`` 413 or 429 if that is too many."""
         day = int(now // DAY_SECONDS)
         had = self.images if self.day == day else 0
         if key.images_per_day is not None and images > key.images_per_day:
@@ -65,8 +65,8 @@ class Account(NamedTuple):
     def _spend(self, key: Key, images: int, now: float) -> float:
         """Tokens left in a bucket of one second's images.
 
-        A batch larger than the bucket is let in when it is full, and owes the rest: the rate holds, and a small one
-        shuts out no large batch for ever.
+        A batch larger than the bucket is admitted when the bucket is full, and owes the rest: the rate holds, and a low
+        one does not shut out large batches for ever.
         """
         if key.images_per_second is None:
             return math.inf
@@ -80,13 +80,13 @@ class Account(NamedTuple):
 
 
 class Usage:
-    """The accounts of every key, in ``file``.
+    """The accounts of all keys, in ``file``.
 
-    Raises ``AccessError`` when that cannot be used, unless the service ``is_running`` already: a worker that is started
-    again must not end over an error that the others live with.
+    Raises ``AccessError`` at construction if the file cannot be used, unless the service ``is_running`` already: a
+    restarted worker must not exit over an error that the others live with.
 
-    Without a file it is a temporary one, which goes when this process does: the parent of the workers, which are told
-    of it as ``file``.
+    Without ``file`` it makes a temporary one, which is removed when this process exits. This process is the parent of
+    the workers, which get the path as their ``file``.
     """
 
     def __init__(self, file: Path | None, is_running: bool = False) -> None:
@@ -105,13 +105,13 @@ class Usage:
                 raise AccessError(f"USAGE_FILE={str(file)!r}: {error}") from None
 
     def _open(self) -> sqlite3.Connection:
-        # Transactions are begun by hand, for they read before they write.
+        # Transactions are begun explicitly, because they read before they write.
         database = sqlite3.connect(self.file, timeout=PATIENCE_SECONDS, isolation_level=None)
         database.executescript(SET_UP)
         return database
 
     async def charge(self, name: str, key: Key, images: int) -> None:
-        """Count ``images`` sent with a key; raises ``ApiError`` 429, and counts none, when they are too many."""
+        """Count ``images`` sent with a key; raises ``ApiError`` 413 or 429, and counts none, if they are too many."""
         if key.images_per_second is None and key.images_per_day is None:
             return
         try:

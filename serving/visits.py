@@ -1,6 +1,6 @@
-"""What is checked and kept of a request beyond answering it: key, usage, audit line, images for review.
+"""What is checked and recorded of a request besides answering it: key, usage, audit line, images for review.
 
-Where none of it is asked for there are no visits, and requests pay for an ``if``.
+If none of it is configured there are no visits, and all a request pays for is an ``if``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from settings import Settings
 Verdict = Prediction | ApiError
 """The outcome for one image."""
 LARGE_BYTES = 65_536
-"""From this size on hashing takes longer than handing it to a thread."""
+"""From this size on, hashing takes longer than handing it to a thread."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Visits:
     def open(
         cls, settings: Settings, model: str, keys: Keys | None, usage: Usage | None, process_name: str
     ) -> Visits | None:
-        """Visits of the worker called ``process_name``; None where nothing is asked for."""
+        """Visits of the worker called ``process_name``, or None if nothing is configured."""
         audit = Audit(settings.audit_directory, process_name) if settings.audit_directory else None
         review = Review(settings) if settings.review_directory else None
         return cls(model, keys, usage, audit, review) if keys or audit or review else None
 
     def begin(self, scope: Scope) -> Visit | None:
-        """A visit for a request to the guarded API, and none for another."""
+        """A visit for a request to the guarded API, None for any other."""
         if scope["path"] not in GUARDED:
             return None
         visit = Visit(self, scope["path"], _address(scope))
@@ -70,7 +70,7 @@ class Visit:
     _path: str
     _client: str | None
     _name: str | None = None
-    """Name of the key; None where nobody asks for one."""
+    """Name of the key; None if keys are not required."""
     _key: Key | None = None
     _images: list[dict[str, Any]] = field(default_factory=list)
 
@@ -81,7 +81,7 @@ class Visit:
             authorize(self._name, self._key, self._path)
 
     async def admit(self, items: Sequence[Item]) -> None:
-        """Charge the images to the key before any is decoded; raises ``ApiError`` 429."""
+        """Charge the images to the key before any is decoded; raises ``ApiError`` 413 or 429."""
         if self._visits.usage and self._name and self._key:
             await self._visits.usage.charge(self._name, self._key, len(items))
             metrics.KEY_IMAGES.labels(self._name).inc(len(items))
@@ -90,7 +90,7 @@ class Visit:
             self._images = _hash(items) if small else await asyncio.to_thread(_hash, items)
 
     def judge(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
-        """Take down what was said of the images."""
+        """Record the verdicts on the images, and offer the images for review."""
         for entry, verdict in zip(self._images, verdicts, strict=False):  # no entries without an audit log
             entry.update(_summary(verdict))
         if self._visits.review:
@@ -116,7 +116,7 @@ class Visit:
 
 
 def _address(scope: Scope) -> str | None:
-    """The client's IP address; None if a trusted proxy forwarded something that is no address."""
+    """The client's IP address, or None if a trusted proxy forwarded something else."""
     try:
         return str(ip_address(scope["client"][0]))
     except (TypeError, ValueError):
@@ -127,13 +127,13 @@ _current: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
 
 async def admit(items: Sequence[Item]) -> None:
-    """``Visit.admit`` of the request at hand, if it has a visit."""
+    """``Visit.admit`` for the current request, if it has a visit."""
     if visit := _current.get():
         await visit.admit(items)
 
 
 def judge(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
-    """``Visit.judge`` of the request at hand, if it has a visit."""
+    """``Visit.judge`` for the current request, if it has a visit."""
     if visit := _current.get():
         visit.judge(items, verdicts)
 
