@@ -1,19 +1,18 @@
-"""Classify files, folders and globs, by a running service or in this process.
+"""Classify files, folders and globs, with a running service or in this process.
 
     python -m client photos 'more/**/*.jpg' cat.png          # a table, from the service at http://localhost:3000
     python -m client photos --out verdicts.csv               # or .jsonl, or .parquet
-    python -m client photos --out verdicts.csv --resume      # go on after Ctrl-C, a kill or an outage
+    python -m client photos --out verdicts.csv --resume      # continue after Ctrl-C, a kill or an outage
     python -m client photos --local                          # in this process; or --local MODEL
 
-One row for each image, in the order of the arguments, those of a folder by path; an image that is broken is a row with
-an error. What has been answered is kept in OUT.part at once, and becomes OUT in the end. A folder gives its files with
-the suffix of a known format, and those of folders that links in it lead to; a file that is named itself is taken
-whatever its name.
+The output has one row per image, in the order of the arguments and, within a folder, by path; a broken image is a row
+with an error. Answers are saved to OUT.part at once, which becomes OUT at the end. A folder contributes its files with
+the suffix of a known format, and so do folders that links in it lead to; a file named on its own is always taken.
 
-The variable CLASSIFIER_API_KEY holds the API key, where the service asks for one. With --local, the settings of the
-service count: MODEL, RUNTIME and so on.
+The environment variable CLASSIFIER_API_KEY holds the API key, if the service requires one. With --local, the settings
+of the service apply: MODEL, RUNTIME and so on.
 
-Exit status: 0 all classified; 1 some images were not, and their rows say why; 2 it could not work, or not to the end;
+Exit status: 0 all classified; 1 some images were not, and their rows say why; 2 it could not start or finish;
 130 interrupted.
 """
 
@@ -39,15 +38,15 @@ from client.rows import Classify, Row, columns, row
 
 SOME_FAILED, COULD_NOT_WORK, INTERRUPTED = 1, 2, 130
 MOMENTS = 2.0
-"""Seconds for requests that are under way when another has failed for good."""
+"""Seconds left to the requests in flight when another has failed for good."""
 
 
 def backend(options: argparse.Namespace) -> Classify:
-    """Who classifies."""
+    """What classifies: the service, or this process."""
     if options.local is None:
         query = {} if options.prediction_set is None else {"prediction_set": options.prediction_set}
         return Remote(options.url, query, options.cacert, options.patience)
-    from client.local import Local  # the classes of the service: a client of another machine does without them
+    from client.local import Local  # needs the service's classes, which a client on another machine does without
 
     return Local(options.local, options.prediction_set)
 
@@ -66,7 +65,7 @@ def classified(classify: Classify, batch: dict[str, Path], wanted: tuple[str, ..
 def in_flight(
     classify: Classify, todo: Iterator[dict[str, Path]], wanted: tuple[str, ...], most: int
 ) -> Generator[list[Row], None, None]:
-    """The rows of each batch as it comes back; ``most`` are under way, and as many wait, unread, for their turn."""
+    """The rows of each batch as it comes back; ``most`` batches are in flight, and as many wait, still unread."""
     pool = ThreadPoolExecutor(most)
     running: set[Future[list[Row]]] = set()
     try:
@@ -83,9 +82,10 @@ def in_flight(
 
 
 def _results(done: Iterable[Future[list[Row]]], others: Iterable[Future[list[Row]]]) -> Iterator[list[Row]]:
-    """Rows of what is ``done``; if some of it failed, also of ``others`` that are answered within moments.
+    """Rows of the batches in ``done``; if one failed, those of ``others`` answered within ``MOMENTS``, then raise its
+    error.
 
-    An API key is charged for what was answered, and it would be lost with what failed.
+    An API key is charged for what was answered, which would otherwise be lost with what failed.
     """
     failed = [future for future in done if future.exception()]
     yield from (future.result() for future in done if future not in failed)
@@ -157,7 +157,7 @@ def _positive(text: str) -> int:
 
 def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may have characters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold characters that the encoding lacks
     options = parse_arguments()
     try:
         if options.out:
@@ -170,7 +170,7 @@ def main() -> int:
 
 
 def _stop(reason: str, status: int) -> NoReturn:
-    """At once: an interpreter that ends waits for its threads, and they for replies that nobody will read."""
+    """Exit at once: a normal exit waits for the threads, and they for replies that nobody will read."""
     print(reason, file=sys.stderr, flush=True)
     os._exit(status)
 

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class ClientError(Exception):
-    """Told in one line; nothing that was written so far is lost."""
+    """Reported in one line; nothing written so far is lost."""

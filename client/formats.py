@@ -1,4 +1,4 @@
-"""Rows as CSV, JSON lines or Parquet, by the suffix of the file; or as a table for people."""
+"""Rows as CSV, JSON Lines or Parquet, by the suffix of the file; or as a table for people."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from client.rows import Row
 from model.tables import aligned
 
 ROW_GROUP = 10_000
-"""Rows of a Parquet file that are in memory at once."""
+"""Rows of a Parquet file held in memory at once."""
 NOT_IN_TABLE = {"predicted_class", "model", "error_code", "error_message"}
 CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
-"""Escapes of characters that a terminal obeys; a name may have them."""
+"""Escapes for the control characters that a terminal obeys; a file name may contain them."""
 
 
 def check(out: Path) -> None:
-    """Raise ``ClientError`` for a file that could not be written in the end: before the work, not after it."""
+    """Raise ``ClientError`` if ``out`` could not be written in the end: before the work, not after it."""
     if out.suffix not in WRITERS:
         raise ClientError(f"{out}: expected a name that ends in one of {', '.join(WRITERS)}")
     if out.suffix == ".parquet" and not find_spec("pyarrow"):
@@ -32,14 +32,14 @@ def check(out: Path) -> None:
 
 
 def write(out: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Write ``rows`` to ``out``, which is whole or not there."""
+    """Write ``rows`` to ``out`` atomically: it is complete or not there."""
     temporary = out.with_name(out.name + ".tmp")
     WRITERS[out.suffix](temporary, columns, rows)
     temporary.replace(out)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Truths and lists as in JSON; what is null is empty."""
+    """Booleans and lists as in JSON; null is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -64,7 +64,7 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> N
         "probabilities": pa.list_(pa.float64()),
     }
     schema = pa.schema([(column, kinds.get(column, pa.string())) for column in columns])
-    # Opened here: pyarrow takes no path that is not UTF-8.
+    # Opened here: pyarrow accepts only paths in UTF-8.
     with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
         for group in _groups(rows):
             writer.write_table(pa.Table.from_pylist(group, schema))
@@ -84,7 +84,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[str], Iterable[Row]], None]] = {
 
 
 def table(columns: Sequence[str], rows: Iterable[Row]) -> str:
-    """What a person looks for, in aligned columns."""
+    """The columns that a person looks for, aligned."""
     shown = [column for column in columns if column not in NOT_IN_TABLE]
     lines = [[*(_cell(row[column]) for column in shown), _error(row)] for row in rows]
     return aligned([[*shown, "error"], *([cell.translate(CONTROLS) for cell in line] for line in lines)])

@@ -1,4 +1,4 @@
-"""Which images are meant, and how they are read: never more than a few batches at once."""
+"""Which images the arguments mean, and how they are read: never more than a few batches at once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from client.errors import ClientError
 from client.rows import Reply, failure
 
 SUFFIXES = frozenset((".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-"""Suffixes of the files that are taken from a folder. A file that is named itself is taken whatever it is called.
+"""Suffixes of the files taken from a folder. A file named on its own is always taken.
 
-They are Pillow's for the formats of the service; to ask it would take longer than to start without it.
-"""
+They are Pillow's for the service's formats; asking Pillow would take longer than starting without it."""
 BATCH_BYTES = 16 * 2**20
-"""A batch ends before it is larger: half of what the service takes by default in one request."""
+"""A batch ends before it grows larger: half of what the service accepts in one request by default."""
 FILE_BYTES = 64 * 2**20
 """A larger file is not read."""
 
 
 def find(arguments: Iterable[str]) -> dict[str, Path]:
-    """Every image of files, folders and globs by its name, in the order of the arguments, those of a folder by path.
+    """Every image of the given files, folders and globs by its name, in the order of the arguments, those of a folder
+    by path.
 
-    Each path comes once. Raises ``ClientError`` for an argument that gives none and for two paths of one name, and
-    ``OSError`` for a folder that cannot be read, at any depth: images would be missing in silence.
+    Each path appears once. Raises ``ClientError`` for an argument that matches nothing and for two paths of the same
+    name, and ``OSError`` for a folder that cannot be read, at any depth: images would silently be missing.
     """
     found: dict[str, Path] = {}
     for argument in arguments:
@@ -52,7 +52,7 @@ def _expand(argument: str) -> Iterator[Path]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """As by ``glob``, whose ``**`` would go round and round where a link leads back."""
+    """Like ``glob``, whose ``**`` would loop where a link leads back."""
     parts = Path(pattern).parts
     if "**" not in parts:
         yield from glob.iglob(pattern)  # noqa: PTH207 # Path.glob takes no absolute pattern
@@ -61,7 +61,7 @@ def _matches(pattern: str) -> Iterator[str]:
     rest = parts[place + 1 :]
     for root in _matches(str(Path(*parts[:place]))):
         if not rest:
-            yield root  # where it is a folder, all in it is taken anyway
+            yield root  # if it is a folder, everything in it is taken anyway
         elif Path(root).is_dir():
             for folder, _ in _folders(Path(root), with_hidden=False):
                 yield from _matches(str(Path(glob.escape(str(folder)), *rest)))
@@ -73,9 +73,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _folders(root: Path, with_hidden: bool = True) -> Iterator[tuple[Path, list[str]]]:
-    """``root`` and every folder in it with the names of its files, then those that links in it lead to.
+    """``root`` and every folder in it with the names of its files, then the folders that links in them lead to.
 
-    Each comes once, and those that ``root`` lies in do not: no link leads round and round, or to all of a disk.
+    Each comes once, and the parents of ``root`` never: no link leads into a loop, or to a whole disk.
     """
     seen = {_identity(parent) for parent in root.resolve().parents}
     waiting = [root]
@@ -91,7 +91,7 @@ def _folders(root: Path, with_hidden: bool = True) -> Iterator[tuple[Path, list[
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """The same by whatever path."""
+    """The same for a folder by whatever path."""
     about = folder.stat()
     return about.st_dev, about.st_ino
 
@@ -101,7 +101,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _name(path: Path) -> str:
-    """As it stands in the output: a path may hold bytes that are no text."""
+    """A path as it appears in the output: it may hold bytes that are not text."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -124,13 +124,13 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
-        return 0  # reading it will tell
+        return 0  # reading it will report the error
 
 
 def read(path: Path) -> bytes | Reply:
-    """The content of a file, or the error that stands for it."""
+    """The content of a file, or the error that takes its place."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for whoever writes into it
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for someone to write to it
             return failure("unreadable", "a pipe, a socket or a device; expected a file")
         with path.open("rb") as file:
             content = file.read(FILE_BYTES + 1)

@@ -1,7 +1,7 @@
-"""Every row as soon as it is there, in a file of JSON lines that survives a kill: what ``--resume`` goes on from.
+"""Every row as soon as it arrives, in a JSON Lines file that survives a kill: what ``--resume`` continues from.
 
-Its first line says what the rows hold; the rows follow in the order in which they came. The output, of whatever format,
-is made of it at the end, in the order of the images.
+Its first line says what the rows hold; the rows follow in the order of arrival. At the end the output, in whatever
+format, is made from it, in the order of the images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from client.rows import Row
 
 
 class Journal:
-    """The rows in ``file``, of which only the places are in memory. ``asked`` is what all of them have to agree in."""
+    """The rows in ``file``, with only their positions in memory. ``asked`` is what all of them must agree on."""
 
     def __init__(self, file: IO[bytes], asked: dict[str, Any]) -> None:
         self._file = file
@@ -29,7 +29,7 @@ class Journal:
         self._recover(asked)
 
     def _recover(self, asked: dict[str, Any]) -> None:
-        """Take what is there, less a last line that was cut short."""
+        """Read what is there, and drop a last line that was cut short."""
         end = self._file.seek(0)
         for line in self._file:
             if not line.endswith(b"\n"):
@@ -52,7 +52,7 @@ class Journal:
         return content
 
     def add(self, rows: list[Row]) -> None:
-        """Write ``rows``: once this is done, a kill of this process does not lose them."""
+        """Write ``rows``: once this returns, killing this process does not lose them."""
         for row, place in zip(rows, self._write(rows), strict=True):
             self._note(row, place)
 
@@ -62,7 +62,7 @@ class Journal:
             self._failed.add(row["path"])
 
     def _write(self, contents: list[dict[str, Any]]) -> list[int]:
-        """One line for each of ``contents``; where each begins."""
+        """Append one line for each of ``contents``; returns the position of each."""
         lines = [json.dumps(content).encode() + b"\n" for content in contents]
         place = self._file.seek(0, os.SEEK_END)
         self._file.write(b"".join(lines))
@@ -88,13 +88,13 @@ class Journal:
 
 
 def beside(out: Path) -> Path:
-    """The journal of an output."""
+    """The path of an output's journal."""
     return out.with_name(out.name + ".part")
 
 
 @contextmanager
 def opened(out: Path | None, resume: bool, asked: dict[str, Any]) -> Iterator[Journal]:
-    """The journal of ``out``; a temporary one where the output is a table. Raises ``ClientError``, or ``OSError``."""
+    """The journal of ``out``, or a temporary one if the output is a table. Raises ``ClientError`` or ``OSError``."""
     if out is None:
         with tempfile.TemporaryFile() as temporary:
             yield Journal(temporary, asked)
@@ -115,7 +115,7 @@ def opened(out: Path | None, resume: bool, asked: dict[str, Any]) -> Iterator[Jo
 
 
 def _lock(file: IO[bytes]) -> None:
-    """Until it is closed, even by a kill."""
+    """Lock the file until it is closed, even by a kill."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The very classes of the service, in this process and without HTTP."""
+"""The service's own classes, in this process and without HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ERRORS = (store.StoreError, ArtifactError, EnsembleError, RuntimeUnavailableErro
 
 
 class Local:
-    """What ``MODEL=model`` would serve, on every core; the other settings are the service's, from the environment."""
+    """What ``MODEL=model`` would serve, on all cores; the service's other settings apply, from the environment."""
 
     def __init__(self, model: str | None, prediction_set: float | None) -> None:
         store.set_environment()

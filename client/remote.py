@@ -1,4 +1,4 @@
-"""The service over HTTP, with patience: what is overloaded, restarting or out of reach for a while is asked again."""
+"""The service over HTTP, with patience: while it is overloaded, restarting or out of reach, requests are retried."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from client.errors import ClientError
 from client.rows import Reply
 
 API_KEY = "CLASSIFIER_API_KEY"
-"""Variable of the API key: an argument would be in the list of processes and in the history of the shell."""
+"""Environment variable of the API key: an argument would show in the process list and the shell history."""
 SECONDS = httpx.Timeout(60, connect=10)
 NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
-"""A wrong address or certificate, unless it has worked before: nothing to wait for."""
+"""A wrong address or certificate, unless it has worked before: waiting will not help."""
 SMALLER = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.GATEWAY_TIMEOUT)
-"""Replies after which a batch is divided: fewer large images may well be decoded within the deadline of one request."""
+"""Replies after which a batch is split: fewer large images may well be decoded within the deadline of one request."""
 LONE_TIMEOUTS = 3
-"""Times that one image alone may exceed the deadline before the error is its result."""
+"""Times that a single image may exceed the deadline before the error is its result."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before the second attempt, doubled each time, unless the service says how long."""
+"""Seconds before the second attempt, doubled each time up to a limit, unless the service says how long."""
 
 
 class Remote:
-    """The service at ``url``; a batch is asked again for at most ``patience`` seconds."""
+    """The service at ``url``; a batch is retried for at most ``patience`` seconds."""
 
     def __init__(self, url: str, query: Mapping[str, Any], cacert: Path | None, patience: float) -> None:
         self._url, self._query, self._patience = url, query, patience
@@ -55,13 +55,13 @@ class Remote:
         self._was_reached = False
 
     def card(self) -> dict[str, Any]:
-        """What the service says of its model."""
+        """The service's model card, from ``GET /model``."""
         return _expect_ok(self._send(self._client.build_request("GET", "/model"), is_one=True), self._url)
 
     def __call__(self, images: list[bytes]) -> list[Reply]:
         parts = [("images", (str(number), image)) for number, image in enumerate(images)]
         request = self._client.build_request("POST", "/classify/batch", params=self._query, files=parts)
-        request.read()  # one piece of bytes: it can be sent again, and in one write
+        request.read()  # as one piece of bytes it can be sent again, and in one write
         response = self._send(request, is_one=len(images) == 1)
         if response.status_code in SMALLER:
             half = len(images) // 2
@@ -74,7 +74,7 @@ class Remote:
         return results
 
     def _send(self, request: httpx.Request, is_one: bool) -> httpx.Response:
-        """The first reply that is neither 429 nor a failure of the server's, or for which fewer images are a remedy."""
+        """The first reply that is neither 429 nor a server error, or that fewer images may remedy."""
         until = time.monotonic() + self._patience
         for attempt in itertools.count(1):
             pause = None
@@ -86,13 +86,13 @@ class Remote:
                 if response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error:
                     return response
                 trouble, pause = _problem(response)["message"], _retry_after(response)
-            except UnicodeError as error:  # of the name of the host
+            except UnicodeError as error:  # from the host name
                 raise ClientError(f"{self._url}: {error}") from None
             except httpx.RequestError as error:
                 trouble = str(error) or type(error).__name__
                 if isinstance(error, NOT_REACHED) and not self._was_reached:
                     raise ClientError(f"{self._url}: {trouble}") from None
-            # Not all at the same moment, who were refused at the same moment.
+            # Those refused at the same moment must not all return at the same moment.
             jitter = random.uniform(0, FIRST_PAUSE)
             self._wait((pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))) + jitter, until, trouble)
         raise AssertionError("unreachable")
@@ -107,7 +107,7 @@ class Remote:
 
 
 def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:
-    """The document of a reply 200; raises ``ClientError`` with what the service says."""
+    """The document of a 200 reply; raises ``ClientError`` with what the service says otherwise."""
     if response.status_code != HTTPStatus.OK:
         problem = _problem(response)
         if response.status_code == HTTPStatus.UNAUTHORIZED:
@@ -123,7 +123,7 @@ def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:
 
 
 def _problem(response: httpx.Response) -> dict[str, str]:
-    """``{"code", "message"}``, also of what stands in front of the service and has errors of another form."""
+    """``{"code", "message"}``, even from a proxy in front of the service, whose errors have another form."""
     try:
         problem: dict[str, str] = response.json()["error"]
         return {"code": str(problem["code"]), "message": str(problem["message"])}
@@ -134,13 +134,13 @@ def _problem(response: httpx.Response) -> dict[str, str]:
 def _by_status(number: int) -> dict[str, str]:
     try:
         status = HTTPStatus(number)
-    except ValueError:  # no standard has it, such as Cloudflare's 520 to 526
+    except ValueError:  # not in any standard, such as Cloudflare's 520 to 526
         return {"code": f"http_{number}", "message": f"HTTP status {number}"}
     return {"code": status.name.lower(), "message": f"{status} {status.phrase}"}
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds, which the header gives as a number or as the time when they are over (RFC 9110, 10.2.3)."""
+    """Seconds to wait, which the header gives as a number or as a date (RFC 9110, 10.2.3), or None."""
     value = response.headers.get("retry-after", "")
     if value.isascii() and value.isdigit():
         return float(value)

@@ -1,4 +1,4 @@
-"""One row for each image, from a reply of the service."""
+"""One row per image, from a reply of the service."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Reply = dict[str, Any]
 """One of the results of ``/classify/batch``: a verdict, or ``{"error": {"code", "message"}}``."""
 Row = dict[str, Any]
 Classify = Callable[[list[bytes]], list[Reply]]
-"""Images to their replies, in order; called from several threads. Raises ``ClientError`` when it cannot work."""
+"""Maps images to their replies, in order; called from several threads. Raises ``ClientError`` if it cannot work."""
 
 
 def failure(code: str, message: str) -> Reply:
@@ -24,7 +24,7 @@ def columns(with_set: bool, with_probabilities: bool) -> tuple[str, ...]:
 
 
 def row(name: str, reply: Reply, wanted: tuple[str, ...]) -> Row:
-    """The columns ``wanted`` of one image; what a reply does not have is null."""
+    """The columns ``wanted`` for one image; what the reply lacks is null."""
     error = reply.get("error", {})
     probabilities = reply.get("all_probabilities", {})
     told = {
