@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     api_keys: Path | None = None
     """File of API keys (serving/access.py), reread when it changes. Without it, anyone may call."""
     usage_file: Path | None = None
-    """SQLite file that records what each key has used. By default a temporary one, so a restart resets the quotas."""
+    """SQLite file that records what each key has used. By default a temporary one, so a restart resets the counts."""
     audit_directory: PrivateDirectory | None = None
     """Folder for the audit log, one rotating file per process. Off by default."""
     review_directory: PrivateDirectory | None = None

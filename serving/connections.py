@@ -123,7 +123,7 @@ class Connection(HttpToolsProtocol):
     stand_back: ClassVar[bool] = False
     """Whether other processes listen on the same socket: each then leaves the next connection to the others first."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
         if self.stand_back and len(self.connections) < FEW:
             time.sleep(SHORTEST_SLEEP)
         super().connection_made(transport)
@@ -233,7 +233,7 @@ class Connection(HttpToolsProtocol):
             if name not in UPGRADING:
                 head.extend((name, b": ", value, b"\r\n"))
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self.parser.feed_data(b"".join((*head, b"\r\n")))
 
     def _refuse_head(self) -> None:
