@@ -1,4 +1,4 @@
-"""What a classifier is: its configuration, network, preprocessing, runtimes, batching and store.
+"""The classifier itself: configuration, network, preprocessing, runtimes, batching and model store.
 
-Nothing here knows of HTTP, of BentoML services or of training.
+Nothing here knows about HTTP, BentoML services or training.
 """

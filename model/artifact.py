@@ -1,12 +1,12 @@
-"""A trained classifier on disk: the one place that knows the names of its files, and that proves they are intact.
+"""A trained classifier on disk: the only module that knows its file names, and that verifies the files are intact.
 
     config.json          classes, input size, normalisation, temperature
     model.safetensors    weights; convolutions and the head rounded to FP16, everything else FP32
-    model.onnx           the graph for ONNX Runtime, uint8 NHWC in, FP32 out; its weights are those of model.safetensors
+    model.onnx           the graph for ONNX Runtime, uint8 NHWC in, FP32 out; refers to the weights in model.safetensors
     model.int8.onnx      the same, statically quantised
-    reference.npz        a few images and the outputs that each format must reproduce on any machine; and its outputs
-                         for the validation images, which calibrate what is said of new ones; and statistics
-                         of training images
+    reference.npz        a few images with the outputs that each format must reproduce on any machine; the outputs for
+                         the validation images, which calibrate predictions for new ones; and statistics of
+                         training images
     card.json            metrics, provenance, and the SHA-256 of every file above
 
 No file holds a pickle.
@@ -32,22 +32,22 @@ from model.statistics import Edges
 Outputs = NDArray[np.float32]
 """(N, K + 1): K uncalibrated logits, then the familiarity of the image (``model.network.ServedNet``)."""
 Evidence = NDArray[np.float32]
-"""(N, h, w, K): what each place of a coarse grid adds to each logit."""
+"""(N, h, w, K): what each cell of a coarse grid adds to each logit."""
 Labels = NDArray[np.int64]
 
 TORCH, ONNX, ONNX_INT8 = RUNTIMES = "torch", "onnx", "onnx-int8"
 """Each computes the same network (``model.runtimes``)."""
 FILES = {TORCH: "model.safetensors", ONNX: "model.onnx", ONNX_INT8: "model.int8.onnx"}
-"""What each of them loads."""
+"""The file that each runtime loads."""
 CONFIG, WEIGHTS, REFERENCE, CARD = "config.json", FILES[TORCH], "reference.npz", "card.json"
 HASHED = (CONFIG, *FILES.values(), REFERENCE)
 VERSION_LENGTH = 12
 SHIPPED = Path(__file__).parent / "pretrained"
-"""The artifact that the repository ships. A built Bento has of it no more than CONFIG: it holds the rest as a model."""
+"""The artifact that the repository ships. In a built Bento only its CONFIG is here; the rest is the Bento's model."""
 ALSO_SHIPPED = tuple(sorted(SHIPPED.parent.glob("pretrained_*")))
-"""Others for the same classes, to be named by ``MODEL``; a checkout made by ``make new`` has none."""
+"""Other artifacts for the same classes, selected with ``MODEL``; a checkout made by ``make new`` has none."""
 ACCURATE = SHIPPED.with_name("pretrained_accurate")
-"""The one of them, if there is one, that is larger, and the default where a GPU computes."""
+"""The larger one among them, if present; the default on a GPU."""
 QUANTISED = "_int8"
 
 
@@ -56,7 +56,7 @@ class ArtifactError(ValueError):
 
 
 class Reference(NamedTuple):
-    """What one format of the network makes of ``images`` (N, H, W, 3), and of V validation images."""
+    """Outputs of one format of the network for ``images`` (N, H, W, 3) and for V validation images."""
 
     images: Pixels
     outputs: Outputs
@@ -68,7 +68,7 @@ class Reference(NamedTuple):
     edges: Edges
     """(4, BINS - 1): quantiles of the statistics of training images."""
     tolerance: float = 1.0
-    """Factor of the error that is borne in ``outputs``: more than 1 for those of an ensemble."""
+    """Multiplies the error allowed in ``outputs``; may exceed 1 for an ensemble."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Artifact:
 
     @classmethod
     def load(cls, path: Path) -> Artifact:
-        """Read ``path`` and verify the hash of every file; raises ``ArtifactError`` naming the file that is wrong."""
+        """Read ``path`` and verify the hash of every file; raises ``ArtifactError`` naming the offending file."""
         try:
             card = json.loads((path / CARD).read_bytes())
             expected = {name: card["files"][name]["sha256"] for name in HASHED}
@@ -98,19 +98,19 @@ class Artifact:
 
     @property
     def tag(self) -> str:
-        """``name:version``, as the model store has it."""
+        """``name:version``, as in the model store."""
         return f"{self.config.name}:{self.version}"
 
     @cached_property
     def version(self) -> str:
-        """Twelve hex digits that follow from the content, so that the same files are the same version everywhere.
+        """Twelve hex digits derived from the content, so that the same files have the same version everywhere.
 
-        Read once: a model that is served may be deleted from the store.
+        Cached, because a model may be deleted from the store while it is served.
         """
         return _sha256(self.path / CARD)[:VERSION_LENGTH]
 
     def file(self, runtime: str) -> Path:
-        """What ``runtime`` loads."""
+        """The file that ``runtime`` loads."""
         return self.path / FILES[runtime]
 
     def copy_to(self, directory: Path) -> None:
@@ -119,14 +119,14 @@ class Artifact:
             shutil.copyfile(self.path / name, directory / name)
 
     def reference(self, runtime: str) -> Reference:
-        """What ``runtime`` must reproduce; raises ``ArtifactError`` for an artifact of another time."""
+        """What ``runtime`` must reproduce; raises ``ArtifactError`` for an artifact exported by too old a version."""
         suffix = QUANTISED if runtime == ONNX_INT8 else ""
         with np.load(self.path / REFERENCE, allow_pickle=False) as arrays:
             try:
                 return Reference(
                     arrays["images"],
                     arrays["outputs" + suffix],
-                    arrays["validation" + suffix].astype(np.float32),  # FP16 in artifacts of before
+                    arrays["validation" + suffix].astype(np.float32),  # FP16 in older artifacts
                     arrays["labels"].astype(np.int64),
                     arrays["edges"],
                 )
@@ -135,9 +135,9 @@ class Artifact:
 
 
 def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
-    """Write what both formats make of the same images.
+    """Write the outputs of both formats for the same images.
 
-    In full: in FP16 the familiarity of images that are all alike, as a fixed camera takes them, would be one number.
+    In FP32: in FP16 the familiarities of nearly identical images, as from a fixed camera, would round to one number.
     """
     arrays: dict[str, NDArray[Any]] = {
         "images": full.images,
@@ -151,7 +151,7 @@ def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
 
 
 def seal(path: Path, card: dict[str, Any]) -> Artifact:
-    """Write ``card.json`` with the hash and size of every file, and return the artifact as any loader will see it."""
+    """Write ``card.json`` with the hash and size of every file; returns the artifact as loaded back."""
     files = {name: {"sha256": _sha256(path / name), "bytes": (path / name).stat().st_size} for name in HASHED}
     (path / CARD).write_text(json.dumps({**card, "files": files}, indent=2) + "\n")
     return Artifact.load(path)

@@ -1,7 +1,7 @@
 """The queue in front of an engine: adaptive batches, and admission by images.
 
-Work-conserving: an engine that is free takes what waits at once, so that batches grow only while it is busy. Nothing is
-held back in the hope of a fuller batch (compare the timeout of Crankshaw et al., "Clipper", NSDI 2017).
+Work-conserving: a free engine takes whatever is waiting at once, so batches grow only while it is busy. Nothing is held
+back in the hope of a fuller batch (compare the timeout of Crankshaw et al., "Clipper", NSDI 2017).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from model.preprocess import Pixels
 
 Results = NDArray[np.float32]
-"""(N, ...): outputs or evidence, a row for each image."""
+"""(N, ...): outputs or evidence, one row per image."""
 Engine = Callable[[Pixels], Awaitable[Results]]
 """(N, H, W, 3) uint8 to ``Results``, without blocking the event loop."""
 
@@ -30,7 +30,7 @@ MEMORY = 0.9
 
 
 class QueueFullError(RuntimeError):
-    """More images wait, or come at once, than the limit; ``retry_after`` is in whole seconds."""
+    """The queue is full, or a call holds more images than the limit; ``retry_after`` is in whole seconds."""
 
     def __init__(self, waiting: int, limit: int, retry_after: int, count: int = 1) -> None:
         coming = f", and {count} come" if count > 1 else ""
@@ -53,10 +53,10 @@ class _Job:
 class Batcher:
     """Groups the images of concurrent callers into batches of at most ``max_batch`` for ``engine``.
 
-    ``concurrency`` batches may be under way at once: with more than one, the next is at the engine when that is free.
-    Images that would wait longer than ``max_wait`` seconds for those before them, waiting or under way, are refused, by
-    the rate of late.
-    ``observe`` is told the size of each batch. Belongs to one event loop.
+    Up to ``concurrency`` batches are in flight at once: with more than one, the next batch is already at the engine
+    when it becomes free. Images are refused when, at the recent rate, those ahead of them (queued or in flight) would
+    keep them waiting longer than ``max_wait`` seconds. ``observe`` is called with the size of each batch. Belongs to
+    one event loop.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._images_per_second = 0.0
-        """That leave the queue, as seen lately."""
+        """Recent rate at which images leave the queue."""
         self._under_way = 0
-        """Images in batches that the engine has taken; a remote one may have a queue of its own."""
+        """Images in batches that the engine has taken; a remote engine may queue them again."""
         self.waiting = 0
-        """Images that no engine has taken yet."""
+        """Images that the engine has not taken yet."""
 
     async def __call__(self, images: Pixels, is_wanted: Callable[[], bool] = lambda: True) -> Results:
-        """Results (N, ...) for ``images`` (N, H, W, 3); more than ``max_batch`` of them are split over batches.
+        """Results (N, ...) for ``images`` (N, H, W, 3); more than ``max_batch`` images are split over several batches.
 
-        Unless its batch is already under way, nothing is computed for a caller that was cancelled, because it ran out
-        of time, or for images that by then are no longer wanted: ``GoneError``. Raises ``QueueFullError`` when the
-        images do not fit into the queue, and whatever the engine raised for their batch.
+        Unless their batch is already in flight, nothing is computed for a caller that was cancelled, such as on a
+        timeout, or for images that are no longer wanted. Raises ``GoneError`` for the latter, ``QueueFullError`` when
+        the images do not fit into the queue, and whatever the engine raised for their batch.
         """
         self.admit(len(images))
         loop = asyncio.get_running_loop()
@@ -97,7 +97,7 @@ class Batcher:
         self.waiting += len(images)
         self._start()
         try:
-            if len(jobs) == 1:  # nearly every time, and without the tasks' worth of work that gathering is
+            if len(jobs) == 1:  # nearly always; saves the overhead of gather
                 return await jobs[0].result
             results = await asyncio.gather(*(job.result for job in jobs))
         except BaseException:
@@ -106,10 +106,10 @@ class Batcher:
         return np.concatenate(results)
 
     def admit(self, count: int, ahead: int = 0) -> None:
-        """Raise ``QueueFullError`` when ``count`` images more are too many, or would wait longer than ``max_wait``.
+        """Raise ``QueueFullError`` if ``count`` more images overfill the queue or would wait longer than ``max_wait``.
 
-        Behind those that wait come ``ahead`` others, which are on their way. Those of one call wait for who was before
-        them, and not for each other: many at once have the same chance as one.
+        ``ahead`` further images are on their way and will be queued first. The wait is that of the call's first image:
+        its images do not count as waiting for each other, so many have the same chance as one.
         """
         waiting = self.waiting + ahead
         if waiting + count > self._max_queue:
@@ -120,21 +120,21 @@ class Batcher:
                 raise QueueFullError(waiting, int(limit), self._retry_after(waiting))
 
     def _withdraw(self, jobs: list[_Job]) -> None:
-        """Free the places of what is still waiting when its caller leaves."""
+        """Take the jobs that are still waiting out of the queue when their caller leaves."""
         for job in jobs:
             if job in self._jobs:
                 self._jobs.remove(job)
                 self.waiting -= len(job.images)
 
     def _retry_after(self, waiting: int) -> int:
-        """Seconds until a queue of so many images has drained, at the rate seen lately."""
+        """Seconds until ``waiting`` images and those in flight are done, at the recent rate; at least 1."""
         rate = self._images_per_second
         return max(1, math.ceil((waiting + self._under_way) / rate)) if rate else 1
 
     def _start(self) -> None:
-        """Wake a free engine for each waiting job; one that finds nothing to do ends at once."""
+        """Start a drain task for each waiting job, up to ``concurrency``; one that finds nothing to do ends at once."""
         for _ in range(min(len(self._jobs), self._concurrency - len(self._running))):
-            # In a context of its own: it goes on with the images of others, and nothing of theirs is this caller's.
+            # In an empty context: the task goes on to serve other callers, which must not inherit this one's variables.
             self._running.add(asyncio.get_running_loop().create_task(self._drain(), context=contextvars.Context()))
 
     async def _drain(self) -> None:
@@ -143,8 +143,8 @@ class Batcher:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
-                # The rate of an engine that is not saturated is only a lower bound, and the first batch of all is cold.
-                # It is saturated when images still wait or, where several batches may be under way, as many are.
+                # An unsaturated engine shows only a lower bound of its rate, and the very first batch runs cold. The
+                # engine is saturated when images still wait or, with several batches allowed, when all are in flight.
                 is_full = self.waiting > 0 or 1 < self._concurrency == len(self._running)
                 self._under_way += size
                 try:
@@ -152,21 +152,21 @@ class Batcher:
                 finally:
                     self._under_way -= size
                 if is_answered:
-                    # What passes between two batches of a busy engine is time that images wait, too.
+                    # Counted from the end of the last batch: images also wait in the gap between two batches.
                     now = self._clock()
-                    # A batch that is alone has the engine to itself; of several each has its share.
+                    # A lone batch has the engine to itself; concurrent batches share it.
                     rate = size / max(now - started, 1e-6) * (self._concurrency if is_full else 1)
-                    if is_full or 0 < self._images_per_second < rate:  # at least that much can be done
+                    if is_full or 0 < self._images_per_second < rate:  # a lower bound above the estimate
                         self._images_per_second = moving_average(self._images_per_second, rate)
                     started = now
-                if self._jobs:  # an engine that answers at once must not keep the event loop from all else
+                if self._jobs:  # an engine that answers at once must not starve the event loop
                     await asyncio.sleep(0)
         finally:
-            # Not in a done callback, which runs a tick later: whoever arrived in between would wait for ever.
+            # Not in a done callback, which runs a tick later: a job arriving in between would wait for ever.
             self._running.discard(asyncio.current_task())
 
     async def _compute(self, batch: list[_Job]) -> bool:
-        """Answer a batch; whether its engine did."""
+        """Settle the jobs of a batch; returns whether the engine succeeded."""
         try:
             outputs = await self._engine(
                 batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
@@ -182,7 +182,7 @@ class Batcher:
         return True
 
     def _take(self) -> list[_Job]:
-        """The next batch: jobs in order of arrival while they fit, without those whose caller has gone."""
+        """The next batch: jobs in order of arrival while they fit, skipping those whose caller has gone."""
         batch: list[_Job] = []
         room = self.max_batch
         while self._jobs and (len(self._jobs[0].images) <= room or not batch):
@@ -197,12 +197,12 @@ class Batcher:
 
 
 def moving_average(past: float, new: float) -> float:
-    """``past``, 0 before the first measurement, with ``new`` in it."""
+    """Exponential moving average: ``past`` (0 before the first measurement) updated with ``new``."""
     return MEMORY * (past or new) + (1 - MEMORY) * new
 
 
 def _settle(job: _Job, outcome: Results | Exception) -> None:
-    """Answer a job, unless its caller has gone."""
+    """Set the result of a job, unless its caller has gone."""
     if job.result.done():
         return
     if isinstance(outcome, Exception):

@@ -1,4 +1,7 @@
-"""What an engine's outputs mean: calibrated probabilities, prediction sets, foreign images; and whether it is right."""
+"""Turn an engine's outputs into calibrated probabilities, prediction sets and out-of-distribution verdicts; verify it.
+
+A foreign image is one unlike the training images (out of distribution).
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from model.runtimes import Runtime
 
 Probabilities = NDArray[np.float32]
 Scores = NDArray[np.float32]
-"""(N, K + 1 + K): an engine's outputs, and behind them the calibrated probabilities."""
+"""(N, K + 1 + K): an engine's outputs, followed by the calibrated probabilities."""
 
 TOLERANCE = {TORCH: 0.1, ONNX: 0.01, ONNX_INT8: 0.35}
-"""Largest difference from a reference output. FP32 differs by summation order alone; FP16 by its 11 bits; INT8 by one
-rounding step a layer between processors. A wrong weight, layout or normalisation differs by whole units."""
+"""Largest difference from a reference output. FP32 differs only by summation order, FP16 by its 11-bit significand,
+INT8 by a rounding step per layer between processors. A wrong weight, layout or normalisation is off by whole units."""
 
 
 class Prediction(NamedTuple):
-    """What is said of one image; ``probabilities`` (K,) are calibrated and sum to 1."""
+    """The verdict on one image; ``probabilities`` (K,) are calibrated and sum to 1."""
 
     class_index: int
     class_name: str
@@ -40,17 +43,17 @@ class VerificationError(RuntimeError):
 
 
 def calibrated(outputs: Outputs, temperature: float) -> Probabilities:
-    """Softmax of the logits of (N, K + 1) ``outputs`` over ``temperature``, row by row (Guo et al., 2017)."""
+    """(N, K) softmax of the logits in ``outputs`` (N, K + 1), divided by ``temperature`` (Guo et al., 2017)."""
     scaled = outputs[:, :-1].astype(np.float64) / temperature
     exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
 
 def fit_temperature(outputs: Outputs, labels: Labels) -> float:
-    """The temperature with the least negative log-likelihood, to within one per cent.
+    """The temperature that minimises the negative log-likelihood, to within one per cent.
 
-    As in Platt scaling (Platt, 1999, "Probabilistic outputs for support vector machines") N labels are taken to be
-    right with probability (N + 1) / (N + 2): a network that is right on all of few images is not made sure of all.
+    As in Platt scaling (Platt, 1999, "Probabilistic outputs for support vector machines"), each of N labels counts as
+    right with probability (N + 1) / (N + 2): a network that gets a few images all right does not become certain.
     """
     candidates = np.geomspace(0.1, 10, 464)
     count, classes = len(labels), outputs.shape[1] - 1
@@ -63,7 +66,7 @@ def fit_temperature(outputs: Outputs, labels: Labels) -> float:
         scaled = logits / candidates[index]
         return float(np.log(np.exp(scaled).sum(axis=1)).sum() - (targets * scaled).sum())
 
-    # Convex in 1 / temperature, so that halving finds the least: a service fits one for an ensemble at its start.
+    # Convex in 1 / temperature, so bisection finds the minimum, fast enough to fit an ensemble at service start-up.
     low, high = 0, len(candidates) - 1
     while low < high:
         middle = (low + high) // 2
@@ -77,9 +80,10 @@ def verdicts(outputs: Outputs) -> Labels:
 
 
 class Classifier:
-    """Outputs to predictions, calibrated on the outputs of the same format for the validation images.
+    """Turns outputs into predictions, calibrated on the outputs of the same format for the validation images.
 
-    ``foreign_rate`` is the share of images like the validation images that may wrongly be called foreign.
+    ``foreign_rate`` is the false-positive rate of ``in_distribution``: the share of images like the validation images
+    that may be called foreign.
     """
 
     def __init__(self, config: ModelConfig, reference: Reference, foreign_rate: float = 0.05) -> None:
@@ -87,11 +91,11 @@ class Classifier:
         self._nonconformity = nonconformity(reference.validation, reference.labels, config.temperature)
         self._least_familiarity = least_familiarity(reference.validation, foreign_rate)
         self.too_few = limits_of_few(len(reference.labels), foreign_rate)
-        """Why so few validation images do not allow to tell foreign ones, for whoever runs this; or nothing."""
+        """A warning for the operator when there are too few validation images to detect foreign ones; else empty."""
 
     @property
     def sets_of_all(self) -> str:
-        """From which level on a ``prediction_set`` holds every class, where that is no more than 99 %; or nothing."""
+        """A warning naming the level above which a ``prediction_set`` holds every class; empty from 99 % up."""
         images = len(self._nonconformity)
         if images >= 99:
             return ""
@@ -102,7 +106,7 @@ class Classifier:
         return self.predict(self.score(outputs))
 
     def score(self, outputs: Outputs) -> Scores:
-        """``outputs`` with their probabilities: for a whole batch at once, where one row costs as much as fifty."""
+        """Append the probabilities to ``outputs``, for a whole batch at once: one row costs as much as fifty."""
         return np.concatenate([outputs, calibrated(outputs, self.config.temperature)], axis=1)
 
     def predict(self, scores: Scores) -> list[Prediction]:
@@ -115,10 +119,10 @@ class Classifier:
         return [Prediction(i, classes[i], row, f) for i, row, f in zip(winners, probabilities, familiar, strict=True)]
 
     def prediction_set(self, probabilities: Probabilities, level: float) -> list[int]:
-        """Classes that hold the true one for at least a share ``level`` of images like the validation images.
+        """Class indices that include the true one for a share of at least ``level`` of images like the validation ones.
 
-        Split conformal prediction with the least ambiguous sets (Sadinle et al., 2019, arXiv:1609.00451); the likeliest
-        class is always in it. Where the validation images are too few for ``level``, every class is.
+        Split conformal prediction with least ambiguous sets (Sadinle et al., 2019, arXiv:1609.00451). The set always
+        holds the likeliest class, and every class where there are too few validation images for ``level``.
         """
         rank = math.ceil((len(self._nonconformity) + 1) * level)
         if rank > len(self._nonconformity):
@@ -130,20 +134,20 @@ class Classifier:
 def least_familiarity(outputs: Outputs, foreign_rate: float) -> float:
     """The familiarity below which an image is called foreign.
 
-    A conformal p-value (Vovk et al., 2005, "Algorithmic Learning in a Random World"): of images like those of the
-    ``outputs`` at most a share ``foreign_rate`` falls below, however few those are. Minus infinity for too few.
+    A conformal p-value (Vovk et al., 2005, "Algorithmic Learning in a Random World"): at most a share ``foreign_rate``
+    of images like those behind ``outputs`` falls below it, whatever their number. Minus infinity if they are too few.
     """
     rank = _foreign_rank(len(outputs), foreign_rate)
     return float(np.sort(outputs[:, -1])[rank - 1]) if rank else -math.inf
 
 
 def _foreign_rank(images: int, foreign_rate: float) -> int:
-    """How many of so many images may have the familiarity of a foreign one, or less."""
+    """Rank, from the lowest, of the familiarity among ``images`` that becomes the threshold; 0 for too few images."""
     return math.floor((images + 1) * foreign_rate)
 
 
 def limits_of_few(images: int, foreign_rate: float) -> str:
-    """What cannot be said by so few validation images; nothing where they are enough."""
+    """A warning about what so few validation images make impossible; empty where they suffice."""
     if not _foreign_rank(images, foreign_rate):
         needed = math.ceil(1 / foreign_rate) - 1
         return f"{images} validation images: in_distribution is always true; expected at least {needed}"
@@ -151,7 +155,7 @@ def limits_of_few(images: int, foreign_rate: float) -> str:
 
 
 def nonconformity(outputs: Outputs, labels: Labels, temperature: float) -> Probabilities:
-    """One minus the probability of the true class, in ascending order."""
+    """(N,): one minus the probability of the true class, in ascending order."""
     probabilities = calibrated(outputs, temperature)
     return np.sort(1 - probabilities[np.arange(len(labels)), labels])
 
@@ -164,7 +168,7 @@ def check(outputs: Outputs, reference: Reference, runtime_name: str) -> None:
         )
     difference = float(np.abs(outputs - reference.outputs).max())
     tolerance = TOLERANCE[runtime_name] * reference.tolerance
-    # Written so that NaN fails too.
+    # Not `difference > tolerance`, so that NaN fails too.
     if not difference <= tolerance:
         raise VerificationError(
             f"runtime {runtime_name!r} differs from the reference outputs by {difference:.3g}; "

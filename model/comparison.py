@@ -1,4 +1,4 @@
-"""What the cards of two versions say of each other: figures side by side, and whether a difference is more than chance.
+"""Compare the cards of two versions: figures side by side, and whether a difference is statistically significant.
 
 The figures are those that ``python -m train.evaluate`` wrote into the cards, by runtime.
 """
@@ -22,7 +22,7 @@ same images a paired test would find more: a difference called significant is, o
 
 
 def difference_interval(a: Figures, b: Figures) -> tuple[float, float]:
-    """95 % interval of the accuracy of ``b`` less that of ``a``, from their Wilson intervals (see ``METHOD``)."""
+    """95 % interval of the accuracy of ``b`` minus that of ``a``, from their Wilson intervals (see ``METHOD``)."""
     (low_a, high_a), (low_b, high_b) = a["accuracy_95"], b["accuracy_95"]
     below = math.hypot(b["accuracy"] - low_b, high_a - a["accuracy"])
     above = math.hypot(high_b - b["accuracy"], a["accuracy"] - low_a)
@@ -60,7 +60,7 @@ SUMMARY: Row = ("FP32", "INT8", "images", "ECE INT8", "commit")
 
 
 def compare(a: Artifact, b: Artifact) -> str:
-    """A table of two artifacts with the differences, and what is to be known to read it."""
+    """A table of two artifacts and their differences, with notes on how to read it."""
     names = [artifact.tag for artifact in (a, b)]
     rows = [("", *names, "difference"), *_accuracies(a.card, b.card), *_sizes(a.card, b.card), *_per_class(a, b)]
     return "\n".join(["A, B: 95 % intervals in brackets", aligned(rows), "", _images_note(a.card, b.card), METHOD])
@@ -84,7 +84,7 @@ def _sizes(a: Card, b: Card) -> Iterator[Row]:
 
 
 def _per_class(a: Artifact, b: Artifact) -> Iterator[Row]:
-    """Per class in INT8; a class that one of them does not know has no difference."""
+    """Recall of each class in INT8; a class that only one of them knows has no difference."""
     shares = [_metrics(artifact.card).get(ONNX_INT8, {}).get("per_class", {}) for artifact in (a, b)]
     for name in dict.fromkeys((*a.config.classes, *b.config.classes)):
         one, other = (share.get(name) for share in shares)
@@ -102,7 +102,7 @@ def _images_note(a: Card, b: Card) -> str:
 
 
 def _shared(a: Card, b: Card) -> Iterator[tuple[str, Figures, Figures]]:
-    """Figures of both in each runtime that both were measured in."""
+    """The figures of both cards, for each runtime in which both were measured."""
     for runtime in RUNTIMES:
         if runtime in _metrics(a) and runtime in _metrics(b):
             yield runtime, _metrics(a)[runtime], _metrics(b)[runtime]

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CHANNELS = 3
-"""Every image is RGB by the time a network sees it; ``preprocess.decode`` sees to that."""
+"""Every image is RGB by the time a network sees it; ``preprocess.decode`` guarantees that."""
 
 Triple = tuple[float, float, float]
 
@@ -17,9 +17,9 @@ class ConfigError(ValueError):
 
 
 class ModelConfig(BaseModel):
-    """Everything about a classifier that is not a weight.
+    """Everything about a classifier except its weights.
 
-    It follows from the training data and the training command, so that the same code trains and serves any folder of
+    Derived from the training data and the training command, so that the same code trains and serves any folder of
     labelled images.
     """
 
@@ -30,7 +30,7 @@ class ModelConfig(BaseModel):
     classes: tuple[str, ...] = Field(min_length=2)
     """Class names in the order of the logits."""
     input_size: tuple[int, int]
-    """Height and width, in pixels, of what the network sees."""
+    """Height and width of the network's input, in pixels."""
     mean: Triple
     """Per-channel (RGB) mean of the training pixels, in units of 0..255."""
     std: Triple
@@ -38,16 +38,16 @@ class ModelConfig(BaseModel):
     widths: tuple[int, ...] = Field(min_length=1)
     """Channels of each stage of the network; every stage halves height and width."""
     depth: int = Field(default=3, ge=2)
-    """Convolutions in a stage."""
+    """Convolutions per stage."""
     temperature: float = Field(default=1.0, gt=0)
     """Divisor of the logits before softmax, fitted on validation images (Guo et al., 2017, arXiv:1706.04599)."""
 
     bank: int = Field(default=0, ge=0)
-    """Training images whose features an artifact keeps, to tell foreign images."""
+    """Number of training images whose features the artifact keeps to detect foreign images."""
 
     @property
     def stride(self) -> int:
-        """Pixels of the input for each place of the last feature map."""
+        """Input pixels per cell of the last feature map, along each side."""
         return int(2 ** len(self.widths))
 
     def save(self, path: Path) -> None:

@@ -1,11 +1,11 @@
-"""The processes that decode for ``model.sandbox``; they are native code on bytes of strangers, and may die of it.
+"""Decoder processes for ``model.sandbox``: they run native code on untrusted bytes, and may crash on them.
 
     python -m model.decoder MAX_PIXELS    with a socket as standard input
 
 A fork server: for each byte that it receives it forks, and sends back a socket to the new decoder. It has imported
-everything and never sees an image, so that the next decoder is there within milliseconds of the death of one. A decoder
-answers one image after another until its socket is closed. It may compute for ``SECONDS`` on each, last ``PATIENCE``
-and take ``memory_for`` its largest image in all; the kernel ends what takes more.
+everything and never sees an image, so a dead decoder is replaced within milliseconds. A decoder answers one image after
+another until its socket is closed. Each image may take ``SECONDS`` of processor time and ``PATIENCE`` of wall-clock
+time, and the decoder as much memory as ``memory_for`` allows; the kernel enforces all three.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError
 from model.preprocess import MAX_PIXELS, Pixels, render, shrink
 
 SECONDS = 5.0
-"""Processor time for one image, more where ``MAX_PIXELS`` is raised: the largest takes 3 on a slow processor."""
+"""Processor time for one image, scaled up with ``MAX_PIXELS``; the largest takes 3 on a slow processor."""
 PATIENCE = 2 * SECONDS
-"""Wall-clock time for one image, on a machine with other work."""
+"""Wall-clock time for one image, on a machine that has other work to do."""
 BASE_MEMORY = 128 * 2**20
-"""Bytes of a decoder before any image: the interpreter and the libraries, and something to spare."""
+"""Bytes of a decoder before any image: the interpreter, the libraries and some slack."""
 PIXEL_MEMORY = 8
-"""Bytes for each pixel of an opaque image; a GIF takes the most."""
+"""Bytes per pixel of an opaque image; a GIF takes the most."""
 ERRORS = {error.__name__: error for error in (ImageError, TooManyPixelsError, UnsupportedFormatError)}
 Work = Callable[[bytes, dict[str, Any]], Pixels]
 """Takes an encoded image and a task, and returns pixels."""
 
 
 def memory_for(max_pixels: int) -> int:
-    """Bytes that a decoder may take, of images of up to ``max_pixels``."""
+    """Bytes that a decoder of images of up to ``max_pixels`` may take."""
     return BASE_MEMORY + PIXEL_MEMORY * max_pixels
 
 
 def work(data: bytes, task: dict[str, Any]) -> Pixels:
-    """A task is ``{"size": [height, width]}`` or ``{"longest": pixels}``."""
+    """Render or shrink ``data``: a task is ``{"size": [height, width]}`` or ``{"longest": pixels}``."""
     header = read_header(data)
     return render(data, header, tuple(task["size"])) if "size" in task else shrink(data, header, task["longest"])
 
 
 def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE) -> None:
-    """Fork a decoder that does ``work`` for each byte received, until the worker has gone."""
+    """For each byte received, fork a decoder that does ``work``, until the worker has gone."""
     max_pixels = int(sys.argv[1])
     memory, slower = memory_for(max_pixels), max(1, max_pixels / MAX_PIXELS)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks what a decoder died of: the kernel may forget it
-    for stop in (signal.SIGINT, signal.SIGTERM):  # to the whole group: what the worker has accepted is still decoded
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody reads exit statuses: the kernel reaps dead decoders
+    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; accepted images are still decoded
         signal.signal(stop, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    Image.init()  # all that Pillow would import with the first image
+    Image.init()  # imports what Pillow would otherwise import with the first image
     control = socket.socket(fileno=0)
     while control.recv(1):
         ours, theirs = socket.socketpair()
@@ -72,10 +72,10 @@ def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE
 
 
 def _decode(connection: Connection, work: Work, memory: int, seconds: float, patience: float) -> None:
-    """Answer until the worker has gone; never returns."""
+    """Decode image after image until the worker has gone; never returns."""
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # which would hold somebody's image
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain a user's image
         while True:
             task, data = orjson.loads(connection.recv_bytes()), connection.recv_bytes()
             _limit_time(seconds, patience)
@@ -84,11 +84,11 @@ def _decode(connection: Connection, work: Work, memory: int, seconds: float, pat
             connection.send_bytes(orjson.dumps(answer))
             connection.send_bytes(pixels)
     finally:
-        os._exit(0)  # past everything that the fork server would do at its own end
+        os._exit(0)  # skips the exit handlers inherited from the fork server
 
 
 def _limit_time(computing: float, passing: float) -> None:
-    """Nothing handles the signals of these timers, so that the process ends."""
+    """Arm both timers, or disarm them with 0. Nothing handles their signals, so they end the process."""
     signal.setitimer(signal.ITIMER_PROF, computing)
     signal.setitimer(signal.ITIMER_REAL, passing)
 

@@ -1,4 +1,4 @@
-"""One artifact, or several that answer together by the mean of their calibrated probabilities, calibrated again."""
+"""One artifact, or several that answer as an ensemble: the mean of their calibrated probabilities, calibrated again."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LEAST_PROBABILITY = 1e-9
 
 
 class EnsembleError(ValueError):
-    """Artifacts that cannot answer together."""
+    """Artifacts that cannot form an ensemble."""
 
 
 class Ensemble:
-    """Artifacts of the same data, and so of the same classes, input size and reference images.
+    """Artifacts trained on the same data, and so with the same classes, input size and reference images.
 
-    Raises ``EnsembleError`` naming the first that is not.
+    Raises ``EnsembleError`` naming the first that was not.
     """
 
     def __init__(self, artifacts: Sequence[Artifact]) -> None:
@@ -38,18 +38,18 @@ class Ensemble:
                 )
 
     def expect_interchangeable(self, shadow: Ensemble) -> None:
-        """Raise ``EnsembleError`` unless ``shadow`` takes the same input and gives the same classes."""
+        """Raise ``EnsembleError`` unless ``shadow`` has the same input size and classes."""
         ours, theirs = ((e.config.classes, e.config.input_size) for e in (self, shadow))
         if ours != theirs:
             raise EnsembleError(f"the shadow has classes and input size {theirs}; expected those of the model, {ours}")
 
     @cached_property
     def config(self) -> ModelConfig:
-        """How the combined outputs are to be read."""
+        """The configuration of the first member, with a temperature for the combined outputs."""
         config = self.artifacts[0].config
         if len(self.artifacts) == 1:
             return config
-        # A mean of honest probabilities is less sure than it is right. As in an export, FP32 decides for every format.
+        # The mean of calibrated probabilities is underconfident. As in an export, FP32 decides for every format.
         reference = self.reference(ONNX)
         return config.model_copy(update={"temperature": fit_temperature(reference.validation, reference.labels)})
 
@@ -57,7 +57,7 @@ class Ensemble:
         references = [a.reference(runtime_name) for a in self.artifacts]
         if len(references) == 1:
             return references[0]
-        # An error of a logit, over the temperature, moves its own logarithm and the sum of all.
+        # A logit's error e moves a log-probability by up to 2 e / temperature: by itself and through the normaliser.
         tolerance = 2 / min(artifact.config.temperature for artifact in self.artifacts)
         return references[0]._replace(
             tolerance=max(1.0, tolerance),
@@ -66,7 +66,7 @@ class Ensemble:
         )
 
     def combine(self, outputs: Sequence[Outputs]) -> Outputs:
-        """The members' outputs for the same images as one: logarithms of mean probabilities, and mean familiarity."""
+        """Combine the members' outputs for the same images: logarithms of mean probabilities, and mean familiarity."""
         if len(outputs) == 1:
             return outputs[0]
         members = zip(self.artifacts, outputs, strict=True)
@@ -76,7 +76,7 @@ class Ensemble:
         return np.concatenate([logits, familiarity], axis=1, dtype=np.float32)
 
     def engine(self, runtime_name: str, threads: int = 1, device_index: int = 0) -> Runtime:
-        """Every member loaded into the runtime of that name; raises ``RuntimeUnavailableError``."""
+        """Load every member into the runtime ``runtime_name``; raises ``RuntimeUnavailableError``."""
         members = [runtimes.create(runtime_name, a, threads, device_index) for a in self.artifacts]
         return members[0] if len(members) == 1 else _Together(self, members)
 

@@ -1,4 +1,4 @@
-"""Where in an image a verdict comes from."""
+"""Explanations: which parts of an image a verdict comes from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from model.preprocess import Pixels, resize
 Heat = NDArray[np.float32]
 """(H, W), zero or more, with a sum of 1."""
 SHIFTS = (-0.25, -0.125, 0.0, 0.125, 0.25)
-"""Shifts of the views, as shares of the image's side, each in both directions."""
+"""Shifts of the views along each axis, as shares of the image's side."""
 VIEWS = len(SHIFTS) ** 2
 MIN_SIDE, MAX_SIDE = 256, 1024
-"""Limits of the longer side of an overlay, in pixels."""
+"""Limits on the longer side of an overlay, in pixels."""
 
 
 def views(image: Pixels) -> Pixels:
-    """(H, W, 3) to (VIEWS, H, W, 3): the image moved by each pair of ``SHIFTS``, its border repeated."""
+    """(H, W, 3) to (VIEWS, H, W, 3): the image shifted by each pair of ``SHIFTS``, its border repeated."""
     height, width = image.shape[:2]
     return np.stack(
         [image[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)] for rows, columns in _places(height, width)]
@@ -27,11 +27,11 @@ def views(image: Pixels) -> Pixels:
 
 
 def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], stride: int) -> Heat:
-    """(VIEWS, h, w, K) evidence of the ``views`` to one map (H, W) for a class, zero or more, that sums to 1.
+    """(VIEWS, h, w, K) evidence of the ``views`` to one map (H, W) for a class: non-negative, with a sum of 1.
 
-    The network's own grid is coarse, a cell for every ``stride`` pixels; moving the image under it and averaging what
-    comes back gives a finer one. Where pooling left out the last rows of an image, other views have them inside. Only
-    what a place adds beyond the mean of all classes counts, for softmax does not see the rest.
+    The network's own grid is coarse, a cell for every ``stride`` pixels; shifting the image under it and averaging the
+    results gives a finer one. Where pooling drops the last rows of an image, other views cover them. Only what a place
+    adds beyond the mean of all classes counts: softmax cancels the rest.
     """
     height, width = (min(side, stride * cells) for side, cells in zip(size, evidence.shape[1:3], strict=True))
     total, seen = np.zeros(size, np.float32), np.zeros(size, np.float32)
@@ -50,7 +50,7 @@ def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], st
 
 
 def overlay(image: Pixels, heat: Heat) -> bytes:
-    """PNG of ``image`` (H, W, 3), at a size to be looked at, under an evidence map: bright is where it lies."""
+    """PNG of ``image`` (H, W, 3) under an evidence map, scaled for viewing; it is bright where the evidence lies."""
     longer = max(image.shape[:2])
     scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
@@ -65,6 +65,6 @@ def overlay(image: Pixels, heat: Heat) -> bytes:
 
 
 def _places(height: int, width: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Rows and columns of the image that those of each view show."""
+    """For each view, the rows and columns of the image that it shows; some lie outside the image."""
     rows, columns = np.arange(height), np.arange(width)
     return [(rows + round(y * height), columns + round(x * width)) for y in SHIFTS for x in SHIFTS]

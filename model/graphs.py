@@ -1,8 +1,8 @@
 """CUDA graphs: all kernels of a network launched as one.
 
-A GPU computes a network of this size faster than Python launches its kernels one by one. A graph is recorded for a
-fixed batch size; there is one for each power of two, and a batch takes the next larger one, padded with what was there
-before. See "Accelerating PyTorch with CUDA Graphs" (pytorch.org, 2021). Imported only where there is a GPU.
+A GPU computes a network of this size faster than Python launches its kernels one by one. A graph is captured for a
+fixed batch size: there is one for each power of two, and a batch uses the smallest that holds it, padded with leftovers
+of earlier batches. See "Accelerating PyTorch with CUDA Graphs" (pytorch.org, 2021). Imported only where there is a GPU.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 from model.preprocess import Pixels
 
 WARM_UPS = 3
-"""Before recording, so that libraries have chosen their kernels and allocated what they keep."""
+"""Runs before capture, in which libraries choose their kernels and allocate their workspaces."""
 
 
 class Graphs:
     """``function``, from (N, H, W, 3) uint8 images on ``device`` to (N, ...) outputs, for up to ``largest`` images.
 
-    Raises ``RuntimeError`` for a function that does what cannot be recorded. Called from one thread at a time.
+    Raises ``RuntimeError`` for a function that cannot be captured. Called from one thread at a time.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], shape: tuple[int, int, int], largest: int, device: torch.device
     ) -> None:
-        # Copies from pinned memory need no copy of their own before.
+        # From pageable memory the driver would first copy to a pinned buffer of its own.
         self._pinned = torch.zeros((largest, *shape), dtype=torch.uint8, pin_memory=True)
         self._images = torch.zeros((largest, *shape), dtype=torch.uint8, device=device)
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(), torch.cuda.device(device):
-            for size in reversed(sizes(largest)):  # the largest first: the others find room in its memory
+            for size in reversed(sizes(largest)):  # the largest first, so that the others reuse its memory
                 self._recorded[size] = _record(function, self._images[:size], pool)
 
     def __call__(self, images: Pixels) -> Tensor:
@@ -45,7 +45,7 @@ class Graphs:
             self._pinned[:count].copy_(torch.from_numpy(images))
             self._images[:count].copy_(self._pinned[:count], non_blocking=True)
             graph.replay()
-            return outputs[:count].cpu()  # waits for all of it
+            return outputs[:count].cpu()  # waits for the copies and the graph
 
 
 def _record(function: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -62,7 +62,7 @@ def _record(function: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> 
 
 
 def sizes(largest: int) -> list[int]:
-    """The powers of two up to ``largest``, itself one."""
+    """The powers of two up to ``largest``, which is one of them."""
     return [2**power for power in range(largest.bit_length())]
 
 

@@ -1,7 +1,8 @@
-"""What an image file says of itself: its format, size and kind, from its leading bytes.
+"""Read an image file's format, size and kind from its header.
 
-Pure Python, so that no native code sees a byte before the format is known and the size is bearable. Work is bounded
-whatever is in the file: at most ``MAX_STEPS`` segments, chunks, blocks or entries are looked at, and nothing is copied.
+Pure Python, so that no native code sees a byte before the format is known and the size is within limits. Work is
+bounded whatever the file contains: at most ``MAX_STEPS`` segments, chunks, blocks or entries are read, and nothing is
+copied.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_STEPS = 4096
-"""Parts of a file that are looked at; real files have tens before the first pixel."""
+"""Most parts of a file that are read; real files have tens before the first pixel."""
 
 MAX_SCANS = 64
-"""Most scans of a JPEG. A progressive one has some ten; each, of a few bytes, may take as long as the whole image."""
+"""Most scans in a JPEG. A progressive one has about ten; a scan of a few bytes may cost as much as the whole image."""
 
 JPEG_NO_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD8)})
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -24,7 +25,7 @@ JPEG_BASELINE, JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_FILL = 0xC0, 0xD9, 0xDA, 0xE
 PNG_PLAIN = frozenset(
     {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"pHYs", b"bKGD", b"tEXt", b"tIME"}
 )
-"""Chunks that are read by libpng itself or skipped; the rest is for decoders to see in a process of their own."""
+"""Chunks that libpng reads itself or skips; images with any other chunk are decoded in a process of their own."""
 
 BMP_COMPRESSIONS = {0: "none", 1: "RLE8", 2: "RLE4", 3: "bit fields"}
 TIFF_COMPRESSIONS = {
@@ -48,28 +49,28 @@ class ImageError(ValueError):
 
 
 class UnsupportedFormatError(ImageError):
-    """Bytes of no format in ``FORMATS``, or compressed in a way that is not decoded."""
+    """Bytes of no format in ``FORMATS``, or with an unsupported compression."""
 
 
 class TooManyPixelsError(ImageError):
-    """An image whose header announces more pixels than the limit."""
+    """An image whose header declares more pixels than the limit."""
 
 
 class Header(NamedTuple):
-    """What an image says of itself; ``width`` and ``height`` in pixels, before any EXIF rotation."""
+    """What an image declares; ``width`` and ``height`` in pixels, before any EXIF rotation."""
 
     format: str
     width: int
     height: int
     has_alpha: bool = False
     is_plain: bool = False
-    """A baseline JPEG of one scan or an opaque 8-bit PNG, with nothing out of the ordinary in it."""
+    """A baseline JPEG of one scan or an opaque 8-bit PNG, without EXIF, interlacing or unusual chunks."""
 
 
 def read_header(data: bytes) -> Header:
     """Format, size and kind from the leading bytes.
 
-    Raises ``UnsupportedFormatError`` for what is none of ``FORMATS`` and ``ImageError`` for a header that is broken.
+    Raises ``UnsupportedFormatError`` for none of ``FORMATS`` and ``ImageError`` for a broken header.
     """
     if not data:
         raise ImageError("the image is empty: 0 bytes")
@@ -107,7 +108,7 @@ def _jpeg(data: bytes) -> Header:
             if data.count(SCAN, at) > MAX_SCANS:
                 raise ImageError(f"the JPEG image has more than {MAX_SCANS} scans; expected at most {MAX_SCANS}")
             precision, height, width, components = frame
-            # With fewer components than the image has, more scans follow, and each may cost as much as the image.
+            # A scan of fewer components than the image has means that more scans follow, at the cost of an image each.
             is_plain &= precision == 8 and components in (1, 3) and data[at + 4] == components
             return Header("JPEG", width, height, is_plain=is_plain)
         if marker in JPEG_FRAMES:
@@ -130,7 +131,7 @@ def _png(data: bytes) -> Header:
         length, kind = struct.unpack_from(">I4s", data, at)
         kinds.add(kind)
         at += 12 + length
-        if at > len(data) and (kind, length) != (b"IEND", 0):  # OpenCV would make room for what it announces
+        if at > len(data) and (kind, length) != (b"IEND", 0):  # OpenCV would allocate the declared length
             raise ImageError(f"the PNG image is truncated: a chunk of {length} bytes is not all there")
     is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
     return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)
@@ -169,7 +170,7 @@ def _gif(data: bytes) -> Header:
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     is_extension = False
     for _ in range(MAX_STEPS):
-        if is_extension:  # one of its sub-blocks; the empty one is its end
+        if is_extension:  # in its sub-blocks, which an empty one ends
             is_extension = data[at] > 0
             at += 1 + data[at]
         elif data[at] == 0x2C:
@@ -195,7 +196,7 @@ def _tiff(data: bytes) -> Header:
             values[tag] = struct.unpack_from(order + TIFF_TYPES[kind], data, at + 8)[0]
     if values[TIFF_COMPRESSION] not in TIFF_COMPRESSIONS:
         raise UnsupportedFormatError(_compressed("TIFF", values[TIFF_COMPRESSION], TIFF_COMPRESSIONS))
-    # Four samples of red, green and blue without a word about the fourth are commonly taken for alpha.
+    # In RGB with four samples and no ExtraSamples tag, the fourth is commonly taken for alpha.
     unspoken = (values.get(TIFF_COLOURS), values.get(TIFF_SAMPLES)) == (TIFF_RGB, 4) and TIFF_EXTRA not in values
     has_alpha = unspoken or values.get(TIFF_EXTRA) in TIFF_ALPHA
     return Header("TIFF", values[TIFF_WIDTH], values[TIFF_HEIGHT], has_alpha)
@@ -216,4 +217,4 @@ _READERS = {
     b"MM\0*": _tiff,
 }
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is decoded, told by the leading bytes whatever the declared type: every other decoder stays unreachable."""
+"""The formats decoded, recognised by their leading bytes whatever the declared type; no other decoder is reachable."""

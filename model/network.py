@@ -1,8 +1,8 @@
 """The convolutional network. Imported only where torch is used: training, export and the ``torch`` runtime.
 
-A whitening stem, then stages of 3x3 convolutions with BatchNorm, ReLU and one residual connection each, a global
-maximum and a linear layer: the shape of cifar10-airbench (Jordan, 2024, arXiv:2404.00498), with ReLU instead of GELU
-because integer kernels fuse it, and with as many stages as the input size allows.
+A whitening stem, then stages of 3x3 convolutions with BatchNorm, ReLU and one residual connection each, global max
+pooling and a linear layer: the architecture of cifar10-airbench (Jordan, 2024, arXiv:2404.00498), with ReLU instead of
+GELU because integer kernels fuse it, and with as many stages as the input size allows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOGIT_SCALE = 1 / 9
 class Normalize(nn.Module):
     """Raw pixels (N, H, W, 3), uint8 or float in 0..255, to standardised floats (N, 3, H, W).
 
-    The permutation is a view, and leaves the tensor in the channels_last layout that convolutions like best.
+    The permutation is a view, and leaves the tensor in channels_last, the fastest layout for convolutions.
     """
 
     mean: Tensor
@@ -39,7 +39,7 @@ class Normalize(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """3x3 convolution, optional 2x2 maximum, BatchNorm, ReLU."""
+    """3x3 convolution, optional 2x2 max pooling, BatchNorm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, pool: bool = False) -> None:
         layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
@@ -49,7 +49,7 @@ class ConvNorm(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """One halving of the resolution: a pooled convolution, then ``depth - 1`` more with a residual connection."""
+    """Halves the resolution: a pooled convolution, then ``depth - 1`` more with a residual connection."""
 
     def __init__(self, inputs: int, outputs: int, depth: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Every filter and its negative, so that ReLU loses nothing of what whitening found.
+        # Every filter and its negative, so that ReLU discards no information.
         whitened = 2 * CHANNELS * WHITENING_KERNEL**2
         self.normalize = Normalize(config.mean, config.std)
         self.whiten = nn.Conv2d(CHANNELS, whitened, WHITENING_KERNEL)
@@ -84,7 +84,7 @@ class ConvNet(nn.Module):
         return whitened
 
     def feature_maps(self, whitened: Tensor) -> Tensor:
-        """The stem's output to (N, D, h, w), of which the head sees the maximum of each map."""
+        """The stem's output to (N, D, h, w); the head sees the maximum of each map."""
         maps: Tensor = self.stages(F.relu(whitened))
         return maps
 
@@ -97,7 +97,7 @@ class ConvNet(nn.Module):
     def init_whitening(self, images: Tensor, batch: int, eps: float = 5e-4) -> None:
         """Set the stem to the whitening transform of 2x2 patches of ``images`` (N, H, W, 3) and freeze its weight.
 
-        ``batch`` images at a time, for the patches take sixteen times their bytes.
+        ``batch`` images at a time, because the patches take sixteen times their bytes.
         """
         k = WHITENING_KERNEL
         covariance = torch.zeros((CHANNELS * k * k,) * 2, device=images.device)
@@ -115,10 +115,10 @@ class ConvNet(nn.Module):
 
 
 class ServedNet(nn.Module):
-    """The trained network as an artifact holds it: with a bank of training features that tells foreign images.
+    """The trained network with a bank of training features for detecting foreign images, as an artifact holds it.
 
-    Familiarity is the cosine similarity of features to the ``NEIGHBOURS``-th nearest of the bank, or to the farthest of
-    fewer (Sun et al., 2022, arXiv:2204.06507).
+    Familiarity is the cosine similarity of an image's features to the ``NEIGHBOURS``-th nearest in the bank, or to the
+    farthest if it holds fewer (Sun et al., 2022, arXiv:2204.06507).
     """
 
     bank: Tensor
@@ -133,7 +133,7 @@ class ServedNet(nn.Module):
         return self.outputs(self.network.feature_maps(self.network.stem(images)))
 
     def explain(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) raw pixels to the ``evidence`` for each class."""
+        """(N, H, W, 3) raw pixels to the ``evidence`` (N, h, w, K) for each class."""
         return self.evidence(self.network.feature_maps(self.network.stem(images)))
 
     def outputs(self, maps: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ class ServedNet(nn.Module):
         return torch.cat([self.network.logits(features), familiarity], dim=1)
 
     def evidence(self, maps: Tensor) -> Tensor:
-        """(N, h, w, K) float32: what each place adds to each logit; over all places it sums to the logits.
+        """(N, h, w, K) float32: what each place adds to each logit; summed over all places, the logits.
 
-        A class activation map (Zhou et al., 2016, arXiv:1512.04150) of a global maximum: of each feature map, only the
-        place of the maximum counts.
+        A class activation map (Zhou et al., 2016, arXiv:1512.04150) for global max pooling: in each feature map only
+        the place of the maximum counts.
         """
         winners = (maps == maps.amax(dim=(2, 3), keepdim=True)).to(maps.dtype)
         shares = maps * winners / winners.sum(dim=(2, 3), keepdim=True)
@@ -161,7 +161,7 @@ class ServedNet(nn.Module):
 
 
 def halve(network: ServedNet) -> ServedNet:
-    """``network`` with FP16 convolutions, head and bank; BatchNorm and normalisation stay FP32, for their digits."""
+    """Convert the convolutions, head and bank of ``network`` to FP16, in place; the rest stays FP32, for precision."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.half()

@@ -1,7 +1,7 @@
-"""Image bytes to the uint8 array that a network sees: one function for training, evaluation and serving.
+"""Image bytes to the network's uint8 input: the same code for training, evaluation and serving.
 
-The header is read before anything is decoded, so that what is too large or no image at all costs next to nothing.
-Where images come from strangers, ``model.sandbox`` decodes in a process of its own whatever is not plain and small.
+The header is read before anything is decoded, so that bytes that are no image, or too large a one, cost next to
+nothing. For untrusted images, ``model.sandbox`` decodes whatever is not plain and small in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS = 50_000_000
 """Default limit on width times height, from the header: a 50-megapixel photograph, 150 MB decoded."""
 ALPHA_COST = 4
-"""An image with transparency takes that many times the memory, and may have that many times fewer pixels."""
+"""An image with transparency takes this many times the memory; its pixel limit is divided by it."""
 MAX_SIDE = 32_767
-"""Limit on width and on height: OpenCV's own resizing fails beyond 16-bit coordinates."""
+"""Limit on width and on height: OpenCV's resizing fails beyond 16-bit coordinates."""
 
 REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
-    # "Grayscale" is the absence of OpenCV's flag for BGR, with which the flag for RGB cannot go.
+    # "Grayscale" only means that OpenCV's flag for BGR is absent; it excludes the flag for RGB.
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
 }
-"""How to decode at a fraction of the size, which a JPEG decoder does in a fraction of the time."""
+"""Flags for decoding at 1/N of the size, which a JPEG decoder does in a fraction of the time."""
 SPARE = 2
-"""A reduced image is at least so many times larger than what is asked for, so that areas are still averaged."""
+"""A reduced image is at least this many times larger than the target size, so that areas are still averaged."""
 
-# The pixel limit below is ours; Pillow's own would warn on standard error.
+# `inspect` enforces the pixel limit; Pillow's own would warn on standard error.
 Image.MAX_IMAGE_PIXELS = None
-# What is wrong with an image is told to its sender; decoders that print let anyone fill the log.
+# Errors go to the sender of the image; if decoders could print them, anyone could fill the log.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """``read_header``, and ``TooManyPixelsError`` for an image beyond the limits."""
+    """The header, as from ``read_header``; raises ``TooManyPixelsError`` for an image beyond the limits."""
     header = read_header(data)
     if header.has_alpha:
         max_pixels //= ALPHA_COST
@@ -55,10 +55,10 @@ def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def decode(data: bytes, header: Header, reduction: int = 1) -> Pixels:
-    """Decode one image of a known ``header`` to (H, W, 3) uint8 RGB, at its own size over ``reduction`` (1, 2, 4 or 8).
+    """Decode one image of a known ``header`` to (H, W, 3) uint8 RGB, its size divided by ``reduction`` (1, 2, 4 or 8).
 
-    EXIF orientation is applied; grayscale, palette and CMYK become RGB; 16 bits become 8; transparency is laid over
-    white; of an animation the first frame counts. Raises ``ImageError``.
+    EXIF orientation is applied; grayscale, palette and CMYK become RGB; 16 bits become 8; transparency is composited
+    over white; only the first frame of an animation is decoded. Raises ``ImageError``.
     """
     return _over_white(data) if header.has_alpha else _opaque(data, header.format, reduction)
 
@@ -74,11 +74,11 @@ def _opaque(data: bytes, kind: str, reduction: int) -> Pixels:
 
 
 def _over_white(data: bytes) -> Pixels:
-    """Pillow's work: with transparency, OpenCV ignores EXIF, a PNG's transparent gray, and how a TIFF stores alpha."""
+    """With Pillow: given transparency, OpenCV ignores EXIF, a PNG's transparent gray, and how a TIFF stores alpha."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             layer = ImageOps.exif_transpose(_with_alpha(image))
-    except UnidentifiedImageError:  # whose own words are of objects in memory
+    except UnidentifiedImageError:  # its own message names an object in memory
         raise ImageError("the image cannot be decoded: its data is truncated or broken") from None
     except Exception as error:
         raise ImageError(f"the image cannot be decoded: {error}") from error
@@ -88,7 +88,7 @@ def _over_white(data: bytes) -> Pixels:
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
-    """As RGBA. Pillow takes 16 bits of gray for 8, and what is above 255 for white."""
+    """Convert to RGBA. Pillow's own conversion clips 16-bit gray at 255 instead of scaling it."""
     if not image.mode.startswith("I;16"):
         return image.convert("RGBA")
     gray = np.asarray(image)
@@ -97,7 +97,7 @@ def _with_alpha(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """(H, W, 3) to (height, width, 3): by area interpolation where a side shrinks (no aliasing), then by cubic."""
+    """(H, W, 3) to (height, width, 3): area interpolation for sides that shrink (no aliasing), cubic for the others."""
     least = min(image.shape[0], size[0]), min(image.shape[1], size[1])
     for (height, width), how in ((least, cv2.INTER_AREA), (size, cv2.INTER_CUBIC)):
         if image.shape[:2] != (height, width):
@@ -106,17 +106,17 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def preprocess(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Image bytes to what the network of input ``size`` (height, width) sees: (height, width, 3) uint8 RGB."""
+    """Image bytes to the input of a network of ``size`` (height, width): (height, width, 3) uint8 RGB."""
     return render(data, inspect(data, max_pixels), size)
 
 
 def render(data: bytes, header: Header, size: tuple[int, int]) -> Pixels:
-    """``preprocess`` for a caller that has inspected the header already."""
+    """``preprocess`` for a caller that has already inspected the header."""
     return resize(decode(data, header, _reduction(header, size)), size)
 
 
 def shrink(data: bytes, header: Header, longest: int) -> Pixels:
-    """Image bytes to pixels of its own proportions, no side longer than ``longest``."""
+    """Decode at the image's own aspect ratio, with no side longer than ``longest``."""
     image = decode(data, header, _reduction(header, (longest, longest)))
     scale = min(1.0, longest / max(image.shape[:2]))
     return resize(image, (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale))))

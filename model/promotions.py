@@ -1,6 +1,6 @@
-"""Which version of a model is served and which were before it: ``promotions.json`` beside the versions of a name.
+"""Which version of a model is served, and which were before: ``promotions.json`` beside the versions of a name.
 
-BentoML's own ``latest`` is whatever came into the store last; coming into the store must not be going into production.
+BentoML's ``latest`` is whatever entered the store last; entering the store must not mean going into production.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FILE = "promotions.json"
 
 
 class Promotion(BaseModel):
-    """One line of the history: ``MODEL=name`` went from one version to another."""
+    """One entry of the history: ``MODEL=name`` went from one version to another."""
 
     time: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
     action: Literal["promote", "rollback"]
@@ -28,7 +28,7 @@ _HISTORY = TypeAdapter(list[Promotion])
 
 
 def read(folder: Path) -> list[Promotion]:
-    """The history in ``folder``, oldest first, empty without one; raises ``ValueError`` for a file of another form."""
+    """The history in ``folder``, oldest first; empty if there is no file. Raises ``ValueError`` for a malformed one."""
     try:
         return _HISTORY.validate_json((folder / FILE).read_bytes())
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def append(folder: Path, action: Literal["promote", "rollback"], version: str) -
 
 
 def stack(history: list[Promotion]) -> list[str]:
-    """The promoted versions that were not rolled back; the last one is served, a rollback goes to the one before it."""
+    """The promoted versions that were not rolled back: the last is served, a rollback returns to the one before it."""
     versions: list[str] = []
     for entry in history:
         if entry.action == "promote":

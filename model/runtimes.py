@@ -1,6 +1,6 @@
-"""The engines that turn pixels into logits, behind one protocol.
+"""The engines that turn pixels into outputs, behind one protocol.
 
-``torch`` and ``onnxruntime`` are imported by the engine that needs them, so that serving on a CPU never loads torch.
+``torch`` and ``onnxruntime`` are imported only by the engine that needs them, so serving on a CPU never loads torch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from model.artifact import ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Evidence,
 from model.preprocess import Pixels
 
 GRAPHED_IMAGES = 256
-"""Images in the largest batch with a CUDA graph, a power of two; fewer where they have more than ``GRAPHED_PIXELS``."""
+"""Images in the largest batch with a CUDA graph, a power of two; fewer for images larger than ``GRAPHED_PIXELS``."""
 GRAPHED_PIXELS = 64 * 64
 """Activations of 256 images of 224x224 pixels would take 6 GB."""
 PROBED = "CUDA_DEVICES_PROBED"
-"""Variable by which a process tells those that it starts how many GPUs it has found."""
+"""Environment variable that passes the number of usable GPUs on to child processes."""
 PROBE = "import torch; torch.zeros(1, device='cuda').add(1).cpu(); print(torch.cuda.device_count())"
 PROBE_SECONDS = 120.0
 
@@ -34,11 +34,11 @@ logger = logging.getLogger("classifier.runtimes")
 
 
 class RuntimeUnavailableError(RuntimeError):
-    """A runtime whose name, library or hardware is missing here."""
+    """A runtime with an unknown name or a missing library, or no runtime that reproduces its reference outputs."""
 
 
 class EngineLostError(RuntimeError):
-    """The device has failed, and so will every later call of this process."""
+    """The device has failed, and every later call from this process will fail too."""
 
 
 class Runtime(Protocol):
@@ -59,18 +59,18 @@ class OnnxRuntime:
     """ONNX Runtime on the CPU, in FP32 or INT8."""
 
     def __init__(self, path: Path, name: str, threads: int = 1) -> None:
-        # From 1.29 on its Linux wheels report to Microsoft, from the moment of the import.
+        # Since 1.29 the Linux wheels send telemetry to Microsoft, from the import on.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Workers share the cores: a thread that spins while it waits takes them from the others.
+        # Workers share the cores: a thread that spins while it waits takes a core from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # A plan of the memory for every size of a batch that ever comes is itself memory that grows.
+        # Memory plans are kept for every batch size ever seen, and so would grow.
         options.enable_mem_pattern = False
         self.name = name
-        # What only the output that was not asked for needs is left out.
+        # Skip the nodes that only the output not asked for needs.
         self._run_options = onnxruntime.RunOptions()
         self._run_options.only_execute_path_to_fetches = True
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -109,7 +109,7 @@ class TorchRuntime:
         self._graphs = self._record((*artifact.config.input_size, 3)) if self._device.type == "cuda" else None
 
     def _record(self, shape: tuple[int, int, int]) -> Callable[[Pixels], Any] | None:
-        """The network as CUDA graphs, or None where they cannot be had: it answers without them, only later."""
+        """The network as CUDA graphs, or None where capture fails: it then runs without them, only slower."""
         from model.graphs import Graphs
 
         try:
@@ -131,7 +131,7 @@ class TorchRuntime:
             return function(self._torch.from_numpy(images).to(self._device)).cpu()
 
     def _run(self, function: Callable[[Pixels], Any], images: Pixels) -> NDArray[np.float32]:
-        """Raises ``EngineLostError`` when CUDA fails, but not for want of memory: a smaller batch may find some."""
+        """Raises ``EngineLostError`` when CUDA fails, except out of memory: a smaller batch may still fit."""
         try:
             return np.asarray(function(images), np.float32)
         except self._torch.AcceleratorError as error:
@@ -139,7 +139,7 @@ class TorchRuntime:
 
 
 def graphed_images(size: tuple[int, int]) -> int:
-    """Images of ``size`` (height, width) in the largest batch that a CUDA graph is recorded for, a power of two."""
+    """The largest batch of images of ``size`` (height, width) that gets a CUDA graph; a power of two."""
     most = max(1, GRAPHED_IMAGES * GRAPHED_PIXELS // (size[0] * size[1]))
     return min(GRAPHED_IMAGES, 1 << (most.bit_length() - 1))
 
@@ -147,8 +147,8 @@ def graphed_images(size: tuple[int, int]) -> int:
 def cuda_devices() -> int:
     """How many NVIDIA GPUs torch can use. The driver is asked first, so that torch need not be loaded to find none.
 
-    That a GPU is there does not say that it can be used: it may be too old for this torch, or its driver, or it may be
-    divided (MIG). So a process of its own tries, once for this one and all that it starts.
+    A GPU that is present may be unusable: it or its driver may be too old for this torch, or it may be partitioned
+    (MIG). So a separate process tries it, once for this process and all its children.
     """
     if PROBED not in os.environ:
         os.environ[PROBED] = str(_probe() if find_spec("torch") and has_gpu() else 0)
@@ -156,7 +156,7 @@ def cuda_devices() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether the driver knows of an NVIDIA GPU that this process may see."""
+    """Whether the driver reports an NVIDIA GPU and ``CUDA_VISIBLE_DEVICES`` does not hide them all."""
     import pynvml
 
     try:
@@ -164,7 +164,7 @@ def has_gpu() -> bool:
         return bool(pynvml.nvmlDeviceGetCount()) and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return False
-    except pynvml.NVMLError as error:  # an update of the driver before the next reboot, for one
+    except pynvml.NVMLError as error:  # for one, after a driver update until the next reboot
         logger.warning("the NVIDIA driver does not answer: %s", error)
         return False
 
@@ -182,7 +182,7 @@ def _probe() -> int:
 
 
 def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:
-    """Load ``artifact`` into the runtime called ``name``, with ``threads`` on a CPU or on GPU ``device_index``.
+    """Load ``artifact`` into the runtime ``name``, on a CPU with ``threads`` or on GPU ``device_index``.
 
     Raises ``RuntimeUnavailableError`` for an unknown name, and for ``torch`` where it is not installed.
     """

@@ -1,13 +1,13 @@
-"""Decoding in a process of its own, so that an image that crashes, hangs or bloats a decoder costs itself alone.
+"""Decoding in a process of its own, so that an image that crashes, hangs or bloats its decoder harms no other.
 
-Every image goes there but plain and small ones (``Header.is_plain``, ``serving.pipeline``): baseline JPEG and opaque
-8-bit PNG of a few kilobytes, the traffic that counts, are left to the most proven code of libjpeg-turbo and libpng. The
-rest is where decoders break: TIFF, WebP, GIF and BMP, transparency, 16 bits, animation, EXIF, several scans, and
-whatever is large.
+All images go there except plain and small ones (``Header.is_plain``, ``serving.pipeline``): baseline JPEG and opaque
+8-bit PNG of a few kilobytes, the traffic that matters most, are left to the best-proven code of libjpeg-turbo and
+libpng. The rest is where decoders break: TIFF, WebP, GIF and BMP, transparency, 16 bits, animation, EXIF, several
+scans, and anything large.
 
-Measured in microseconds of processor time for an image of 32x32 pixels, here and through the process (in the caller,
-who waits for about 100 in all): WebP 18 and 36, BMP 5 and 31, GIF 61 and 39, TIFF 19 and 38; a PNG would take 33 and
-43, and a JPEG 32 and 63. From a hundred kilobytes on the way costs nothing that could be measured.
+Processor time in microseconds for an image of 32x32 pixels, decoded in this process and through the sandbox (in the
+caller, which waits for about 100 in all): WebP 18 and 36, BMP 5 and 31, GIF 61 and 39, TIFF 19 and 38; a PNG would take
+33 and 43, and a JPEG 32 and 63. From a hundred kilobytes on, the detour costs nothing measurable.
 """
 
 from __future__ import annotations
@@ -31,23 +31,20 @@ from model.headers import ImageError
 from model.preprocess import MAX_PIXELS, Pixels
 
 ROOT = Path(__file__).parent.parent
-"""Where the package is, in a Bento as in a checkout."""
+"""Folder that contains the package, in a Bento as in a checkout."""
 COMMAND = (sys.executable, "-m", "model.decoder")
 MOST_TOLD = 2**16
-"""Most bytes that a decoder may say of an image, beside its pixels."""
+"""Most bytes of a decoder's answer about an image, apart from its pixels."""
 START_SECONDS = 60.0
-"""Time for the fork server to import everything, on a machine with other work."""
+"""Time for the fork server to import everything, on a machine that has other work to do."""
 
 
 class DecoderError(ImageError):
-    """The decoder ended in the middle of an image: it crashed, or took more time or memory than it may."""
+    """The decoder died in the middle of an image: it crashed, or exceeded its limits of time or memory."""
 
 
 class Sandbox:
-    """One decoder, followed up by another after its death. Belongs to one thread.
-
-    It has memory for images of up to ``max_pixels``.
-    """
+    """One decoder, replaced when it dies, with memory for images of up to ``max_pixels``. Belongs to one thread."""
 
     def __init__(self, max_pixels: int = MAX_PIXELS, command: Sequence[str] = COMMAND) -> None:
         self._command = (*command, str(max_pixels))
@@ -69,9 +66,10 @@ class Sandbox:
         self._server.wait()
 
     def _ask(self, data: bytes, task: dict[str, Any], most: int, fits: Callable[[int, int], bool]) -> Pixels:
-        """Of an answer that is none to ``task``, or has more than ``most`` pixels, its decoder dies.
+        """Have the decoder do ``task``; drop it if its answer does not fit or has more than ``most`` pixels.
 
-        An image may have taken it over: it then says what it likes, to this request and to the next ones.
+        A malicious image may have taken it over, to forge the answers to this request and the next ones. Raises
+        ``ImageError``, of which ``DecoderError`` is the one for a decoder that was dropped.
         """
         decoder = self._living()
         try:
@@ -89,7 +87,7 @@ class Sandbox:
         return outcome
 
     def _living(self) -> Connection:
-        """The decoder; a new one where the last has died, if only of idleness, which makes its socket readable."""
+        """The decoder, or a new one if the last has died, even between two images: its socket is then readable."""
         if self._decoder and self._decoder.poll():
             self._drop()
         if not self._decoder:
@@ -105,11 +103,11 @@ class Sandbox:
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_SECONDS)
         with theirs:
-            # What native code prints is no log line.
+            # Native code may print, which would break the format of the log.
             self._server = subprocess.Popen(
                 self._command,
                 cwd=ROOT,
-                # numpy and OpenCV bring one each, with 90 MB for every processor: soon all that a decoder may have.
+                # numpy and OpenCV bundle an OpenBLAS each, with 90 MB per processor: soon more than a decoder may have.
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,

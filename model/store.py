@@ -1,13 +1,13 @@
-"""Artifacts in and out of the BentoML model store, and which version ``MODEL=name`` serves.
+"""Put artifacts into the BentoML model store, and choose which version ``MODEL=name`` serves.
 
 python -m model.store import DIRECTORY            # put an artifact into the store
 python -m model.store list                        # every version, which ones are served, and the last promotions
 python -m model.store compare NAME:A NAME:B       # figures side by side
 python -m model.store promote NAME:VERSION        # MODEL=NAME serves it from the next start
-python -m model.store rollback NAME               # MODEL=NAME serves the version promoted before
+python -m model.store rollback NAME               # MODEL=NAME serves the previously promoted version
 
-The first version of a name is promoted as it comes in, a later one only by ``promote``: putting a model into the store
-changes nothing that is served. A version may be shortened to what tells it from the others.
+The first version of a name is promoted on import, later ones only by ``promote``: importing a model does not change
+what is served. A version may be shortened to any unambiguous prefix.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from model.runtimes import create
 from model.tables import Row, aligned
 
 BENTO = Path(__file__).parents[2]
-"""The Bento that this file was packed in, if it was: there lies a ``bento.yaml``."""
+"""The Bento that this file is packed in, if it contains a ``bento.yaml``."""
 CHECKOUT = Path(__file__).parents[1]
 SHOWN_PROMOTIONS = 10
-"""Promotions of each name that ``list`` shows."""
+"""How many promotions of each name ``list`` shows."""
 
 
 class StoreError(RuntimeError):
-    """A model that the store does not hold, or a promotion that it refuses."""
+    """A model that is not in the store, or a promotion that is refused."""
 
 
 def set_environment() -> None:
-    """What `make` exports, for a command of ours that runs without it: the same store, and no usage statistics.
+    """Set what `make` exports, for commands of ours that run without it: the same store, and no usage statistics.
 
-    Not for `bentoml serve`: by the time that it imports anything from here it has chosen its own.
+    Too late for `bentoml serve`, which has chosen its own by the time it imports anything from here.
     """
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
     if not _is_packed():
@@ -53,7 +53,7 @@ def set_environment() -> None:
 def put(directory: Path) -> str:
     """Verify the artifact in ``directory`` and copy it into the store; returns its ``name:version``.
 
-    The version follows from the content, so putting the same artifact twice changes nothing.
+    The version is derived from the content, so putting the same artifact twice changes nothing.
     """
     artifact = Artifact.load(directory)
     tag = artifact.tag
@@ -71,14 +71,15 @@ def _create(artifact: Artifact, tag: str) -> None:
         with bentoml.models.create(tag, labels=labels, metadata=_told(card)) as model:
             artifact.copy_to(Path(model.path))
     except BentoMLException:
-        if _find(tag) is None:  # not just another process that put the same content first
+        if _find(tag) is None:  # otherwise another process put the same content first
             raise
 
 
 def _told(card: dict[str, Any]) -> dict[str, Any]:
-    """What BentoML's lists tell of a model.
+    """The part of a card that BentoML's listings show.
 
-    It parses that, as YAML in pure Python, at every look at one: a whole card took a third of the service's start.
+    BentoML parses it, as YAML in pure Python, whenever it looks up a model: a whole card took a third of the time in
+    which the service starts.
     """
     metrics, training = card.get("metrics", {}), card.get("training", {})
     return {
@@ -95,10 +96,10 @@ def _chosen(document: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def resolve(reference: str) -> str:
-    """``name`` or ``name:version`` to the full tag in the store; the shipped artifacts are imported when it is missing.
+    """``name`` or ``name:version`` to the full tag in the store; imports the shipped artifacts if it is missing.
 
-    Without a version the one counts that the Bento was built with; in a checkout, the promoted one.
-    Raises ``StoreError`` naming what the store holds.
+    The version defaults to the one that the Bento was built with or, in a checkout, to the promoted one. Raises
+    ``StoreError`` naming what the store holds.
     """
     if _find(_versioned(reference)) is None:
         for directory in (SHIPPED, *ALSO_SHIPPED):
@@ -108,12 +109,12 @@ def resolve(reference: str) -> str:
 
 
 def resolve_all(references: str) -> list[str]:
-    """``resolve`` for each of several references with commas between."""
+    """``resolve`` each of the comma-separated ``references``."""
     return [resolve(reference.strip()) for reference in references.split(",")]
 
 
 def packed() -> str | None:
-    """The tags of the models that this file's Bento was built with, with commas between; None in a checkout."""
+    """The comma-separated tags of the models that this file's Bento was built with; None in a checkout."""
     bento = _bento()
     return next((env.value for env in bento.info.envs if env.name == "MODEL"), None) if bento else None
 
@@ -122,15 +123,15 @@ def get(tag: str) -> Artifact:
     """The verified artifact of ``tag``; raises ``StoreError`` or ``ArtifactError``."""
     model = _held(tag)
     artifact = Artifact.load(Path(model.path))
-    if artifact.tag != str(model.tag):  # whoever exchanges all files exchanges the hashes too
+    if artifact.tag != str(model.tag):  # if all files were exchanged, so were their hashes
         raise StoreError(f"{model.tag} in the model store holds {artifact.tag}; expected what its name says")
     return artifact
 
 
 def promote(tag: str, force: bool = False) -> str:
-    """Let ``MODEL=name`` serve ``tag`` from its next start; returns its whole ``name:version``.
+    """Let ``MODEL=name`` serve ``tag`` from its next start; returns its full ``name:version``.
 
-    Raises ``StoreError`` with all that speaks against it, unless ``force``.
+    Unless ``force``, raises ``StoreError`` with every objection to it.
     """
     if ":" not in tag:
         raise StoreError(f"{tag!r} names no version; expected NAME:VERSION")
@@ -147,12 +148,12 @@ def promote(tag: str, force: bool = False) -> str:
 
 
 def _objections(model: bentoml.Model, served: str) -> Iterator[str]:
-    """What speaks against serving ``model`` in the place of ``served``."""
+    """The objections to serving ``model`` instead of ``served``."""
     try:
         candidate = Artifact.load(Path(model.path))
         for runtime in (ONNX, ONNX_INT8):
             verify(create(runtime, candidate), candidate.reference(runtime))
-    except Exception as error:  # the errors of ONNX Runtime have no base of their own
+    except Exception as error:  # ONNX Runtime's errors have no common base class
         yield f"it fails its verification: {error}"
         return
     if not comparison.measured(candidate.card):
@@ -160,16 +161,16 @@ def _objections(model: bentoml.Model, served: str) -> Iterator[str]:
     try:
         current = get(served)
     except (StoreError, ArtifactError):
-        return  # nothing is lost with a version that does not load
+        return  # a version that does not load is no loss
     if candidate.config.classes != current.config.classes:
         yield f"its classes are not those of {served}, which clients know"
     yield from comparison.losses(current.card, candidate.card)
 
 
 def rollback(name: str) -> str:
-    """Let ``MODEL=name`` serve the version promoted before the present one; returns its ``name:version``.
+    """Let ``MODEL=name`` serve the version promoted before the current one; returns its ``name:version``.
 
-    Again and again, it goes further back. Raises ``StoreError`` when there is none, or it has left the store.
+    Each further rollback goes one step further back. Raises ``StoreError`` if there is none, or it has left the store.
     """
     standing = promotions.stack(_history(name))
     if len(standing) < 2:
@@ -181,7 +182,7 @@ def rollback(name: str) -> str:
 
 
 def _versioned(reference: str) -> str:
-    """``reference``, where it names no version, with that of this file's Bento or else the promoted one."""
+    """``reference``, completed with the version of this file's Bento or the promoted one if it names none."""
     if ":" in reference:
         return reference
     if bento := _bento():
@@ -215,14 +216,14 @@ def _history(name: str) -> list[promotions.Promotion]:
 
 
 def _adopt(name: str) -> None:
-    """Where no promotion is recorded, record that of the newest version, which is what ``MODEL=name`` served so far."""
+    """If ``name`` has no promotion on record, record one of the newest version, which ``MODEL=name`` served so far."""
     model = _find(name)
     if model is not None and not _history(name):
         promotions.append(_folder(model), "promote", str(model.tag.version))
 
 
 def _folder(model: bentoml.Model) -> Path:
-    """Where the store keeps all versions of a name."""
+    """The folder in which the store keeps all versions of a name."""
     return Path(model.path).parent
 
 
@@ -237,7 +238,7 @@ def _held(reference: str) -> bentoml.Model:
 
 
 def _find(tag: str) -> bentoml.Model | None:
-    """None when the store does not hold ``tag``; raises ``StoreError`` for the start of more than one version."""
+    """The model ``tag``, or None if it is not in the store; raises ``StoreError`` for an ambiguous prefix."""
     try:
         return bentoml.models.get(tag)
     except (NotFound, ValueError):
@@ -247,7 +248,7 @@ def _find(tag: str) -> bentoml.Model | None:
 
 
 def listing() -> str:
-    """Every version in the store, those served marked, and the last promotions of each name."""
+    """A table of every version in the store, marking those served, and the last promotions of each name."""
     models = sorted(bentoml.models.list(), key=lambda model: (model.tag.name, model.creation_time))
     served = {name: _versioned(name) for name in dict.fromkeys(model.tag.name for model in models)}
     rows: list[Row] = [("", "model", "created (UTC)", *comparison.SUMMARY, "MB")]

@@ -1,4 +1,4 @@
-"""Tables: in columns for a terminal, and in Markdown. And intervals, as all of them say them."""
+"""Tables, in columns for a terminal and in Markdown, and how all of them write intervals."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def markdown(head: Row, rows: Iterable[Sequence[object]]) -> str:
-    """``rows`` under ``head`` as a table of Markdown (GitHub Flavored Markdown, 4.10)."""
+    """``rows`` under ``head`` as a Markdown table (GitHub Flavored Markdown, 4.10)."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def with_interval(figures: Mapping[str, Any]) -> str:
-    """``accuracy`` and, in brackets, ``accuracy_95`` of ``figures`` in a card."""
+    """``accuracy`` and, in brackets, ``accuracy_95`` of ``figures`` from a card."""
     return f"{figures['accuracy']:.2%} ({between(figures['accuracy_95'])})"
 
 
 def between(interval: Sequence[float]) -> str:
-    """An interval of shares, in percent."""
+    """An interval of shares (0 to 1), in percent."""
     return f"{interval[0]:.2%} to {interval[1]:.2%}"

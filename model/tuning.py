@@ -1,4 +1,4 @@
-"""Measurements of engines on this machine: which format is fastest here is not known before."""
+"""Measure engines on this machine: which format and batch size are fastest here is not known in advance."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ROUNDS = 5
 LONG_SECONDS = 0.05
 """A batch that takes longer ends the search: larger ones gain nothing more, and requests would wait for them."""
 HANDOVER_SECONDS = 0.0005
-"""What a batch costs a busy worker besides: its threads wait for a core, for the interpreter and for each other."""
+"""Overhead of a batch in a busy worker, whose threads wait for a core, for the interpreter and for each other."""
 GOOD_ENOUGH = 0.97
-"""Share of the best rate that a smaller batch must reach to be preferred: it answers sooner."""
+"""Share of the best rate at which a smaller batch is preferred, because it answers sooner."""
 
 
 class Comparison(NamedTuple):
     images_per_second: dict[str, float]
-    """Of each runtime that can be had here and is right."""
+    """Rate of each runtime that is available here and passes verification."""
     failed: dict[str, str]
-    """What is wrong with the others."""
+    """Why each of the others failed."""
 
     @property
     def fastest(self) -> str:
@@ -39,19 +39,19 @@ class Comparison(NamedTuple):
 
 
 def seconds_of(runtime: Runtime, images: Pixels, clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long ``runtime`` takes for one batch of ``images`` (N, H, W, 3)."""
+    """Time that ``runtime`` takes for one batch of ``images`` (N, H, W, 3)."""
     started = clock()
     runtime(images)
     return clock() - started
 
 
 def images_per_second(runtime: Runtime, images: Pixels, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The rate of ``runtime`` on one batch of ``images`` (N, H, W, 3), by the median time."""
+    """Rate of ``runtime`` on one batch of ``images`` (N, H, W, 3), from the median time of ``ROUNDS``."""
     return len(images) / float(np.median([seconds_of(runtime, images, clock) for _ in range(ROUNDS)]))
 
 
 def compare(ensemble: Ensemble, threads: int = 1, names: Iterable[str] = (ONNX, ONNX_INT8)) -> Comparison:
-    """Time the runtimes ``names`` on this machine; raises ``RuntimeUnavailableError`` where none is right."""
+    """Time the runtimes ``names`` on this machine; raises ``RuntimeUnavailableError`` if none passes verification."""
     rates: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name in names:
@@ -72,13 +72,13 @@ def compare(ensemble: Ensemble, threads: int = 1, names: Iterable[str] = (ONNX, 
 async def measure_batches(
     measure: Callable[[Pixels], Awaitable[float]], images: Pixels, until_idle: Callable[[], Awaitable[None]]
 ) -> dict[int, float]:
-    """Seconds of a batch of each size of ``BATCHES`` made of ``images`` (N, H, W, 3), by ``measure``, when idle.
+    """Seconds per batch for each size in ``BATCHES``, filled with ``images`` (N, H, W, 3) and timed by ``measure``.
 
-    The least of ``ROUNDS`` counts: what else the machine does only ever adds to it.
+    Each batch waits for ``until_idle``. The minimum of ``ROUNDS`` counts: other load only ever adds to it.
     """
     batches = {size: np.resize(images, (size, *images.shape[1:])) for size in BATCHES}
     least: dict[int, float] = {}
-    for _ in range(ROUNDS):  # over all sizes each, so that a bad moment hits none of them in all rounds
+    for _ in range(ROUNDS):  # each over all sizes, so that a bad moment spoils no size in every round
         for size, batch in batches.items():
             if 2 * least.get(size // 2, 0) > LONG_SECONDS:
                 break
@@ -88,6 +88,6 @@ async def measure_batches(
 
 
 def best_batch(seconds: dict[int, float]) -> int:
-    """The smallest batch whose images per second are as good as the best; ``seconds`` are those of one batch."""
+    """The smallest batch size whose rate is nearly the best (``GOOD_ENOUGH``); ``seconds`` per batch, by size."""
     rates = {size: size / (taken + HANDOVER_SECONDS) for size, taken in seconds.items()}
     return min(size for size, rate in rates.items() if rate >= GOOD_ENOUGH * max(rates.values()))
