@@ -1,5 +1,5 @@
-"""From labelled images to an artifact that serves: ``check fit export evaluate robustness foreign report``, in that
-order; ``gate`` compares two artifacts, and ``readme`` writes what README.md says of the shipped one.
+"""From labelled images to an artifact ready to serve: ``check fit export evaluate robustness foreign report``, in that
+order; ``gate`` compares two artifacts, and ``readme`` writes README.md's section on the shipped one.
 
-One verb and one command each; every module that is one opens with the command that runs it.
+Each of these modules is a command, and its docstring shows how to run it.
 """

@@ -1,4 +1,4 @@
-"""What a training makes of its images: shuffled, flipped, moved, zoomed, cut out, corrupted; in batches."""
+"""Shuffled and augmented training batches: flip, translation, zoom, cutout, corruption and lower resolution."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers for a batch of ``count`` images. Every process draws them all and keeps those of its share."""
+    """Random numbers for a batch of ``count`` images: every process draws them all and keeps those of its share."""
 
     generator: torch.Generator
     count: int
     share: slice
 
     def integers(self, low: int, high: int) -> Tensor:
-        """One of ``low`` to ``high - 1`` for each image of the share, as a column."""
+        """An integer from ``low`` to ``high - 1`` for each image of the share: (B, 1)."""
         return torch.randint(low, high, (self.count, 1), generator=self.generator)[self.share]
 
     def normal(self, *shape: int) -> Tensor:
@@ -33,11 +33,11 @@ class Draw:
         return torch.randn((self.count, *shape), generator=self.generator)[self.share]
 
     def uniform(self, reach: float, *shape: int) -> Tensor:
-        """Numbers (B, *shape) between ``-reach`` and ``reach`` for the share."""
+        """Uniform numbers (B, *shape) between ``-reach`` and ``reach`` for the share."""
         return (torch.rand((self.count, *shape), generator=self.generator)[self.share] * 2 - 1) * reach
 
     def batch_uniform(self, low: float, high: float) -> float:
-        """One number between ``low`` and ``high`` for the whole batch."""
+        """One uniform number between ``low`` and ``high`` for the whole batch."""
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
 
@@ -47,20 +47,20 @@ class Batch(NamedTuple):
     images: Tensor
     """(B, H, W, 3) uint8: augmented, as a teacher sees them."""
     views: Tensor
-    """The same, smaller or corrupted, as the network sees them."""
+    """The same images as the network sees them, corrupted or at a lower resolution."""
     labels: Tensor
     size: int
     number: int
-    """Number of the batch, counted over all epochs."""
+    """Index of the batch, counted over all epochs."""
 
 
 class Augmented:
     """A process's share of the shuffled, augmented batches of a training split, on a device.
 
-    Order and augmentation of a batch do not depend on the number of processes: together they see what one would.
+    The order and augmentation of a batch do not depend on the number of processes: together they see what one would.
 
-    Flip and translation are one gather of row and column indexes, so that they cost no interpolation. The flip
-    alternates: an image flipped in one epoch is not in the next (Jordan, 2024).
+    Flip and translation are a single gather by row and column indices, without interpolation. The flip alternates: an
+    image flipped in one epoch is not flipped in the next (Jordan, 2024).
     """
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, group: Group = ALONE) -> None:
@@ -75,7 +75,7 @@ class Augmented:
         self.flip_parity = torch.randint(0, 2, (len(split),), generator=self._generator(-1))
 
     def __len__(self) -> int:
-        """How many batches an epoch has, of nearly the same size."""
+        """Number of batches in an epoch, all of nearly the same size."""
         return math.ceil(len(self.labels) / self.recipe.batch_size)
 
     def _generator(self, epoch: int) -> torch.Generator:
@@ -92,9 +92,9 @@ class Augmented:
             if self.recipe.zoom > 1:
                 reach = math.log(self.recipe.zoom)
                 scale, stretch = draw.uniform(reach), draw.uniform(reach)
-                # By groups of four, so that every kind of corruption meets zoomed images and others.
+                # In groups of four, so that every kind of corruption meets zoomed images and others.
                 zoomed = torch.arange(share.start, share.stop) // 4 % 2 == 0
-                if zoomed.any():  # none may be, of a share of at most four
+                if zoomed.any():  # a share of at most four images may have none
                     images[zoomed] = self._zoom(images[zoomed], scale[zoomed], stretch[zoomed])
             images = self._cutout(images, draw)
             views = self._corrupt(images, draw) if self.recipe.corrupt > 0 else images
@@ -129,7 +129,7 @@ class Augmented:
         return _to_images(F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True))
 
     def _corrupt(self, images: Tensor, draw: Draw) -> Tensor:
-        """Of each four images one stays, one gets noise, one loses detail, and one changes its colours."""
+        """Of every four images one stays clean, one gets noise, one loses detail, and one changes its colours."""
         pixels = images.permute(0, 3, 1, 2).float()
         kinds = (slice((kind - draw.share.start) % 4, None, 4) for kind in (1, 2, 3))
         for kind, change in zip(kinds, (self._add_noise, self._lose_detail, self._recolour), strict=True):
@@ -137,7 +137,7 @@ class Augmented:
         return _to_images(pixels)
 
     def _add_noise(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
-        """On all pixels of an image or on a few of them, where it is then stronger."""
+        """Gaussian noise on all pixels of an image, or on a random share of them, where it is stronger the fewer."""
         noise = draw.normal(*pixels.shape[1:])[kind].to(self.device)
         amount, density, where = (
             draw.uniform(1.0, *shape)[kind].abs().to(self.device)
@@ -147,7 +147,7 @@ class Augmented:
         pixels[kind] += 30 * self.recipe.corrupt * amount * noise * (where < density) / density.sqrt()
 
     def _lose_detail(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
-        """Blur, or, in every other batch, make larger pixels."""
+        """Blur, or in every other batch on average pixelate."""
         amount = draw.uniform(self.recipe.corrupt, 1, 1, 1)[kind].abs().to(self.device)
         coarse = draw.batch_uniform(0.45, 1.55)
         if coarse > 1:
@@ -157,7 +157,7 @@ class Augmented:
             pixels[kind] = F.interpolate(small, size=pixels.shape[2:], mode="nearest")
 
     def _recolour(self, pixels: Tensor, kind: slice, draw: Draw) -> None:
-        """Saturation, brightness, and contrast: lost more often than gained, as in fog or bad light."""
+        """Change saturation, brightness and contrast, which is more often lost than gained, as in fog or bad light."""
         strength = self.recipe.corrupt
         brightness, contrast, saturation = (draw.uniform(strength, 1, 1, 1)[kind].to(self.device) for _ in range(3))
         gray = pixels[kind].mean(dim=1, keepdim=True)

@@ -1,10 +1,10 @@
-"""Look at the labelled images before hours are spent on them.
+"""Check the labelled images before spending hours of training on them.
 
     python -m train.check SOURCE
 
-Tells classes and their balance, sizes, broken files, images that lie in two splits (with the same pixels, or nearly so
-by a perceptual hash) and images with the same pixels but different classes. ``train.fit`` does this first, and keeps
-the findings in ``run.json``. Only what makes a training meaningless is an error.
+Reports classes and their balance, sizes, broken files, images in two splits (with the same pixels, or nearly so by a
+perceptual hash) and images with the same pixels but different classes. ``train.fit`` runs this check first and keeps
+the findings in ``run.json``. Only what makes training meaningless is an error.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ SPLITS = ("train", "val", "test")
 NAMED = 5
 """How many examples of a finding are named."""
 MEANINGLESS = 0.5
-"""Training is refused when more than this share of test images was trained on, or of training images has two labels."""
+"""Training is refused if a larger share of test images is in training too, or of training images has two labels."""
 HASH_SIDE, HASH_KEPT = 32, 8
 NEAR_BITS, NEAR_LEVELS = 6, 32
-"""Largest difference of the 64 bits of the hash, and mean difference of the pixels. Of 8,000 test images of CIFAR-10,
-121 are so near to a training image, 120 of them of the same class; at 10 bits and any pixels 58 % have it."""
+"""Largest Hamming distance of 64-bit hashes, and mean pixel difference, of near duplicates. Of 8,000 test images of
+CIFAR-10, 121 are this near to a training image, 120 of them to one of their class; at 10 bits and any pixel difference
+only 58 % share the class."""
 COMPARED = 2**22
-"""Hashes compared at a time."""
+"""Pairs of hashes compared at a time."""
 
 Findings = dict[str, Any]
 Hashes = NDArray[np.uint64]
@@ -51,9 +52,9 @@ class Found(NamedTuple):
 
 
 def check(data: Data) -> Findings:
-    """What there is to know of ``data`` before it is trained on, as it stands in ``run.json``.
+    """The findings about ``data``, as stored in ``run.json``.
 
-    Raises ``DataError`` when a training would be meaningless.
+    Raises ``DataError`` if training would be meaningless.
     """
     groups = identical(data)
     leaked = [group for group in groups if len({found.split for found in group}) > 1]
@@ -71,7 +72,7 @@ def check(data: Data) -> Findings:
 
 
 def identical(data: Data) -> list[list[Found]]:
-    """Groups of images with the same pixels."""
+    """Groups of two or more images with the same pixels, in any split."""
     groups: dict[bytes, list[Found]] = defaultdict(list)
     for split in SPLITS:
         held: Split = getattr(data, split)
@@ -81,9 +82,9 @@ def identical(data: Data) -> list[list[Found]]:
 
 
 def near_duplicates(data: Data, split: str) -> list[str]:
-    """The images of ``split`` whose nearest training image, by its hash, has almost the same pixels, but not quite.
+    """The images of ``split`` whose nearest training image, by hash, has almost but not exactly the same pixels.
 
-    Of equally near hashes, the one with the nearest pixels counts.
+    Among equally near hashes, the image with the nearest pixels counts.
     """
     held: Split = getattr(data, split)
     ours, theirs = perceptual_hashes(held.images), perceptual_hashes(data.train.images)
@@ -101,12 +102,12 @@ def near_duplicates(data: Data, split: str) -> list[str]:
 
 
 def _levels(one: Pixels, other: Pixels) -> float:
-    """Mean difference of the pixels, in units of 0..255."""
+    """Mean absolute difference of the pixels, in units of 0..255."""
     return float(cv2.norm(one, other, cv2.NORM_L1)) / one.size
 
 
 def perceptual_hashes(images: Pixels) -> Hashes:
-    """64 bits for each image: which of its 8x8 lowest frequencies (DCT of the gray image) are above their median.
+    """(N,) uint64: which of an image's 8x8 lowest frequencies (DCT of the gray image) are above their median.
 
     The hash hardly changes with compression, small shifts, brightness or contrast (Zauner, 2010, "pHash").
     """
@@ -133,7 +134,7 @@ def _counts(data: Data, split: Split) -> dict[str, int]:
 
 
 def _sizes(sizes: list[tuple[int, int]], input_size: tuple[int, int]) -> dict[str, Any]:
-    """Smallest, median and largest side, and how many images have to be enlarged."""
+    """Smallest, median and largest width and height, and how many images have to be enlarged."""
     widths, heights = np.asarray(sizes).T
     height, width = input_size
     return {
@@ -149,7 +150,7 @@ def _finding(lines: Iterable[str]) -> dict[str, Any]:
 
 
 def _require_meaning(data: Data, leaked: list[list[Found]], conflicting: list[list[Found]]) -> None:
-    # A copy of a validation image alone is a finding, but was not trained on.
+    # A test image that is only in validation too is a finding, but was not trained on.
     trained = [group for group in leaked if any(found.split == "train" for found in group)]
     tested = sum(found.split == "test" for group in trained for found in group)
     if tested > MEANINGLESS * len(data.test):
@@ -160,7 +161,7 @@ def _require_meaning(data: Data, leaked: list[list[Found]], conflicting: list[li
 
 
 def print_findings(findings: Findings) -> None:
-    """A screen of findings; nothing is told twice, and what is absent is told too."""
+    """Print the findings on one screen, zero counts included."""
     for split, counts in findings["images"].items():
         print(f"  {split:5} {sum(counts.values()):6}  " + " ".join(f"{name}={n}" for name, n in counts.items()))
     trained = findings["images"]["train"]

@@ -1,4 +1,4 @@
-"""How every command of this package ends: an error that a user can mend is one line, not a traceback."""
+"""How every command of this package ends: an error that the user can fix is one line, not a traceback."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from model.runtimes import RuntimeUnavailableError
 
 
 class CommandError(Exception):
-    """Something wrong with what the user gave, told in one line."""
+    """Invalid input from the user, explained in one line."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; exit with status 1 and one line on an error of the user's."""
+    """Call ``main``; on a user error, exit with status 1 and one line."""
     try:
         main()
     except (CommandError, ArtifactError, ConfigError, RuntimeUnavailableError, VerificationError, OSError) as error:

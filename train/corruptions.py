@@ -1,9 +1,9 @@
 """The corruptions of CIFAR-10-C, in four families and five severities (Hendrycks & Dietterich, 2019, arXiv:1903.12261).
 
-The severities are the published ones for 32x32 pixels; lengths grow with larger images. The layers of frost are drawn
-here, where the authors cut them out of photographs. Written out because no library serves: ``imagecorruptions`` is of
-2020 and wants another OpenCV, ``albumentations`` is archived and its successor AGPL, ``kornia`` and torchvision have
-other corruptions and no severities.
+The severities are the published ones for 32x32 pixels; lengths scale with larger images. Frost is synthesised here; the
+authors cut it out of photographs. Implemented here because no library fits: ``imagecorruptions`` dates from 2020 and
+needs another OpenCV, ``albumentations`` is archived and its successor AGPL, ``kornia`` and torchvision have other
+corruptions and no severities.
 
 Every function takes images (N, H, W, 3) as floats from 0 to 1, its parameters, and a random generator.
 """
@@ -24,7 +24,7 @@ Noisy = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED_SIDE = 32
-"""Side of the images that the parameters were published for."""
+"""Side of the images for which the parameters were published."""
 FROST_COLOUR = np.array([0.85, 0.93, 1.0], np.float32)
 
 
@@ -80,7 +80,7 @@ def motion_blur(images: Floats, radius: float, sigma: float, rng: Rng) -> Floats
 
 
 def zoom_blur(images: Floats, furthest: float, rng: Rng) -> Floats:
-    """The mean of the image and of itself enlarged in steps of a hundredth."""
+    """The mean of the image and its enlargements, in steps of a hundredth."""
     factors = [1.0, *np.arange(1, furthest, 0.01)]
     return _each(images, lambda image: np.mean([_zoomed(image, factor) for factor in factors], axis=0))
 
@@ -96,7 +96,7 @@ def snow(
     kept: float,
     rng: Rng,
 ) -> Floats:
-    """Flakes drawn out by the wind, over a whitened image."""
+    """Wind-blown flakes over a whitened image."""
     scale = _scale(images)
 
     def fall(image: Floats) -> Any:
@@ -112,7 +112,7 @@ def snow(
 
 
 def frost(images: Floats, kept: float, weight: float, rng: Rng) -> Floats:
-    """Crystals: the ridges of a cloud pattern."""
+    """Ice crystals: the ridges of a cloud pattern."""
 
     def freeze(image: Floats) -> Any:
         ridges = 1 - np.abs(2 * _cloud(image, 1.5, rng) - 1)
@@ -183,7 +183,7 @@ def saturate(images: Floats, factor: float, added: float, rng: Rng) -> Floats:
 
 
 class Corruption(NamedTuple):
-    """``parameters`` of ``apply`` by severity; ``extra`` ones are not among the fifteen of the benchmark's mean."""
+    """``parameters`` of ``apply`` by severity; ``extra`` ones are not among the benchmark's fifteen."""
 
     family: str
     apply: Callable[..., Any]
@@ -229,7 +229,7 @@ CORRUPTIONS = {
 
 
 def corrupt(images: Pixels, name: str, severity: int, rng: Rng) -> Pixels:
-    """``images`` (N, H, W, 3) uint8 under the corruption ``name`` at ``severity`` 1 to 5."""
+    """Apply the corruption ``name`` at ``severity`` 1 to 5 to ``images`` (N, H, W, 3) uint8."""
     corruption = CORRUPTIONS[name]
     floats = images.astype(np.float32) / 255
     return _to_pixels(corruption.apply(floats, *corruption.parameters[severity - 1], rng=rng))
@@ -244,19 +244,19 @@ def _each(images: Floats, change: Callable[[Floats], Any]) -> Floats:
 
 
 def _scale(images: Floats) -> float:
-    """What a length is multiplied with; on images that are smaller still, shorter ones would do nothing."""
+    """Factor for lengths. At least 1: on images smaller than published, shorter lengths would have no effect."""
     return max(1.0, float(min(images.shape[1:3])) / PUBLISHED_SIDE)
 
 
 def _zoomed(image: Floats, factor: float) -> Floats:
-    """The middle of ``image``, enlarged to its size."""
+    """The centre of ``image``, enlarged by ``factor`` to the full size."""
     height, width = image.shape[:2]
     about_centre = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), 0, factor)
     return np.asarray(cv2.warpAffine(image, about_centre, (width, height)), np.float32)
 
 
 def _streak(radius: float, sigma: float, degrees: float) -> Floats:
-    """A kernel that smears along a line to one side, ever weaker."""
+    """A kernel that smears along a line to one side, with decreasing weight."""
     steps = np.arange(0, radius + 0.5, 0.5)
     reach = int(np.ceil(radius))
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
@@ -267,7 +267,7 @@ def _streak(radius: float, sigma: float, degrees: float) -> Floats:
 
 
 def _cloud(image: Floats, decay: float, rng: Rng) -> Floats:
-    """(H, W) from 0 to 1: random hills, each octave twice as fine and ``decay`` times as low as the one before."""
+    """(H, W) from 0 to 1: random hills, each octave twice as fine as the last and lower by a factor of ``decay``."""
     height, width = image.shape[:2]
     hills = np.zeros((height, width), np.float32)
     for octave in range(int(np.log2(min(height, width)))):

@@ -1,8 +1,8 @@
-"""Labelled images in memory, from CIFAR-10 or from any folder or archive of images.
+"""Load labelled images into memory, from CIFAR-10 or from any folder or archive of images.
 
 The SOURCE of every command is ``cifar10`` (downloaded and verified by torchvision), a folder, or a tar archive. A
-folder or archive holds ``train/<class>/*`` and ``test/<class>/*``, and ``val/<class>/*`` where there is one, or just
-``<class>/*``, of which about a tenth then becomes the test split.
+folder or archive holds ``train/<class>/*``, ``test/<class>/*`` and optionally ``val/<class>/*``; or only ``<class>/*``,
+of which about a tenth becomes the test split.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ VALIDATION_SHARE = 0.05
 TEST_SHARE = 0.1
 """Share of a flat folder that becomes its test split."""
 SPLIT_SEED = 0
-"""Fixed apart from the training seed, so that runs with different seeds are judged on the same images."""
+"""Independent of the training seed, so that runs with different seeds are evaluated on the same images."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Names of the folders of a split, in capitals or not."""
+"""Folder names of each split, in any case."""
 COPIES = 2
 """Peak memory as a multiple of the decoded pixels, while the images of a split become one array."""
 DIGEST_BITS = 63
-"""Bits of a digest, so that a tensor of int64 holds it."""
+"""Bits of a digest: as many as fit into an int64 tensor."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 FLAT = 1.0
-"""Standard deviation, in units of 0..255, of a channel that hardly has one: what divides by it stays finite."""
+"""Least standard deviation assumed of a channel, in units of 0..255, so that dividing by it stays finite."""
 
 
 BATCH_PIXELS = 512 * 64 * 64
-"""Pixels in a batch whose size nobody asked for: the default network takes about 3 GB to learn from them."""
+"""Most pixels in a batch whose size was not specified: the default network needs about 3 GB to train on them."""
 
 
 class DataError(CommandError):
-    """A source that holds no usable labelled images."""
+    """A source without usable labelled images, or options that do not fit it."""
 
 
 def batch_of(size: tuple[int, int], most: int) -> int:
-    """How many images of ``size`` (height, width) to take at a time: ``most``, or fewer large ones, for memory."""
+    """Batch size for images of ``size`` (height, width): ``most``, or fewer of large images, to save memory."""
     return max(1, min(most, BATCH_PIXELS // (size[0] * size[1])))
 
 
@@ -72,11 +72,11 @@ class Split:
     images: Pixels
     labels: NDArray[np.int64]
     names: tuple[str, ...] = ()
-    """The file of each image, or its place in CIFAR-10."""
+    """The file of each image, or its index in CIFAR-10."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """Width and height of each image as it was found, before it took the size of ``images``."""
+    """Original width and height of each image, before resizing."""
     digests: tuple[int, ...] = ()
-    """Digest of the content of each file, as ``digest`` gives it: the same at every size of ``images``."""
+    """``digest`` of the content of each file: the same whatever the size of ``images``."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +84,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a source. ``test`` is for what measures a finished artifact, never for training or export."""
+    """The splits of a source. ``test`` is only for measuring finished artifacts, never for training or export."""
 
     source: str
     classes: tuple[str, ...]
@@ -92,9 +92,9 @@ class Data:
     val: Split
     test: Split
     skipped: tuple[str, ...] = field(default=())
-    """Files that could not be read, each with the reason."""
+    """Files and folders that were not used, each with the reason."""
     by_content: bool = False
-    """Whether what is in a file decides its split, as in a flat source: it is the same in every other such source."""
+    """Whether a file's content decides its split, as in a flat source: it has the same split in every such source."""
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class Data:
         return tuple(round(m, 3) for m in means), tuple(round(max(s, FLAT), 3) for s in stds)
 
     def sha256(self) -> str:
-        """Hash of every pixel and label of every split: the same data gives the same hash from any container."""
+        """Hash of all pixels and labels of all splits: the same data has the same hash whatever its container."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for split in (self.train, self.val, self.test):
             digest.update(np.ascontiguousarray(split.images).data)
@@ -121,19 +121,19 @@ class Data:
 
 
 Files = Mapping[str, bytes]
-"""The content of each file, by its path relative to the root of the source."""
+"""The content of each file, by path relative to the root of the source."""
 
 
 class Folder(Files):
-    """The files of a folder, read one at a time when they are asked for: photographs may be more than memory holds.
+    """The files of a folder, each read on access, because photographs may exceed memory.
 
-    Links to folders are followed, but for those that lead back to where they are. Raises ``OSError`` for a folder that
-    cannot be read: its images would be missing in silence.
+    Symbolic links to folders are followed, except in a cycle. Raises ``OSError`` for a folder that cannot be read,
+    whose images would otherwise be missing silently.
     """
 
     def __init__(self, root: Path) -> None:
         self.empty: list[str] = []
-        """Folders with nothing in them: a class whose images were not copied would be missing in silence."""
+        """Empty folders: a class whose images were not copied would otherwise be missing silently."""
         self._paths = {path.relative_to(root).as_posix(): path for path in _walk(root, self.empty)}
 
     def __getitem__(self, name: str) -> bytes:
@@ -151,9 +151,9 @@ class Folder(Files):
 
 
 def _walk(root: Path, empty: list[str]) -> Iterator[Path]:
-    """Every file in ``root``, and in what links lead to, but for one that leads round in a circle or up.
+    """Every file under ``root``, following links to folders except those that lead round in a cycle or up.
 
-    Folders in which there is nothing are added to ``empty``.
+    Adds empty folders to ``empty``.
     """
     above: dict[Path, frozenset[Path]] = {}
     for directory, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
@@ -192,8 +192,8 @@ def _is_image(content: bytes) -> bool:
 def load(source: str, size: tuple[int, int] | None = None) -> Data:
     """Decode all of ``source`` into memory, at ``size`` (height, width) or at a size chosen from the training images.
 
-    Raises ``DataError`` when the source is missing, offline, or has fewer than two classes, or one without images of
-    every split.
+    Raises ``DataError`` if the source is missing or offline, has fewer than two classes or a class without images in
+    some split, or needs more memory than there is.
     """
     if source == CIFAR10:
         return _load_cifar10(size)
@@ -222,7 +222,7 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
 
 
 def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
-    """Raise ``DataError`` where the pixels of so many images would have the kernel end this process."""
+    """Raise ``DataError`` if so many images need more memory than is available: the kernel would kill this process."""
     needed, available = COPIES * images * size[0] * size[1] * 3, available_memory()
     if needed > available:
         raise DataError(
@@ -232,7 +232,7 @@ def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that processes may still take, by the kernel's own estimate (``MemAvailable``, proc(5))."""
+    """Bytes of memory still available, by the kernel's own estimate (``MemAvailable``, proc(5))."""
     (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
 
@@ -242,7 +242,7 @@ def _load_cifar10(size: tuple[int, int] | None) -> Data:
 
     try:
         DOWNLOADS.mkdir(exist_ok=True)
-        # The first process to come downloads; the others of this machine wait, and find the files.
+        # The first process on this machine downloads; the others wait, and find the files.
         with (DOWNLOADS / "cifar10.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             train, test = (datasets.CIFAR10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
@@ -271,12 +271,12 @@ def _cifar10_split(part: Any, name: str, chosen: NDArray[np.bool_], size: tuple[
 
 
 def is_part_of(source: str, origin: str) -> bool:
-    """Whether a source is ``origin``, or a part of it, by its name: ``cifar10-jpeg.tar.gz`` is of ``cifar10``."""
+    """Whether a source is ``origin`` or a part of it, by its name: ``cifar10-jpeg.tar.gz`` is part of ``cifar10``."""
     return re.match(rf"{origin}(?!\d)", source) is not None
 
 
 def read_files(root: Path) -> Files:
-    """Every file of a folder or, held in memory, of a tar archive; raises ``DataError`` when it cannot be read."""
+    """The files of a folder or, held in memory, of a tar archive; raises ``DataError`` if it cannot be read."""
     content: dict[str, bytes] = {}
     try:
         if root.is_dir():
@@ -285,11 +285,11 @@ def read_files(root: Path) -> Files:
             for member in archive:
                 if file := archive.extractfile(member):
                     content[PurePosixPath(member.name).as_posix()] = file.read()
-            # An archive ends with a block of zeros; tarfile takes whatever else is there for its end, too.
+            # An archive ends with a block of zeros, but tarfile takes anything else there for the end, too.
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
-    # Beside its own errors, tarfile lets those of decompression through, and a KeyError for a link to nothing.
+    # Besides its own errors, tarfile lets decompression errors through, and a KeyError for a dangling link.
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
     return content
@@ -303,7 +303,7 @@ class Arrangement(NamedTuple):
     test: list[str]
     by_content: bool = False
     unused: tuple[str, ...] = ()
-    """Of no split, beside folders that are."""
+    """Files that belong to no split, though the source has folders of splits."""
 
 
 def _arrange(source: str, files: Files) -> Arrangement:
@@ -323,8 +323,8 @@ def _arrange(source: str, files: Files) -> Arrangement:
     unused = tuple(name for folder in by_folder.keys() - set(SPLITS.values()) for name in by_folder[folder])
     if val := by_folder.get("val"):
         return Arrangement(train, val, test, unused=unused)
-    # By position, not by content: the shipped models have trained on all but these validation images, and another draw
-    # would make training images of theirs validation images.
+    # By position, not by content: the shipped models were trained on all but these validation images; a different draw
+    # would put some of their training images into the validation split.
     held_out = stratified([PurePosixPath(name).parts[-2] for name in train], VALIDATION_SHARE).tolist()
     train, val = (
         [name for name, held in zip(train, held_out, strict=True) if held is wanted] for wanted in (False, True)
@@ -333,12 +333,13 @@ def _arrange(source: str, files: Files) -> Arrangement:
 
 
 def _hold_out(files: Files, names: list[str]) -> Arrangement:
-    """About TEST_SHARE of each class as test images and VALIDATION_SHARE of the rest, at least one each.
+    """Hold out about TEST_SHARE of each class for test and VALIDATION_SHARE of the rest for validation, at least one.
 
-    What is in a file decides, not its place or name: its digest is below a limit, or the lowest of the class. So no
-    training image is held out once there are more files, or the folder has another name; else a model that goes on
-    from one of the smaller folder would be judged on images that it knows. Only in a class so small that none would
-    be left for training does the number of its images count as well. What is no image is left to those who tell of it.
+    A file's content decides, not its position or name: it is held out if its digest is below a limit, or the lowest of
+    its class. So a training image stays one when files are added or the folder is renamed; otherwise a model that
+    continues from one of the smaller folder would be evaluated on images it has seen. Only in a class so small that
+    none would be left for training does the number of images matter too. Files that are no images are put into
+    training, where decoding reports them.
     """
     by_class: dict[str, list[tuple[float, str]]] = {}
     train: list[str] = []
@@ -371,12 +372,12 @@ def _has_header(content: bytes) -> bool:
 
 
 def digest(content: bytes) -> int:
-    """The first bits of the SHA-256 of a file."""
+    """The first ``DIGEST_BITS`` bits of the SHA-256 of ``content``."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) >> (64 - DIGEST_BITS)
 
 
 def stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]:
-    """A mask over ``labels`` that holds out ``share`` of each class, at least one of it, at random but seeded."""
+    """A mask over ``labels`` (N,) that holds out ``share`` of each class, at least one image, by a fixed seed."""
     rng = np.random.default_rng(SPLIT_SEED)
     values = np.asarray(labels)
     mask = np.zeros(len(values), bool)
@@ -387,7 +388,7 @@ def stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]
 
 
 def _choose_size(contents: Iterable[bytes]) -> tuple[int, int]:
-    """A square of the median shorter side of the training images, in steps of 8 between 16 and 224 pixels."""
+    """A square with the median shorter side of the training images, in steps of 8 between 16 and 224 pixels."""
     sides = []
     for content in contents:
         try:

@@ -1,12 +1,12 @@
-"""Measure an artifact on its test images, through the very code that serves.
+"""Measure an artifact on its test images, through the same code that serves.
 
     python -m train.evaluate model/pretrained SOURCE [--runtime torch --runtime onnx --runtime onnx-int8]
     python -m train.evaluate model/pretrained SOURCE --url http://localhost:3000
 
-The first prints accuracy with a 95 % interval, each class, the confusion matrix, the calibration error and the speed of
-one CPU core, for every runtime, and writes the figures into the artifact's card. The second sends the test images to a
-running service, and only prints; the variable CLASSIFIER_API_KEY holds its key, where it asks for one. Test images are
-for commands that measure a finished artifact, as this one does.
+The first form prints, for every runtime, accuracy with a 95 % interval, recall per class, the confusion matrix, the
+calibration error and the speed on one CPU core, and writes the figures into the artifact's card. The second sends the
+test images to a running service, and only prints; set the environment variable CLASSIFIER_API_KEY if the service
+requires a key. Test images are only for commands that, like this one, measure a finished artifact.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ from train.data import Data, DataError, Split, batch_of, load, test_files
 
 BATCH = 100
 THREADS = len(os.sched_getaffinity(0))
-"""Of an engine that judges many images; its speed is measured with one."""
+"""Threads of an engine that classifies many images; its speed is measured with one."""
 PATIENCE_SECONDS = 60.0
-"""Longest wait for a service that is overloaded or restarts."""
+"""Longest wait for a service that is overloaded or restarting."""
 ECE_BINS = 15
 Z_95 = 1.959964
 SET_LEVELS = (0.9, 0.95, 0.99)
 SPEED_BATCH = 8
 INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp")
-"""Extensions of x86, then of ARM, the best first: INT8 is several times faster with one than with another."""
+"""Extensions of x86, then of ARM, the best first: the speed of INT8 differs several times between them."""
 MAX_INT8_LOSS = 0.003
-"""Largest share of images that INT8 may get wrong beyond what FP32 does."""
+"""Largest loss of accuracy allowed for INT8 against FP32."""
 
 
 def tolerance(loss: float, images: int) -> float:
-    """How much accuracy may be lost on so many images, of which a single one is noise: ``loss``, where that is more."""
+    """Loss of accuracy allowed on ``images`` images: ``loss``, or one and a half images if more, since one is noise."""
     return max(loss, 1.5 / images)
 
 
 def int8_tolerance(images: int) -> float:
-    """How much accuracy INT8 may lose on so many images."""
+    """Loss of accuracy allowed for INT8 on ``images`` images."""
     return tolerance(MAX_INT8_LOSS, images)
 
 
 def within(found: float, limit: float) -> bool:
-    """Whether ``found``, a difference of floats, is at most ``limit``: 0.914 - 0.909 is a little more than 0.005."""
+    """Whether ``found``, a difference of floats, is at most ``limit`` up to rounding: 0.914 - 0.909 exceeds 0.005."""
     return round(found - limit, 6) <= 0
 
 
@@ -79,7 +79,7 @@ def accuracy_interval(hits: float, count: int) -> tuple[float, float]:
 
 
 class Reliability(NamedTuple):
-    """What a reliability diagram shows of each equal-width bin of confidence, from 0 to 1; each (bins,)."""
+    """A reliability diagram: figures of each equal-width bin of confidence from 0 to 1; each (bins,)."""
 
     images: Labels
     confidence: NDArray[np.float64]
@@ -87,7 +87,7 @@ class Reliability(NamedTuple):
 
     @classmethod
     def of(cls, figures: Mapping[str, Any]) -> Reliability:
-        """As it stands in a card."""
+        """Read it from the figures in a card."""
         return cls(*(np.asarray(figures["reliability"][name]) for name in cls._fields))
 
 
@@ -107,10 +107,10 @@ def expected_calibration_error(probabilities: Probabilities, labels: Labels, bin
 
 
 def calibration_error_by_chance(found: Reliability) -> float:
-    """The calibration error to expect of as many images in the same bins if their confidence were exactly right.
+    """The calibration error expected of the same number of images per bin if their confidence were exactly right.
 
-    Of each bin it is the mean deviation of a binomial, in De Moivre's closed form (Diaconis & Zabell, 1991, Statistical
-    Science 6:284).
+    For each bin it is the mean absolute deviation of a binomial, in De Moivre's closed form (Diaconis & Zabell, 1991,
+    Statistical Science 6:284).
     """
     deviation = 0.0
     for images, p in zip(map(round, found.images), found.confidence, strict=True):
@@ -127,14 +127,14 @@ def confusion_matrix(verdicts: Labels, labels: Labels, classes: int) -> NDArray[
 
 
 def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
-    """(N, K + 1) outputs for all ``images``, in batches, under a progress bar."""
+    """(N, K + 1) outputs for all ``images``, in batches, with a progress bar."""
     batch = batch_of(images.shape[1:3], BATCH)
     starts = tqdm(range(0, len(images), batch), desc=runtime.name, unit="batch", leave=False, disable=None)
     return np.concatenate([runtime(images[start : start + batch]) for start in starts])
 
 
 def figures(outputs: Outputs, split: Split, artifact: Artifact, runtime: str) -> dict[str, Any]:
-    """The metrics of one runtime as they stand in the card."""
+    """The metrics of one runtime, as stored in the card."""
     config = artifact.config
     probabilities = calibrated(outputs, config.temperature)
     matrix = confusion_matrix(probabilities.argmax(axis=1), split.labels, len(config.classes))
@@ -160,7 +160,7 @@ def figures(outputs: Outputs, split: Split, artifact: Artifact, runtime: str) ->
 def prediction_sets(
     probabilities: Probabilities, labels: Labels, artifact: Artifact, runtime: str
 ) -> dict[str, dict[str, float]]:
-    """How often the set of a level holds the true class, and how many classes it holds on average."""
+    """For each level, how often the prediction set holds the true class, and its mean size in classes."""
     classifier = Classifier(artifact.config, artifact.reference(runtime))
     result = {}
     for level in SET_LEVELS:
@@ -173,7 +173,7 @@ def prediction_sets(
 
 
 def require_own_data(artifact: Artifact, data: Data) -> None:
-    """Raise ``DataError`` unless ``artifact`` was trained on ``data``: test images of others may be training images."""
+    """Raise ``DataError`` unless ``artifact`` was trained on ``data``: otherwise test images may be training images."""
     if data.classes != artifact.config.classes:
         raise DataError(f"{data.source}: classes {list(data.classes)}; expected {list(artifact.config.classes)}")
     if artifact.card["training"]["data_sha256"] != data.sha256():
@@ -198,7 +198,7 @@ def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, d
 
 
 def device(runtime: str) -> dict[str, Any]:
-    """What the runtime of that name computes on here: one core, but a GPU where ``torch`` finds one."""
+    """The device that ``runtime`` uses here: a GPU if ``torch`` finds one, otherwise one CPU core."""
     if runtime == TORCH and cuda_devices():
         import torch
 
@@ -207,7 +207,7 @@ def device(runtime: str) -> dict[str, Any]:
 
 
 def cpu_name(cpuinfo: str | None = None) -> str:
-    """The processor and what it multiplies integers with, as the kernel calls them in ``/proc/cpuinfo``."""
+    """The processor and its best integer instructions, as named in ``/proc/cpuinfo``."""
     if cpuinfo is None:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     name = re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE)
@@ -217,7 +217,7 @@ def cpu_name(cpuinfo: str | None = None) -> str:
 
 
 def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:
-    """Write ``metrics`` into the artifact's card, beside what other commands measured."""
+    """Write ``metrics`` into the artifact's card, keeping what other commands measured."""
     return seal(artifact.path, {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), **metrics}})
 
 

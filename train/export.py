@@ -1,9 +1,9 @@
-"""Turn a finished run into an artifact that serves, and refuse one whose INT8 form lost accuracy.
+"""Turn a finished run into an artifact ready to serve; refuse it if INT8 loses too much accuracy.
 
     python -m train.export runs/flowers SOURCE --out model/pretrained
 
-SOURCE is the data of the run: its training images calibrate INT8 and are what drift is measured against, its validation
-images fit the temperature and decide the parity gate. The test images are not touched.
+SOURCE is the data of the run: its training images calibrate INT8 and are the baseline for drift; its validation images
+fit the temperature and decide the parity gate. The test images are not touched.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ from train.evaluate import int8_tolerance, run_runtime, within
 CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16
 BANK_IMAGES = 512
-"""Training images whose features are kept to tell foreign images."""
+"""Training images whose features are kept to detect foreign images."""
 STATISTICS_IMAGES = 4096
-"""Training images that say what is usual: the edges of few would be chance, by which ordinary images seem to drift."""
+"""Training images behind the drift baseline: quantiles of few are noisy, and ordinary images would seem to drift."""
 BATCH = 250
 LARGE_CONSTANT = 1024
-"""Numbers from which on a constant is worth storing in FP16."""
+"""Least number of elements for which a constant is worth storing in FP16."""
 OPSET = 18
 
 
 class ParityError(CommandError):
-    """An export whose formats do not agree."""
+    """An export whose INT8 form loses too much accuracy against FP32."""
 
 
 def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
     """The configuration and the trained network of a run folder, with every matrix rounded to FP16.
 
-    Rounding first makes every format an image of the same weights, and lets the larger ones be stored in FP16.
+    Rounding first gives every format the same weights, and allows the larger ones to be stored in FP16.
     """
     config = ModelConfig.load(run / files.CONFIG)
     network = ConvNet(config).eval()
@@ -73,15 +73,15 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
 
 
 def _round(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """FP16 for convolutions and the head; normalisation (of pixels and batches) keeps its digits."""
+    """FP16 for convolutions, head and bank; normalisation (of pixels and batches) keeps its precision."""
     is_matrix = tensor.ndim > 1 and "normalize" not in name
     return tensor.half() if is_matrix else tensor
 
 
 class Folded(nn.Module):
-    """The network as inference engines like it: normalisation and BatchNorm folded into the convolutions.
+    """The network for inference: normalisation and BatchNorm folded into the convolutions.
 
-    A maximum commutes with a per-channel affine map of positive slope, so that a BatchNorm after pooling folds as well.
+    A maximum commutes with a per-channel affine map of positive slope, so a BatchNorm after max pooling folds as well.
     """
 
     def __init__(self, served: ServedNet) -> None:
@@ -100,7 +100,7 @@ class Folded(nn.Module):
 
 
 def _fold_normalize(conv: nn.Conv2d, normalize: Normalize) -> nn.Conv2d:
-    """conv((x - mean) / std) as one convolution of raw pixels; exact, for the stem has no padding."""
+    """conv((x - mean) / std) as one convolution of raw pixels; exact, because the stem has no padding."""
     folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size)  # type: ignore[arg-type]
     with torch.no_grad():
         weight = conv.weight / normalize.std
@@ -145,14 +145,14 @@ def export_onnx(served: ServedNet, config: ModelConfig, path: Path) -> None:
 def store_half(path: Path, weights: Path | None = None) -> None:
     """Rewrite the large constants of an ONNX file as FP16 behind a Cast, which engines fold away when they load it.
 
-    Those that are rows of a tensor of ``weights``, a safetensors file beside it, times a factor each (by which
-    BatchNorm was folded into them) are not stored again: the file refers to that one.
+    Constants that equal a tensor of ``weights``, a safetensors file beside it, with each row scaled by a factor (from
+    folding BatchNorm) are not stored again: the file refers to that tensor.
     """
     model = onnx.load(path)
     shared = Shared(weights) if weights else None
     nodes = []
     for constant in model.graph.initializer:
-        # The stem is small and stays FP32: it sees raw pixels, of which FP16 weights would lose a hundred times more.
+        # The stem is small and stays FP32: it sees raw pixels, on which FP16 weights would lose a hundred times more.
         if constant.data_type != TensorProto.FLOAT or math.prod(constant.dims) < LARGE_CONSTANT:
             continue
         name, key = constant.name, constant.name.removeprefix("served.")
@@ -175,7 +175,7 @@ def store_half(path: Path, weights: Path | None = None) -> None:
 
 
 class Shared:
-    """A safetensors file as external data of ONNX: its tensors lie in it as plain little-endian rows."""
+    """A safetensors file as external data of ONNX: it stores its tensors as plain little-endian rows."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._tensors = path, load_file(path)
@@ -184,7 +184,7 @@ class Shared:
             self._header, self._start = json.loads(file.read(length)), 8 + length
 
     def factors(self, key: str, values: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """What each row of the tensor ``key`` is multiplied with to give ``values``; None when it is not that."""
+        """The factor of each row by which the tensor ``key`` becomes ``values``; None if there is no such factor."""
         tensor = self._tensors.get(key)
         if tensor is None or tensor.shape != values.shape:
             return None
@@ -195,7 +195,7 @@ class Shared:
         return np.asarray(factors.reshape(-1, *[1] * (values.ndim - 1)), np.float32)
 
     def refer(self, constant: TensorProto, name: str, key: str) -> None:
-        """Make ``constant`` an FP16 tensor called ``name`` whose content is that of ``key``."""
+        """Turn ``constant`` into an FP16 tensor called ``name`` with the content of the tensor ``key``."""
         begin, end = self._header[key]["data_offsets"]
         dims = [*constant.dims]
         constant.Clear()
@@ -223,8 +223,9 @@ class Calibration(CalibrationDataReader):  # type: ignore[misc]
 def quantize(source: Path, target: Path, images: Pixels) -> None:
     """Static INT8: 8-bit activations, per-channel 7-bit weights, the first and the last layer left in FP32.
 
-    Seven bits because processors without VNNI add pairs of products in 16 bits and would saturate: with them the
-    artifact gives the same answer on every x86. The stem stays FP32 because whitening subtracts nearly equal pixels.
+    Weights have seven bits because processors without VNNI add pairs of products in 16 bits, which would saturate: this
+    way the artifact gives the same answer on every x86. The stem stays FP32 because whitening subtracts nearly equal
+    pixels.
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
@@ -246,7 +247,7 @@ def quantize(source: Path, target: Path, images: Pixels) -> None:
 
 
 def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]:
-    """Accuracy of both formats and how often they agree; raises ``ParityError`` when INT8 loses too much."""
+    """Accuracy of both formats and the share on which they agree; raises ``ParityError`` if INT8 loses too much."""
     said = verdicts(fp32), verdicts(int8)
     accuracies = [float((v == split.labels).mean()) for v in said]
     tolerance = int8_tolerance(len(split))
@@ -264,7 +265,7 @@ def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]
 
 
 def evenly_spaced(images: Pixels, count: int) -> Pixels:
-    """``count`` of ``images``, or all that there are, at even distances: folders come sorted by class."""
+    """``count`` of ``images``, or all if there are fewer, evenly spaced because they are sorted by class."""
     chosen = np.linspace(0, len(images), min(len(images), count), endpoint=False).astype(int)
     return np.asarray(images[chosen])
 
@@ -277,10 +278,10 @@ def git_commit() -> str:
 
 
 def export(run: Path, data: Data, out: Path) -> Artifact:
-    """Write the artifact of ``run`` to ``out``, which is left as it was when anything is wrong.
+    """Write the artifact of ``run`` to ``out``, which stays as it was on any error.
 
-    Raises ``DataError`` for an unfinished run or other data, ``ParityError`` when INT8 loses accuracy, and
-    ``VerificationError`` when a runtime contradicts the others.
+    Raises ``DataError`` for an unfinished run or other data, ``ParityError`` if INT8 loses too much accuracy, and
+    ``VerificationError`` if a runtime does not reproduce the reference outputs.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:

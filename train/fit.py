@@ -1,16 +1,16 @@
 """Train the network on a source of labelled images.
 
     python -m train.fit SOURCE --name flowers --out runs/flowers [--resume]
-    torchrun --nproc-per-node=4 -m train.fit …      # on four GPUs; train/parallel.py tells what differs
+    torchrun --nproc-per-node=4 -m train.fit …      # on four GPUs; train/parallel.py explains what differs
 
-Writes to ``--out``: ``config.json``, ``checkpoint.safetensors`` after every epoch (weights, momentum and position, no
-pickle) and ``run.json`` (the command, data, figures of each epoch, wall time). Ctrl-C or a kill loses the unfinished
-epoch at most: ``--resume`` goes on from the last finished one, and an epoch's random numbers depend on the seed and on
-its index alone, so the resumed run is the same run.
+Writes to ``--out``: ``config.json``; after every epoch ``checkpoint.safetensors`` (weights, momentum and position, no
+pickle); at the end ``run.json`` (the command, data, figures of each epoch, wall time). Ctrl-C or a kill loses at most
+the unfinished epoch: ``--resume`` continues from the last finished one, and an epoch's random numbers depend only on
+the seed and its index, so the resumed run is the same run.
 
 The recipe is that of cifar10-airbench (Jordan, 2024, arXiv:2404.00498), stretched over more epochs: Muon for the
-filters and SGD for the rest on one triangular schedule, label smoothing, alternating flip, translation and cutout.
-Added are zoom, because users send objects of every size, and smaller images in the first epochs (progressive resizing,
+filters and SGD for the rest on one triangular schedule, label smoothing, alternating flip, translation and cutout. It
+adds zoom, because users send objects of every size, and a lower resolution in the first epochs (progressive resizing,
 as in fast.ai's DAWNBench entry of 2018), because two CPU cores then finish sooner.
 """
 
@@ -48,29 +48,29 @@ from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_rec
 from train.strips import in_strips, strips_pay
 
 SMALLEST_MAP = 3
-"""Stages halve the input until it is about this small."""
+"""Least side of the last feature map: stages halve the input as often as that allows."""
 WHITENING_IMAGES = 5000
 VALIDATION_BATCH = 500
 EPOCH_STEPS = 20
-"""Fewest, where the size of a batch is not asked for and allows it: an epoch of one step teaches little."""
+"""Least steps per epoch when choosing the batch size, as far as ``SMALLEST_BATCH`` allows: one step teaches little."""
 SMALLEST_BATCH = 16
-"""BatchNorm needs some images."""
+"""BatchNorm needs several images."""
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel."""
 
 
 def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
-    """What follows from the data: classes, size and normalisation; and as many stages as the size allows."""
+    """Classes, input size and normalisation from the data, and as many stages as the size allows."""
     return _config(name, data.classes, data.input_size, data.channel_statistics(), recipe)
 
 
 def choose_batch_size(images: int, size: tuple[int, int]) -> int:
-    """Batch size for so many training images of ``size`` (height, width)."""
+    """Batch size for ``images`` training images of ``size`` (height, width)."""
     return max(SMALLEST_BATCH, min(batch_of(size, DEFAULTS.batch_size), images // EPOCH_STEPS))
 
 
 def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
-    """Raise ``DataError`` for options that no data would make valid."""
+    """Raise ``DataError`` for options that are invalid whatever the data."""
     _config(name, ("one", "other"), size or (MIN_SIDE,) * 2, ((0.0,) * 3, (1.0,) * 3), recipe)
 
 
@@ -104,7 +104,7 @@ def _config(
 
 @torch.no_grad()
 def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
-    """How many images of ``split`` ``network`` gets right, evaluated as it was trained (mixed precision)."""
+    """How many images of ``split`` the ``network`` gets right (scalar), in mixed precision as in training."""
     network.eval()
     hits = torch.zeros((), device=device)
     batch_size = batch_of(split.images.shape[1:3], VALIDATION_BATCH)
@@ -118,7 +118,7 @@ def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
 
 
 class Fit:
-    """One training run: a network, its optimiser, and where in the schedule it stands."""
+    """One training run: a network, its optimisers, and its position in the schedule."""
 
     def __init__(
         self, config: ModelConfig, data: Data, recipe: Recipe, out: Path, device: torch.device, group: Group
@@ -151,26 +151,26 @@ class Fit:
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.data_sha256 = data.sha256()
         self.digests: set[int] | None = set(data.train.digests)
-        """Digests of the files that the network has learned from; None when ``--start`` does not tell its own."""
+        """Digests of the files that the network has been trained on; None if ``--start`` does not record its own."""
         self.epochs_done = 0
         self.history: list[dict[str, float]] = []
 
     def _network(self, config: ModelConfig) -> ConvNet:
-        """With random weights, as the device computes it fastest."""
+        """A network with random weights, in the form that is fastest on the device."""
         network = ConvNet(config).to(self.device)
         if strips_pay(self.device):
             in_strips(network)
         return network
 
     def _pace(self, step: int) -> float:
-        """What the learning rates are multiplied with: up in a straight line to 1, then down to 0."""
+        """Factor of the learning rates: rises linearly to 1, then falls linearly to 0."""
         total = self.recipe.epochs * len(self.batches)
         rise = max(1, int(self.recipe.warmup * total))
         return min((step + 1) / rise, (total - step) / (total - rise + 1))
 
     def run(self, progress: tqdm[Any]) -> None:
-        """Train to the last epoch, a checkpoint after each."""
-        self.validate()  # the epoch that a kill kept from it
+        """Train to the last epoch, writing a checkpoint after each."""
+        self.validate()  # the last epoch, if a kill prevented it
         while self.epochs_done < self.recipe.epochs:
             started = time.perf_counter()
             loss, hits = self._epoch(progress)
@@ -185,7 +185,7 @@ class Fit:
                     "seconds": round(seconds, 1),
                 }
             )
-            # Before it is validated: a kill meanwhile, for memory, costs no epoch.
+            # Before validation, so that a kill during it (out of memory) costs no epoch.
             self.save()
             self.validate()
             progress.write("  ".join(f"{key} {value:g}" for key, value in self.history[-1].items()))
@@ -200,7 +200,7 @@ class Fit:
                     group["lr"] = rate * self._pace(step)
                 optimizer.zero_grad(set_to_none=True)
             sums += self.backward(batch)
-            # The gradients are the same in every process, and so is a step, or that the scaler skips it.
+            # The gradients are the same in every process, and so is the step, or the scaler's decision to skip it.
             for optimizer, _ in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
@@ -217,7 +217,7 @@ class Fit:
     def backward(self, batch: Batch) -> Tensor:
         """Set the gradients of the mean loss over a batch.
 
-        Returns the sum of losses, the number of hits and the number of images of the share.
+        Returns (3,): the sum of losses, the number of hits and the number of images of the share.
         """
         with autocast(self.device):
             logits = self.network(batch.views)
@@ -228,10 +228,10 @@ class Fit:
         return torch.stack([loss.detach(), hits, torch.full_like(hits, len(batch.labels))])
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Loss by the labels and by a teacher who sees the image uncorrupted (Beyer et al., 2022, arXiv:2106.05237).
+        """Loss by the labels and a teacher that sees the images uncorrupted (Beyer et al., 2022, arXiv:2106.05237).
 
-        Each batch has one teacher, in turn, who sees it mirrored every other time. The gradient is linear in what is
-        taught: on average the student learns from the mean of them all, at the cost of one.
+        The teachers take turns, one per batch, and see it mirrored every other time. The gradient is linear in the
+        teacher's probabilities: on average the student learns from the mean of all teachers, at the cost of one.
         """
         recipe = self.recipe
         by_label = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing, reduction="sum")
@@ -252,7 +252,7 @@ class Fit:
             buffer /= self.group.size
 
     def validate(self) -> None:
-        """Complete what the history tells of the last epoch, unless it is complete, and write the checkpoint."""
+        """Add the validation accuracy of the last epoch to the history, if missing, and write the checkpoint."""
         if not self.history or "val_accuracy" in self.history[-1]:
             return
         split = self.data.val
@@ -263,7 +263,7 @@ class Fit:
         self.save()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds: the tensors, and the position in the schedule."""
+        """The content of a checkpoint: tensors, and the position in the schedule."""
         tensors = {f"network.{n}": t for n, t in self.network.state_dict().items()}
         for name, state in self.states.items():
             if "momentum_buffer" in state:
@@ -281,7 +281,7 @@ class Fit:
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, position
 
     def restore(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
-        """Take up what ``state`` gave."""
+        """Restore what ``state`` returned."""
         self.network.load_state_dict(
             {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
         )
@@ -289,11 +289,11 @@ class Fit:
             if f"momentum.{name}" in tensors:
                 state["momentum_buffer"] = tensors[f"momentum.{name}"].to(self.device)
         self.epochs_done, self.history = position["epochs_done"], position["history"]
-        if self.scaler.is_enabled() and position["scaler"]:  # a run that was begun without a GPU has none
+        if self.scaler.is_enabled() and position["scaler"]:  # a run that began without a GPU has none
             self.scaler.load_state_dict(position["scaler"])
 
     def save(self) -> None:
-        """Write the checkpoint, by the first process; a kill in mid-write leaves the previous checkpoint whole."""
+        """Write the checkpoint, in the first process only; a kill in mid-write leaves the previous one intact."""
         if self.group.rank > 0:
             return
         tensors, position = self.state()
@@ -302,7 +302,7 @@ class Fit:
         partial.replace(self.out / CHECKPOINT)
 
     def begin_alike(self) -> None:
-        """Take up the first process's state, in every process: its weights, and where it resumes."""
+        """Give every process the state of the first: its weights, and where it resumes."""
         tensors, position = self.group.from_first(self.state())
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{self.data.source}: process {self.group.rank} found other data there than the first one")
@@ -344,7 +344,7 @@ class Fit:
             )
 
     def take_teacher(self, trained: Trained) -> None:
-        """Learn from the network of ``trained`` too; raises ``DataError`` for one of other classes or another size."""
+        """Learn from the network of ``trained`` too; raises ``DataError`` if its classes or input size differ."""
         classes = trained.config.classes
         if classes != self.data.classes:
             raise DataError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
@@ -358,7 +358,7 @@ class Fit:
             print(f"--teacher {trained.path}: was trained on other data, {trained.record['source']}")
 
     def resume(self) -> None:
-        """Take up the checkpoint in ``out``; raises ``DataError`` when recipe, data, start or teachers are others."""
+        """Restore the checkpoint in ``out``; raises ``DataError`` if the recipe, data, start or teachers differ."""
         path = self.out / CHECKPOINT
         if not path.exists():
             raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
@@ -366,7 +366,7 @@ class Fit:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
         wanted = self.recipe.model_dump()
-        begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # of a run that is older than a hyperparameter
+        begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # older runs lack newer hyperparameters
         if differing := [name for name in wanted if begun[name] != wanted[name]]:
             theirs, ours = ({name: told[name] for name in differing} for told in (begun, wanted))
             raise DataError(f"{path}: its recipe has {theirs}; expected {ours}")
@@ -386,7 +386,7 @@ def _short(digests: list[str]) -> str:
 
 
 def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
-    """What ``run.json`` and later the card tell of a run; a resumed part counts in ``training_seconds`` alone."""
+    """The record of a run for ``run.json`` and the card; ``training_seconds`` alone includes time before a resume."""
     return {
         "command": command,
         "source": Path(fit.data.source).name,
@@ -443,7 +443,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
 
 
 def read_recipe(given: dict[str, Any], where: str = "") -> Recipe:
-    """The recipe of these hyperparameters; raises ``DataError`` naming ``where``, the flag, its value and its bound."""
+    """The recipe with these hyperparameters; raises ``DataError`` with ``where``, the flag, its value and its bound."""
     try:
         return Recipe(**given)
     except ValidationError as error:
@@ -451,7 +451,7 @@ def read_recipe(given: dict[str, Any], where: str = "") -> Recipe:
 
 
 def _wrong_flag(error: ValidationError, where: str = "") -> DataError:
-    """One line for the first value that is wrong."""
+    """One line about the first invalid value."""
     wrong = error.errors()[0]
     return DataError(f"{where}{_flag(str(wrong['loc'][0]))} {wrong['input']!r}: {wrong['msg']}")
 
@@ -461,11 +461,11 @@ def _flag(name: str) -> str:
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
-    """Resume the run in ``--out``, or write down a new one; raises ``DataError`` for a run of another name."""
+    """Resume the run in ``--out``, or start a new one there; raises ``DataError`` for a run of another name."""
     if resume:
         fit.resume()
         path = fit.out / CONFIG
-        # A kill before the first epoch may have left none.
+        # After a kill before the first epoch there may be none.
         if path.exists() and (name := ModelConfig.load(path).name) != config.name:
             raise DataError(f"{path}: its --name is {name!r}; expected {config.name!r}")
     fit.save()
@@ -473,7 +473,7 @@ def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
 
 
 def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
-    """All of a run, in each of its processes; the first one writes its files."""
+    """A whole run, in each of its processes; the first one writes the files."""
     started = time.time()
     size = (options.size,) * 2 if options.size else None
     check_options(options.name, size, recipe)
@@ -489,7 +489,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
         recipe = recipe.model_copy(update={"batch_size": choose_batch_size(len(data.train), data.input_size)})
     config = build_config(options.name, data, recipe)
     if start:
-        # Its filters have learned from images that were normalised so.
+        # Its filters were trained on images with this normalisation.
         config = config.model_copy(update={"mean": start.config.mean, "std": start.config.std})
     fit = Fit(config, data, recipe, options.out, device, group)
     if start:
@@ -505,7 +505,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
         f"on {group.size} x {device.type}, {len(fit.batches)} steps an epoch"
     )
     try:
-        # Without a terminal (a log file) a bar once a minute is plenty.
+        # Without a terminal (in a log file), update the bar once a minute.
         interval = 0.5 if sys.stderr.isatty() else 60
         with tqdm(total=total, initial=done, unit="img", mininterval=interval, maxinterval=interval) as progress:
             fit.run(progress)
@@ -522,7 +522,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
 def write_run(
     fit: Fit, findings: dict[str, Any], start: Trained | None, teachers: list[Trained], started: float
 ) -> None:
-    """``run.json``, which makes the run a finished one."""
+    """Write ``run.json``, which marks the run as finished."""
     about: dict[str, object] = {**describe_run(fit, typed(sys.argv[1:]), started), "check": findings}
     if teachers:
         about["teachers"] = [teacher.record for teacher in teachers]
@@ -532,19 +532,20 @@ def write_run(
 
 
 def typed(arguments: list[str]) -> str:
-    """The command, as the public card tells it: of a path of this machine its last part."""
+    """The command for the card, which is public: absolute paths are cut to their last part."""
     told = []
     for argument in arguments:
-        # Of --out=/home/me/run it is what follows the sign.
+        # In --out=/home/me/run the path follows the sign.
         option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
         told.append(option + sign + (Path(value).name if Path(value).is_absolute() else value))
     return shlex.join(["python", "-m", "train.fit", *told])
 
 
 def keep_memory() -> None:
-    """Let glibc reuse large blocks that were freed.
+    """Make glibc reuse large freed blocks.
 
-    It would return each to the system and get it back zeroed, page by page: a seventh of an epoch's time on a CPU.
+    By default it returns each to the system and gets it back zeroed, page by page: a seventh of an epoch's time on a
+    CPU.
     """
     m_trim_threshold, m_mmap_threshold, never = -1, -3, 2**31 - 1  # <malloc.h>
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in other C libraries

@@ -1,9 +1,9 @@
-"""Measure how well an artifact tells foreign images from those of its test split.
+"""Measure how well an artifact tells foreign (out-of-distribution) images from those of its test split.
 
     python -m train.foreign model/pretrained SOURCE [--photos FOLDER_OR_TAR]
 
-Foreign are four kinds of made images (noise, blobs, letters, waves) and, of ``--photos``, every image that lies in a
-folder not named after a class. The figures go into the artifact's card, for the runtime that serves on a CPU.
+The foreign images are of four synthetic kinds (noise, blobs, letters, waves) and, from ``--photos``, every image in a
+folder not named after a class. The figures are for the runtime that serves on a CPU, and go into the artifact's card.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from train.data import DataError, load, read_files
 from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
 
 MADE = 500
-"""Images of each kind."""
+"""Number of synthetic images of each kind."""
 Maker = Callable[[np.random.Generator, tuple[int, int]], Pixels]
 
 
@@ -74,7 +74,7 @@ KINDS: dict[str, Maker] = {"noise": noise, "blobs": blobs, "letters": letters, "
 
 
 def foreign_photos(source: str, classes: tuple[str, ...], size: tuple[int, int]) -> Pixels:
-    """Every readable image of ``source`` in a folder that is no class; raises ``DataError`` when there is none."""
+    """Every readable image of ``source`` in a folder not named after a class; raises ``DataError`` if there is none."""
     images = []
     files = read_files(Path(source))
     for name in sorted(files):
@@ -89,7 +89,7 @@ def foreign_photos(source: str, classes: tuple[str, ...], size: tuple[int, int])
 
 
 def measure(classifier: Classifier, ordinary: Outputs, foreign: dict[str, Outputs]) -> dict[str, Any]:
-    """AUROC of each kind, and the share that would be told as foreign."""
+    """AUROC of each kind, and the share that would be called foreign."""
     kinds = {
         kind: {
             "images": len(outputs),

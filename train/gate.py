@@ -1,12 +1,12 @@
-"""Is a new model at least as good as the one it replaces? Exit status 1 says no.
+"""Is a new model at least as good as the one it replaces? Exit status 1 means no.
 
     python -m train.gate runs/NAME/artifact model/pretrained [--data SOURCE]
 
-Accuracy and calibration come from the cards (`train.evaluate` writes them), speed is measured here on both. A base with
-figures of corrupted images (`train.robustness`) wants them of the candidate: what a recipe without corruptions loses
-shows nowhere else. Figures on other test images cannot be compared: a base that was trained on other data is measured
-anew on those of SOURCE, the candidate's data, corrupted ones included if its card has figures of them. It may have
-learned some of them, which makes the gate no easier to pass.
+Accuracy and calibration come from the cards (written by `train.evaluate`); speed is measured here for both. If the base
+has figures for corrupted images (`train.robustness`), so must the candidate: what a recipe without corruptions loses
+shows nowhere else. Figures on different test images cannot be compared: a base trained on other data is measured again
+on those of SOURCE, the candidate's data, corrupted ones included if its card has figures for them. The base may have
+been trained on some of them, which makes the gate no easier to pass.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from train.evaluate import (
 from train.robustness import IMAGES, robustness, sample
 
 RUNTIME = ONNX_INT8
-"""The runtime that serves on a CPU; accuracy and calibration are judged on it."""
+"""The runtime that serves on a CPU; accuracy and calibration are compared on it."""
 ACCURACY_LOSS = 0.005
-"""Or one test image and a half, where that is more."""
+"""Or one and a half test images, if that is more."""
 CALIBRATION_LOSS = 0.01
-"""Or what chance alone makes of exact confidence, where that is more: of few test images it is."""
+"""Or the calibration error expected by chance, if that is more, as it is with few test images."""
 ROBUSTNESS_LOSS = 0.01
-"""Bearable loss on corrupted images: more than on clean ones, for they are fewer, and chance moves it more."""
+"""Loss allowed on corrupted images: larger than on clean ones, because they are fewer and chance moves it more."""
 SLOWDOWN = 1.1
 BATCH, ROUNDS = 32, 40
 
 Row = tuple[str, float, float]
-"""Name of a figure, by how much the new model is worse, and by how much it may be."""
+"""Name of a figure, by how much the new model is worse, and by how much it may be worse."""
 
 
 def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row]:
@@ -69,7 +69,10 @@ def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row
 
 
 def corrupted(new: dict[str, Any], old: dict[str, Any]) -> list[Row]:
-    """The row for corrupted images, none for a base without figures of them. Other images are not compared."""
+    """The row for corrupted images; none for a base without figures for them.
+
+    Raises ``CommandError`` if the two cards were measured on different images.
+    """
     if "robustness" not in old:
         return []
     if "robustness" not in new:
@@ -106,7 +109,7 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
 
 
 def slowdown(new: Artifact, old: Artifact) -> float:
-    """Ratio of the processor times of the fastest batches, measured in turns: a busy machine does not count."""
+    """Processor time of the fastest batch, new over old, measured in turns so that other load hardly matters."""
     times: dict[int, list[float]] = {0: [], 1: []}
     engines = [runtimes.create(RUNTIME, artifact, 1, 0) for artifact in (new, old)]
     images = [np.zeros((BATCH, *a.config.input_size, 3), np.uint8) for a in (new, old)]

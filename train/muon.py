@@ -1,8 +1,8 @@
-"""Muon: momentum whose steps are orthogonalised, for the filters of convolutions.
+"""Muon: momentum with orthogonalised steps, for the filters of convolutions.
 
 Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), in the form that cifar10-airbench uses:
-every step has the same length relative to the weights, whose norm is held fixed (BatchNorm makes it irrelevant), so
-that the learning rate is an angle and weight decay has nothing to do.
+every step has the same length relative to the weights, whose norm is held fixed (BatchNorm makes it irrelevant), so the
+learning rate is an angle and weight decay would have no effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ITERATIONS = 3
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The (semi-)orthogonal matrix nearest to ``matrix`` (rows, columns), roughly: singular values come near 1."""
+    """Roughly the (semi-)orthogonal matrix nearest to ``matrix`` (rows, columns): its singular values are near 1."""
     a, b, c = NEWTON_SCHULZ
     wide = matrix.size(0) <= matrix.size(1)
     x: Tensor = (matrix if wide else matrix.T).to(torch.bfloat16 if has_bfloat16(matrix.device) else torch.float32)
@@ -32,7 +32,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """``lr`` is the length of a step relative to the length of the weights."""
+    """``lr`` is the norm of a step relative to the norm of the weights."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})

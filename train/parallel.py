@@ -2,12 +2,12 @@
 
     torchrun --nproc-per-node=2 -m train.fit SOURCE --name … --out …
 
-Every process holds the whole data and the whole network, and computes its share of every batch. Gradients are added up
-over the processes before the optimisers see them, so that all take the same step. That is one explicit all-reduce per
-step rather than DistributedDataParallel: for gradients of this size (13 MB) hiding it behind the backward pass gains
+Every process holds all the data and the whole network, and computes its share of every batch. Gradients are summed over
+the processes before the optimisers see them, so that all take the same step. This is one explicit all-reduce per step
+instead of DistributedDataParallel: for gradients of this size (13 MB), overlapping it with the backward pass gains
 little, and the network, its state and its checkpoint stay the same objects as in one process.
 
-BatchNorm normalises each process's share by that share's own statistics, as is usual: synchronised statistics cost two
+BatchNorm normalises each process's share with that share's own statistics, as usual: synchronised statistics cost two
 more exchanges per layer and step, and torch has them on GPUs only. The running statistics are averaged at the end of
 every epoch; being moving averages, they come out as if they had been averaged at every step.
 """
@@ -30,22 +30,22 @@ T = TypeVar("T")
 
 
 class LostProcessError(CommandError):
-    """Another process of the run has ended."""
+    """Another process of the run has died."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, seen from number ``rank``; by default the only one."""
+    """The processes of a run, as seen by process ``rank``; by default the only one."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, count: int) -> slice:
-        """The part of ``count`` things that is this process's."""
+        """The part of ``count`` items that belongs to this process."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in one exchange."""
+        """Replace each tensor with its sum over the processes, in place, in a single all-reduce."""
         if self.size == 1:
             return
         mine = list(tensors)
@@ -82,7 +82,7 @@ ALONE = Group()
 def join() -> Iterator[tuple[Group, torch.device]]:
     """The group that torchrun put this process in, and its device; only the first process prints.
 
-    What leaves the context as an exception is told by every process.
+    An exception that leaves the context is reported by every process.
     """
     group = Group(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -94,9 +94,9 @@ def join() -> Iterator[tuple[Group, torch.device]]:
         if group.size > 1:
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield group, device
-        # After an error the others may be gone, and waiting for them would be in vain.
+        # Not after an error: the others may be gone, and would never reach the barrier.
         if group.size > 1:
-            distributed.barrier()  # nobody ends while another still talks to it
+            distributed.barrier()  # no process ends while another still communicates with it
             distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the model card: small PNG files on a light ground of their own, so that dark pages show them too."""
+"""The plots of the model card: small PNG files with a light background, so that they are legible on dark pages too."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BLUE, ORANGE, GREEN, RED = "#0969da", "#bc4c00", "#1a7f37", "#cf222e"
 FAMILY_COLOURS = (BLUE, GREEN, ORANGE, "#8250df")
 DPI = 100
 COLOURS = 256
-"""Size of the PNG's palette; plots need few colours, and photographs of 32 pixels look the same."""
+"""Size of the PNG's palette: plots need few colours, and photographs of 32 pixels look no different."""
 NUMBERED_CLASSES = 20
 """Most classes for which the cells of the confusion matrix show their counts."""
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG with a palette, a third of the size of one without."""
+    """Write ``figure`` as a PNG with a palette, a third of the size of one without it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, facecolor=GROUND, metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def _style(axes: Axes) -> None:
 
 
 def reliability(bins: dict[str, list[float]]) -> Figure:
-    """Accuracy against confidence, and below it how many images have that confidence."""
+    """Reliability diagram: accuracy against confidence, and below it how many images have that confidence."""
     figure = Figure(figsize=(5, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     count = len(bins["images"])
@@ -72,7 +72,7 @@ def reliability(bins: dict[str, list[float]]) -> Figure:
 
 
 def drawable(classes: Sequence[str]) -> list[str]:
-    """Their names, or the number of one whose letters the font lacks. What is between dollars is no mathematics."""
+    """Class names, or "class N" where the font lacks a letter. Dollar signs are escaped, or would start mathematics."""
     glyphs = get_font(findfont(FontProperties())).get_charmap()
     return [
         name.replace("$", r"\$") if all(ord(letter) in glyphs for letter in name) else f"class {number}"
@@ -81,7 +81,7 @@ def drawable(classes: Sequence[str]) -> list[str]:
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Rows are the true classes; the colour tells the share of the row."""
+    """Confusion matrix: rows are the true classes, and colour shows the share of the row."""
     counts = np.asarray(matrix)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     side = max(3.5, min(9, 0.55 * len(classes) + 1.5))
@@ -100,7 +100,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
 
 
 def training(history: list[dict[str, float]]) -> Figure:
-    """Loss and accuracies of every epoch, one run after the other."""
+    """Loss and accuracies of every epoch, over all runs in sequence."""
     figure, axes = _axes(6.5, 3.5, "Training", xlabel="epoch", ylabel="accuracy")
     epochs = range(1, len(history) + 1)
     for key, colour, label in (("train_accuracy", BLUE, "training"), ("val_accuracy", ORANGE, "validation")):
@@ -137,7 +137,7 @@ def frontier(points: list[dict[str, Any]]) -> Figure:
     for i, point in enumerate(sorted(points, key=lambda point: point["images_per_s"])):
         place = (point["images_per_s"], point["accuracy"])
         axes.plot(*place, "o", color=BLUE)
-        # Away from the edge, and by turns above and below, for neighbours may be close.
+        # Labels point away from the edge, and alternate above and below, because neighbours may be close.
         side, height = ("left" if place[0] < middle else "right"), ("top" if i % 2 else "bottom")
         offset = {"left": 5, "right": -5}[side], {"top": -5, "bottom": 5}[height]
         axes.annotate(point["name"], place, offset, textcoords="offset points", ha=side, va=height)

@@ -1,4 +1,4 @@
-"""What a training computes in: half as many bits where the device has arithmetic for them."""
+"""Precision of training: 16 bits where the device has arithmetic for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether it computes in bfloat16. A processor without emulates it, ten times slower than float32 and more."""
+    """Whether ``device`` computes in bfloat16. Other processors emulate it, at least ten times slower than float32."""
     if device.type == "cuda":
         return True
     able = torch.cpu.get_capabilities()
@@ -17,7 +17,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Type of convolutions: FP16 on CUDA, elsewhere bfloat16 if the processor has it, or else float32."""
+    """Type of convolutions: FP16 on CUDA; elsewhere bfloat16 if the processor has it, otherwise float32."""
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if has_bfloat16(device) else torch.float32

@@ -1,12 +1,12 @@
-"""Write the model card from what was measured.
+"""Write the model card from the measured figures.
 
     python -m train.report ARTIFACT [ARTIFACT ...] SOURCE --out docs/model-card.md
         [--data "origin and licence"] [--also CARD ...]
 
-Every figure is read from the artifacts' cards, where ``train.fit``, ``train.export``, ``train.evaluate`` and
-``train.robustness`` wrote it; what was not measured has no section. Test images of SOURCE are needed for the pictures
-of mistakes, and for the accuracy of several artifacts as an ensemble; one of other data than the first is left out.
-Plots go to ``images/`` beside the page.
+Figures are read from the artifacts' cards, as written by ``train.fit``, ``train.export``, ``train.evaluate``,
+``train.robustness`` and ``train.foreign``; what was not measured has no section. The test images of SOURCE are needed
+for the pictures of mistakes, and for the accuracy of several artifacts as an ensemble. Artifacts trained on other data
+than the first are left out. Plots go to ``images/`` beside the page.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ORIGINS = {
     "Layers of Features from Tiny Images*, University of Toronto. It comes without a licence; its pictures were "
     "collected from the web and belong to their photographers."
 }
-"""Licences, by the name of the source or of what it is a part of."""
+"""Origins and licences, by the name of the source or of the data set that it is part of."""
 MISTAKES, MISTAKEN_CLASSES = 5, 10
-"""How many mistakes are shown of a class, and of how many classes, the worst first."""
+"""How many mistakes are shown per class, and for how many classes, the worst first."""
 CONFUSED_PAIRS = 3
 
 
 def worst(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]]:
-    """The most confident mistakes on images of each class, each with the verdict, for the classes with most of them."""
+    """The most confident mistakes of each true class, each with its verdict, for the classes with the most mistakes."""
     runtime = create(detailed(artifact), artifact, THREADS)
     probabilities = calibrated(run_runtime(runtime, test.images), artifact.config.temperature)
     verdicts, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -67,10 +67,10 @@ def mistakes(page: Page, label: str, artifact: Artifact, test: Split) -> str:
 
 
 def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | None:
-    """Accuracy of the best two of them as an ensemble, measured now, and its speed; None where two have no figures.
+    """Accuracy of the best two as an ensemble, measured now, and its speed; None if fewer than two have figures.
 
-    The speed follows from the cards, for one core computes one after the other: measured now it would be of another
-    machine than theirs.
+    The speed is derived from the cards, since one core runs one member after the other: measured now, it could be that
+    of another machine.
     """
     figures = {label: artifact.card["metrics"].get(ONNX_INT8, {}) for label, artifact in artifacts.items()}
     measured = [label for label, found in figures.items() if "speed" in found]
@@ -85,7 +85,7 @@ def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | No
 
 
 def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
-    """Everything about one artifact."""
+    """All sections about one artifact."""
     config = artifact.config
     height, width = config.input_size
     about = (
@@ -109,10 +109,10 @@ def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
 
 
 def limits(artifact: Artifact) -> list[str]:
-    """What not to expect of the model, with the figures that tell why."""
+    """Limits of the model, with the figures behind them."""
     config, metrics = artifact.config, artifact.card["metrics"]
     figures = metrics[detailed(artifact)]
-    # From the counts, as in the table of classes: a rounded share rounds otherwise.
+    # From the counts, as in the table of classes: rounding an already rounded share may differ.
     found = dict(zip(config.classes, np.diag(figures["confusion"]) / np.sum(figures["confusion"], axis=1), strict=True))
     weakest = min(found, key=found.__getitem__)
     pairs = "; ".join(confused(figures, config.classes)) or "none"
@@ -146,7 +146,7 @@ def on_corruptions(metrics: dict[str, Any] | None) -> str:
 
 
 def confused(figures: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
-    """The pairs of classes with the most errors."""
+    """The most frequent confusions, as ``CONFUSED_PAIRS`` phrases at most."""
     errors = np.asarray(figures["confusion"])
     totals = errors.sum(axis=1)
     errors = errors - np.diag(np.diag(errors))
@@ -160,7 +160,7 @@ def confused(figures: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
 
 
 def about_data(artifact: Artifact, note: str) -> str:
-    """Origin, licence, counts, and what ``train.check`` found."""
+    """Origin, licence, counts, and the findings of ``train.check``."""
     training = artifact.card["training"]
     known = [text for name, text in ORIGINS.items() if is_part_of(training["source"], name)]
     parts = ["## Data", f"`{training['source']}`, SHA-256 of its pixels and labels `{training['data_sha256']}`."]
@@ -183,7 +183,7 @@ def about_data(artifact: Artifact, note: str) -> str:
 
 
 def labels(artifacts: list[Artifact]) -> dict[str, Artifact]:
-    """Each artifact by its name, or by its folder's where several have that name."""
+    """Each artifact by its name, or by its folder's name if several share it."""
     names = [artifact.config.name for artifact in artifacts]
     result = {
         name if names.count(name) == 1 else artifact.path.name: artifact
@@ -195,7 +195,7 @@ def labels(artifacts: list[Artifact]) -> dict[str, Artifact]:
 
 
 def of_the_same_data(first: Artifact, others: list[Artifact]) -> Iterator[Artifact]:
-    """Those of ``others`` that can be told beside ``first``; each that is left out is printed."""
+    """Those of ``others`` trained on the same data as ``first``; prints each that is left out."""
     expected = first.card["training"]["data_sha256"]
     for artifact in others:
         if artifact.card["training"]["data_sha256"] == expected:

@@ -1,10 +1,11 @@
-"""Measure an artifact on corrupted test images, and on photographs as users send them.
+"""Measure an artifact on corrupted test images, and on photographs like those that users send.
 
     python -m train.robustness ARTIFACT SOURCE [--images 2000] [--runtime onnx-int8] [--photos PHOTOGRAPHS]
 
-The test images, a seeded share of each class, go through every corruption of ``train.corruptions`` at five severities.
-PHOTOGRAPHS is a folder or tar archive of ``<class>/*``, of any size; folders of other names are left out. They go
-through the preprocessing of the service, and must never have been trained on. The figures are written into the card.
+A seeded sample of the test images, the same share of each class, goes through every corruption of
+``train.corruptions`` at five severities. PHOTOGRAPHS is a folder or tar archive of ``<class>/*``, with images of any
+size; folders with other names are ignored. The photographs go through the service's preprocessing, and must never have
+been trained on. The figures are written into the card.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Hits = NDArray[np.bool_]
 
 
 def sample(split: Split, images: int) -> Split:
-    """About ``images`` of ``split``, the same share of each class, always the same ones."""
+    """About ``images`` images of ``split``, the same share of each class, always the same ones."""
     if images >= len(split):
         return split
     chosen = stratified(split.labels.tolist(), images / len(split))
@@ -47,7 +48,7 @@ def sample(split: Split, images: int) -> Split:
 
 
 def corrupted(images: Pixels, name: str, severity: int) -> Pixels:
-    """``corrupt`` in batches, for memory, with random numbers that depend on the corruption and its severity alone."""
+    """``corrupt`` in batches, to save memory; its random numbers depend only on the corruption and its severity."""
     rng = np.random.default_rng([SEED, list(CORRUPTIONS).index(name), severity])
     batch = batch_of(images.shape[1:3], BATCH)
     return np.concatenate(
@@ -56,7 +57,7 @@ def corrupted(images: Pixels, name: str, severity: int) -> Pixels:
 
 
 def robustness(runtime: Runtime, split: Split) -> dict[str, Any]:
-    """The figures of ``runtime`` on corrupted images of ``split``, as they stand in the card."""
+    """The figures of ``runtime`` on corrupted images of ``split``, as stored in the card."""
     hits: dict[str, Hits] = {}
     for name in tqdm(CORRUPTIONS, unit="corruption", leave=False, disable=None):
         hits[name] = np.stack(
@@ -90,20 +91,20 @@ def _hits(runtime: Runtime, images: Pixels, split: Split) -> Hits:
 
 
 def _mean(scores: NDArray[Any]) -> dict[str, Any]:
-    """Mean of (severities, N) ``scores`` and its 95 % interval. The images are the sample: what is made of the same
-    image counts as one observation, its mean.
+    """Mean of (severities, N) ``scores`` and its 95 % interval, with images as the sample: all versions of an image are
+    averaged into one observation.
     """
     by_image = scores.mean(axis=0)
     mean, error = float(by_image.mean()), float(by_image.std(ddof=1)) / math.sqrt(len(by_image))
     if error:
         low, high = max(0.0, mean - Z_95 * error), min(1.0, mean + Z_95 * error)
-    else:  # of images that are all alike, such as all right, it is no estimate
+    else:  # a standard error of zero, such as when all are right, estimates nothing
         low, high = accuracy_interval(mean * len(by_image), len(by_image))
     return {"accuracy": round(mean, 4), "accuracy_95": [round(low, 4), round(high, 4)]}
 
 
 def photographs(runtime: Runtime, artifact: Artifact, source: Path) -> dict[str, Any]:
-    """The figures of ``runtime`` on the files in ``source`` that lie in a folder named after a class."""
+    """The figures of ``runtime`` on the images of ``source`` in folders named after a class."""
     config = artifact.config
     images, labels, unreadable, others = [], [], 0, 0
     files = read_files(source)
@@ -176,7 +177,7 @@ def main() -> None:
     data = load(options.source, artifact.config.input_size)
     require_own_data(artifact, data)
     runtime = create(options.runtime, artifact, THREADS)
-    # The photographs first: what is wrong with them is told before the long part.
+    # The photographs first, so that errors in them show before the long part.
     metrics = {"photographs": photographs(runtime, artifact, options.photos)} if options.photos else {}
     metrics["robustness"] = robustness(runtime, sample(data.test, options.images))
     print_robustness(metrics["robustness"])

@@ -1,4 +1,4 @@
-"""What a training leaves behind, and another one, an export or a report reads: a finished run, or an artifact."""
+"""Read and write what a training run leaves behind: a finished run, or an artifact, as other commands need it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from train.data import DataError
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 DIGESTS = "trained_on"
-"""Tensor of a checkpoint: the digests of all files that its network has learned from."""
+"""Tensor of a checkpoint: the digests of all files that its network was trained on."""
 
 
 class Trained(NamedTuple):
-    """A finished run or an artifact, which another run starts from or has as a teacher."""
+    """A finished run or an artifact that another run starts from or uses as a teacher."""
 
     path: Path
     weights: dict[str, Tensor]
     record: dict[str, Any]
     config: ModelConfig
     digests: set[int] | None
-    """Digests of all files that it has learned from; an artifact, which is small, does not tell."""
+    """Digests of all files that it was trained on; None for an artifact, which omits them to stay small."""
 
     @classmethod
     def read(cls, path: Path) -> Trained:
@@ -36,11 +36,11 @@ class Trained(NamedTuple):
         return cls(path, read_weights(path), read_record(path), ModelConfig.load(path / CONFIG), read_digests(path))
 
     def holds_out_by_content(self) -> bool:
-        """Whether each of the runs that led to it did, so that none learned from what any other such run holds out."""
+        """Whether all runs that led to it did, so that none was trained on what any other such run holds out."""
         return all(run.get("held_out_by_content", False) for run in runs(self.record))
 
     def sha256(self) -> str:
-        """Hash of the weights: what is in a folder may be another network tomorrow."""
+        """Hash of the weights: the folder may hold another network later."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.weights.items()):
             digest.update(name.encode())
@@ -49,7 +49,7 @@ class Trained(NamedTuple):
 
 
 def read_weights(trained: Path) -> dict[str, Tensor]:
-    """The state of the network of a run or of an artifact, on the CPU."""
+    """The weights of the network of a run or an artifact, on the CPU."""
     path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
     if not path.exists():
         raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
@@ -59,7 +59,7 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
 
 
 def read_digests(trained: Path) -> set[int] | None:
-    """Those in the checkpoint of a run; None where there are none on record."""
+    """The digests in the checkpoint of a run; None if none are on record."""
     path = trained / CHECKPOINT
     if not path.exists():
         return None
@@ -70,7 +70,7 @@ def read_digests(trained: Path) -> set[int] | None:
 
 
 def open_weights(path: Path) -> safe_open:
-    """Raises ``DataError`` for a file that is damaged, such as one that is cut off."""
+    """Open a safetensors file; raises ``DataError`` if it is damaged, such as cut off."""
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
@@ -78,7 +78,7 @@ def open_weights(path: Path) -> safe_open:
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Raises ``DataError`` where ``path`` cannot be written, or the disk is full."""
+    """Write a safetensors file; raises ``DataError`` if ``path`` cannot be written or the disk is full."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -86,7 +86,7 @@ def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def read_record(trained: Path) -> dict[str, Any]:
-    """What a finished run, or the card of an artifact, tells of its training."""
+    """The record of the training, from a finished run or from the card of an artifact."""
     path = trained / (RUN if (trained / RUN).exists() else CARD)
     if not path.exists():
         raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
@@ -99,5 +99,5 @@ def read_record(trained: Path) -> dict[str, Any]:
 
 
 def runs(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that led to the weights, the first one first."""
+    """The runs that led to the weights, oldest first."""
     return [*(runs(training["start"]) if "start" in training else []), training]

@@ -1,4 +1,4 @@
-"""The sections of the model card: figures of an artifact's card in, Markdown out; what was not measured gives none."""
+"""The sections of the model card: an artifact's card in, Markdown out; empty for what was not measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.runs import runs
 
 @dataclass(frozen=True)
 class Page:
-    """Where the page goes; plots lie in ``images/`` beside it, named after the model."""
+    """Path of the page; plots go to ``images/`` beside it, named after the model."""
 
     out: Path
 
@@ -36,7 +36,7 @@ def percent(share: float) -> str:
 
 
 def measured(artifact: Artifact) -> list[str]:
-    """The runtimes with figures; raises ``CommandError`` when there are none."""
+    """The runtimes with figures; raises ``CommandError`` if there are none."""
     names = [name for name in RUNTIMES if name in artifact.card.get("metrics", {})]
     if not names:
         raise CommandError(f"{artifact.path}: its card has no figures; run python -m train.evaluate first")
@@ -44,7 +44,7 @@ def measured(artifact: Artifact) -> list[str]:
 
 
 def detailed(artifact: Artifact) -> str:
-    """The runtime that the page tells in detail: the one served on a CPU, where it was measured."""
+    """The runtime that the page details: the one that serves on a CPU, if it was measured."""
     return measured(artifact)[-1]
 
 
@@ -83,7 +83,7 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
 
 
 def speed(figures: dict[str, Any]) -> str:
-    """How the speed was measured."""
+    """A clause about how the speed was measured; empty if it was not."""
     if "speed" not in figures:
         return ""
     how = figures["speed"]
@@ -91,7 +91,7 @@ def speed(figures: dict[str, Any]) -> str:
 
 
 def rate(speed: dict[str, Any]) -> str:
-    """Images per second, with the device if it is no core."""
+    """Images per second, with the device if it is a GPU."""
     return f"{speed['images_per_s']} ({speed['gpu']})" if "gpu" in speed else str(speed["images_per_s"])
 
 
@@ -212,7 +212,7 @@ def provenance(artifact: Artifact) -> str:
 
 
 def frontier(page: Page, cards: dict[str, Any], together: dict[str, Any] | None) -> str:
-    """Speed against accuracy of every model, by its card, and of what the best say ``together``; nothing for one."""
+    """Accuracy against speed of every model, from its card, and of the ensemble ``together``; empty for one model."""
     points = []
     for label, card in cards.items():
         figures = card["metrics"].get(ONNX_INT8, {})

@@ -1,9 +1,9 @@
-"""Convolutions of small maps, faster on a CPU.
+"""Faster convolutions of small maps on a CPU with AMX.
 
-oneDNN works along the rows of a map, and rows of 2 to 8 places leave most of the tiles of AMX empty, above all for the
-gradient of the weights. So the maps of a batch are laid side by side into one long strip, a column of zeros between
-two, which is what a 3x3 convolution pads a border with: the same sums, and an epoch takes half to two thirds of the
-time. Processors without AMX gain where a map is 2 places wide, and lose where it is 5.
+oneDNN works along the rows of a map, and rows of 2 to 8 places leave most of AMX's tiles empty, above all for the
+gradient of the weights. So the maps of a batch are laid side by side in one long strip, separated by a column of zeros,
+which is how a 3x3 convolution pads borders: the sums are the same, and an epoch takes half to two thirds of the time.
+Processors without AMX gain where a map is 2 places wide, and lose where it is 5.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def strips_pay(device: torch.device) -> bool:
 
 
 def in_strips(network: nn.Module) -> None:
-    """Let the 3x3 convolutions of ``network`` compute small maps in strips; their weights stay where they are."""
+    """Make the 3x3 convolutions of ``network`` compute small maps in strips; they keep their weights."""
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv2d) and (module.kernel_size, module.padding) == ((3, 3), (1, 1)):
             network.set_submodule(name, StripConv2d(module))
 
 
 class StripConv2d(nn.Module):
-    """A 3x3 convolution with a border of zeros and without a bias, by the weights of another one."""
+    """A 3x3 convolution with zero padding and no bias that shares the weights of ``convolution``."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def _strip(maps: Tensor) -> Tensor:
 
 
 def _cut(strip: Tensor, width: int) -> Tensor:
-    """Undo ``_strip`` for maps of this width."""
+    """Undo ``_strip`` for maps of this ``width``."""
     _, channels, height, _ = strip.shape
     maps = strip.permute(2, 0, 3, 1).view(height, -1, width + 1, channels)[:, :, :width]
     return maps.permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
