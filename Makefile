@@ -9,36 +9,36 @@ ACCURATE := $(call names_in,model/pretrained_accurate)
 NAME ?= $(SHIPPED)
 OVERLAY ?= cpu
 DATA ?= cifar10
-# As one word, whatever is in the path.
+# Quoted, so that it stays one word whatever is in the path.
 SOURCE = "$(patsubst ~/%,$(HOME)/%,$(DATA))"
 RUN := runs/$(NAME)
 
 VENV := .venv
 BIN := $(VENV)/bin
-# An own home keeps the models and Bentos of this checkout apart from those of others. Nobody is sent usage statistics.
+# A BentoML home of its own keeps this checkout's models and Bentos apart from others. No usage statistics are sent.
 export BENTOML_HOME ?= $(CURDIR)/.bentoml
 export BENTOML_DO_NOT_TRACK := True
 export ORT_DISABLE_TELEMETRY := 1
-# Images. More of what `docker build` needs on this machine goes into CONTAINERIZE_FLAGS, as `--opt KEY=VALUE`.
+# Container images. Further options for `docker build` go into CONTAINERIZE_FLAGS, as `--opt KEY=VALUE`.
 export IMAGE_CPU ?= classifier:cpu
 export IMAGE_GPU ?= classifier:cuda
 CONTAINERIZE_FLAGS ?=
-# A tar archive of photographs to measure with, and more options: BENCH_FLAGS="--rounds 3".
+# Photographs to measure with: a tar archive or, except for bench, a folder. Options of bench: BENCH_FLAGS="--rounds 3".
 PHOTOS ?=
 BENCH_FLAGS ?=
-# More options of train.fit: TRAIN_FLAGS="--size 64 --widths 64,128".
+# Further options of train.fit: TRAIN_FLAGS="--size 64 --widths 64,128".
 TRAIN_FLAGS ?=
 
 # The stack of deploy/compose.yaml; OVERLAYS="gpu replicas" adds compose.gpu.yaml and compose.replicas.yaml.
 OVERLAYS ?=
 STACK := deploy/compose.yaml $(OVERLAYS:%=deploy/compose.%.yaml)
 export CLASSIFIER_IMAGE ?= $(if $(filter gpu,$(OVERLAYS)),$(value IMAGE_GPU),$(value IMAGE_CPU))
-# Compose v2, or docker-compose 1.29 where that is not installed.
+# Compose v2, or docker-compose 1.29 if v2 is not installed.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
 	--project-name classifier $(STACK:%=--file %)
 
 .DEFAULT_GOAL := help
-# Every target in small letters: none of them is a file.
+# Every target in lower case: none of them is a file.
 .PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*/\1/p' Makefile)
 
 help: ## list the targets
@@ -58,12 +58,12 @@ $(VENV)/.dev: requirements.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	@touch $@ $(VENV)/.serve
 
-serve: $(VENV)/.serve ## set up and serve the shipped model (MODEL=NAME another) on PORT (default 3000)
+serve: $(VENV)/.serve ## set up and serve the shipped model, or MODEL=NAME, on PORT (default 3000)
 	@test "$(PORT)" -le 65535 || { echo 'error: PORT=$(PORT); expected at most 65535' >&2; exit 1; }
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
-# Two processes, each with half of the files in their order, so that most fixtures are made once.
-test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends their coverage
+# Two processes, each with half of the files in order, so that most fixtures are made only once.
+test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends the coverage to FILE
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
 
 check: $(VENV)/.dev ## lint and types only: Python, YAML, Compose, Nginx
@@ -77,30 +77,30 @@ check: $(VENV)/.dev ## lint and types only: Python, YAML, Compose, Nginx
 check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx, a Compose, openssl (Debian: nginx-light docker-compose)
 	$(BIN)/python -m pytest tests/deploy
 
-check-data: $(VENV)/.dev ## look for duplicates across splits, doubtful labels and broken files in DATA; train does it too
+check-data: $(VENV)/.dev ## look for duplicates across splits, conflicting labels and broken files in DATA; train does so too
 	$(BIN)/python -m train.check $(SOURCE)
 
-# Pages of 2 MB: those of 4 KB cost a twelfth of the time on a CPU.
+# Huge pages (2 MB): pages of 4 KB cost a twelfth of the time on a CPU.
 train: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
-train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 goes on from a checkpoint
+train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 continues from the checkpoint
 	$(BIN)/python -m train.fit $(SOURCE) --name $(NAME) --out $(RUN) $(if $(RESUME),--resume) $(if $(EPOCHS),--epochs $(EPOCHS)) $(TRAIN_FLAGS)
 
 export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 	$(BIN)/python -m train.export $(RUN) $(SOURCE) --out $(RUN)/artifact
 
-evaluate: $(VENV)/.dev ## report on the test images of DATA, and write the figures into the artifact's card
+evaluate: $(VENV)/.dev ## measure the artifact of NAME on the test images of DATA, and write the figures into its card
 	$(BIN)/python -m train.evaluate $(RUN)/artifact $(SOURCE)
 
-robustness: $(VENV)/.dev ## measure corrupted test images, and the photographs in PHOTOS (<class>/*), into the artifact's card
+robustness: $(VENV)/.dev ## measure the same artifact on corrupted test images and on PHOTOS (<class>/*), into its card
 	$(BIN)/python -m train.robustness $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos "$(PHOTOS)")
 
-foreign: $(VENV)/.dev ## measure how well foreign images are told, those of PHOTOS too, into the artifact's card
+foreign: $(VENV)/.dev ## measure how well the artifact detects foreign images, those in PHOTOS included, into its card
 	$(BIN)/python -m train.foreign $(RUN)/artifact $(SOURCE) $(if $(PHOTOS),--photos "$(PHOTOS)")
 
-report: $(VENV)/.dev ## write docs/model-card.md from the figures in the cards of ARTIFACTS (default: that of NAME)
+report: $(VENV)/.dev ## write docs/model-card.md from the cards of ARTIFACTS (default: that of NAME)
 	$(BIN)/python -m train.report $(or $(ARTIFACTS),$(RUN)/artifact) $(SOURCE) --out docs/model-card.md --also $(wildcard docs/frontier/*.json)
 
-# The models of the commit BASE, in runs/base.
+# The models of the commit BASE go into runs/base.
 define base_models
 rm -rf runs/base && mkdir -p runs/base
 git archive $(or $(BASE),origin/main) model | tar --extract --directory runs/base
@@ -108,18 +108,18 @@ endef
 GATE_FLAGS = --data $(SOURCE) $(if $(SUMMARY),--summary $(SUMMARY))
 
 CANDIDATE ?= $(RUN)/artifact
-gate: $(VENV)/.dev ## fail when the artifact CANDIDATE is worse than the shipped one of the commit BASE
+gate: $(VENV)/.dev ## fail if the artifact CANDIDATE is worse than the shipped one of the commit BASE
 	$(base_models)
 	$(BIN)/python -m train.gate $(CANDIDATE) runs/base/model/pretrained $(GATE_FLAGS)
 
-# Every one that both commits have, for a new one replaces none; all of them, that each is told.
-gate-shipped: $(VENV)/.dev ## fail when a shipped model is worse than the one of its folder in the commit BASE
+# Only models that both commits have: a new one replaces none. A failure does not stop the loop: each is reported.
+gate-shipped: $(VENV)/.dev ## fail if a shipped model is worse than the one in the same folder of the commit BASE
 	$(base_models)
 	worse=0; for model in model/pretrained*; do [ ! -d "runs/base/$$model" ] || \
 		$(BIN)/python -m train.gate "$$model" "runs/base/$$model" $(GATE_FLAGS) || worse=1; \
 	done; exit $$worse
 
-adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what README.md, docs and tests say of it
+adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, and update README.md, docs and tests to match
 	@grep -q '"metrics"' $(RUN)/artifact/card.json || { echo "error: $(RUN)/artifact: expected a measured one; make evaluate"; exit 1; }
 	rm -rf model/pretrained $(if $(NEW),model/pretrained_*) && cp -r $(RUN)/artifact model/pretrained
 	$(BIN)/python -m model.store promote "$$($(BIN)/python -m model.store import model/pretrained)" --force
@@ -127,8 +127,8 @@ adopt: $(VENV)/.dev ## make the artifact of NAME the shipped one, with what READ
 	$(BIN)/python -m train.readme
 	$(MAKE) report ARTIFACTS="$$(echo model/pretrained*)"
 
-# Only what adopt leaves: pictures of the model before, and the data that train, evaluate and report take by default.
-new: ## make this checkout that of your own classifier: train NAME on DATA, evaluate and ship it; EPOCHS, TRAIN_FLAGS
+# Beyond adopt: remove the previous models' pictures, and make DATA the default of train, evaluate and report.
+new: ## turn this checkout into your own classifier: train NAME on DATA, evaluate and ship it; EPOCHS, TRAIN_FLAGS
 	@test "$(origin NAME) $(origin DATA)" = "command line command line" || { echo "error: make new NAME=… DATA=…"; exit 1; }
 	@$(foreach letter,& | ' \,$(if $(findstring $(letter),$(DATA)),$(error DATA=$(DATA): expected a path without $(letter))))
 	$(MAKE) train
@@ -138,22 +138,22 @@ new: ## make this checkout that of your own classifier: train NAME on DATA, eval
 	$(MAKE) adopt NEW=1
 	sed -i 's|^DATA ?= .*|DATA ?= $(DATA)|' Makefile
 
-check-new: $(VENV)/.dev ## make new in a copy of this checkout, then its tests, build and server; minutes
+check-new: $(VENV)/.dev ## run `make new` in a copy of this checkout, then its tests, build and server; takes minutes
 	$(BIN)/python -m pytest tests/new
 
-store: $(VENV)/.serve ## put the artifact of NAME, or ARTIFACT, into the model store; the first of a name is promoted
+store: $(VENV)/.serve ## put ARTIFACT (default: that of NAME) into the model store; the first of a name is promoted
 	$(BIN)/python -m model.store import $(or $(ARTIFACT),$(RUN)/artifact)
 
-models: $(VENV)/.serve ## list the model store: figures, what is served, promotions
+models: $(VENV)/.serve ## list the models in the store: their figures, which are served, recent promotions
 	@$(BIN)/python -m model.store list
 
-compare: $(VENV)/.serve ## figures of two models of the store, A and B, side by side
+compare: $(VENV)/.serve ## compare the figures of two models of the store, A and B, side by side
 	@$(BIN)/python -m model.store compare $(A) $(B)
 
-promote: $(VENV)/.serve ## serve MODEL=NAME:VERSION as NAME from the next start; FORCE=1 whatever speaks against it
+promote: $(VENV)/.serve ## serve MODEL=NAME:VERSION as NAME from the next start; FORCE=1 overrides objections
 	@$(BIN)/python -m model.store promote $(MODEL) $(if $(FORCE),--force)
 
-rollback: $(VENV)/.serve ## serve the version of NAME promoted before, from the next start
+rollback: $(VENV)/.serve ## serve the previously promoted version of NAME from the next start
 	@$(BIN)/python -m model.store rollback $(NAME)
 
 build: $(VENV)/.dev ## build a Bento from this checkout
@@ -163,16 +163,16 @@ image-cpu: $(VENV)/.serve ## build the image IMAGE_CPU (classifier:cpu), which s
 	$(BIN)/bentoml build -f deploy/bentofile.cpu.yaml
 	$(BIN)/bentoml containerize classifier-cpu:latest -t "$$IMAGE_CPU" $(CONTAINERIZE_FLAGS)
 
-# The machine that builds may have no GPU, and another default.
-image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with the CUDA that torch's wheels bring
+# Names the default model of a GPU: the building machine may have none, and so another default.
+image-gpu: $(VENV)/.serve ## build the image IMAGE_GPU (classifier:cuda), with the CUDA libraries of torch's wheels
 	MODEL="$${MODEL:-$(or $(ACCURATE),$(SHIPPED))}" $(BIN)/bentoml build
 	$(BIN)/bentoml containerize classifier:latest -t "$$IMAGE_GPU" $(CONTAINERIZE_FLAGS)
 
-secrets: ## make what is missing in deploy/secrets: a self-signed certificate and placeholders
+secrets: ## create what is missing in deploy/secrets: a self-signed certificate and placeholders
 	sh deploy/secrets.sh
 
-# An image of another name was built once, from what the checkout was then: today's is not it.
-up: secrets ## start the whole stack, with an image built if missing; OVERLAYS="gpu replicas"
+# Only the default images are built: any other was built from the checkout of its time, which today's is not.
+up: secrets ## start the whole stack, building the image if missing; OVERLAYS="gpu replicas"
 	@docker image inspect "$$CLASSIFIER_IMAGE" >/dev/null 2>&1 || case "$$CLASSIFIER_IMAGE" in \
 		"$$IMAGE_CPU") $(MAKE) image-cpu ;; \
 		"$$IMAGE_GPU") $(MAKE) image-gpu ;; \
@@ -180,35 +180,35 @@ up: secrets ## start the whole stack, with an image built if missing; OVERLAYS="
 	esac
 	$(COMPOSE) up --detach --remove-orphans
 
-down: ## stop the stack; what Prometheus, Alertmanager and Grafana have stored stays
+down: ## stop the stack; the data of Prometheus, Alertmanager and Grafana stays
 	$(COMPOSE) down --remove-orphans
 
-smoke: ## ask the stack from outside: does it classify, are inner paths hidden, are all targets up
+smoke: ## check the stack from outside: does it classify, are internal paths hidden, are all targets up
 	@python3 deploy/smoke.py
 
-# Debian: nginx-light. Those of a full disk and of memory mount and limit as root, and say so where it is missing.
-check-faults: $(VENV)/.dev ## kill, starve, fill and restart the service under load, and count what is lost; needs Nginx
+# Debian: nginx-light. The disk-full and memory tests need root, for mounts and limits, and say so without it.
+check-faults: $(VENV)/.dev ## kill, starve and restart the service and fill its disk, under load, counting losses; needs Nginx
 	$(BIN)/python -m pytest tests/faults
 
-check-gpu: $(VENV)/.dev ## the torch engine on an NVIDIA GPU: right at every batch size, and its images/s with CUDA graphs and without
+check-gpu: $(VENV)/.dev ## test the torch engine on an NVIDIA GPU at every batch size; images/s with and without CUDA graphs
 	$(BIN)/python -m pytest --confcutdir=tests/gpu tests/gpu
 
-soak: $(VENV)/.dev ## SOAK_SECONDS (3600) at 70 % load: memory, descriptors, latency into docs/soak.json and a plot; needs wrk
+soak: $(VENV)/.dev ## run SOAK_SECONDS (3600) at 70 % load: memory, descriptors, latency to docs/soak.json and a plot; needs wrk
 	$(BIN)/python -m tests.soak --seconds $(or $(SOAK_SECONDS),3600)
 
-e2e: $(VENV)/.dev ## run the CPU image and the stack, built if missing, and test them from outside
+e2e: $(VENV)/.dev ## run the CPU image (built if missing) and the stack, and test them from outside
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/e2e
 
-e2e-stack: $(VENV)/.dev ## the stack alone
+e2e-stack: $(VENV)/.dev ## the same for the stack alone
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/e2e/test_edge.py tests/e2e/test_lines.py tests/e2e/test_stack.py
 
-docs: $(VENV)/.dev ## build the documentation in site/; a warning is an error
+docs: $(VENV)/.dev ## build the documentation in site/; warnings are errors
 	$(BIN)/python -m mkdocs build --strict
 
-docs-serve: $(VENV)/.dev ## show the documentation while it is written, on port 8000
+docs-serve: $(VENV)/.dev ## serve the documentation on port 8000, with live reload
 	$(BIN)/python -m mkdocs serve
 
-check-docs: $(VENV)/.dev ## run the JavaScript and Go of the documentation; needs Node.js and Go (Debian: nodejs golang-go)
+check-docs: $(VENV)/.dev ## run the documentation's JavaScript and Go examples; needs Node.js and Go (Debian: nodejs golang-go)
 	$(BIN)/python -m pytest tests/docs
 
 NODE := tests/node
@@ -221,7 +221,7 @@ check-monitoring: $(VENV)/.dev $(NODE)/node_modules ## lint and unit-test alerts
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/monitoring/test_tools.py tests/monitoring/test_logging.py
 
 # Debian: the above, prometheus-node-exporter prometheus-blackbox-exporter prometheus-nginx-exporter nginx-light openssl
-e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 also draws docs/images/dashboard-*.png
+e2e-alerts: $(VENV)/.dev ## kill the service and check that the alert arrives; UPDATE=1 also draws docs/images/dashboard-*.png
 	$(BIN)/python -m pytest tests/monitoring/test_alerts.py
 
 .venv-bench/%/.installed: tests/benchmark/requirements-%.txt
@@ -229,15 +229,15 @@ e2e-alerts: $(VENV)/.dev ## kill the service and see the alert arrive; UPDATE=1 
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## measure this and its peers, 25 minutes; needs wrk and Nginx
+bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## benchmark this service and its peers, 25 minutes; needs wrk and Nginx
 	$(BIN)/python -m tests.benchmark docs/benchmarks.json $(if $(PHOTOS),--photos "$(PHOTOS)") $(BENCH_FLAGS)
 	.venv-bench/peers/bin/python -m tests.benchmark.report docs/benchmarks.json
 
 PRICE ?= 0.05
-capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make bench), a core hour at PRICE
+capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make bench), with a core hour at PRICE
 	$(BIN)/python -m tests.benchmark.capacity docs/benchmarks.json --price $(PRICE) --out docs/capacity.md
 
-bench-client: $(VENV)/.dev ## measure python -m client on the folder IMAGES against the service itself; needs wrk
+bench-client: $(VENV)/.dev ## benchmark python -m client on the folder IMAGES against the service itself; needs wrk
 	$(BIN)/python -m tests.benchmark.command_line "$(IMAGES)"
 
 .venv-bench/fuzz/.installed: tests/fuzz/requirements.txt
@@ -246,30 +246,30 @@ bench-client: $(VENV)/.dev ## measure python -m client on the folder IMAGES agai
 	@touch $@
 
 FUZZ_SECONDS ?= 1800
-fuzz: .venv-bench/fuzz/.installed ## look for bytes that break the decoder or the request parser, FUZZ_SECONDS (1800) each
+fuzz: .venv-bench/fuzz/.installed ## fuzz the decoder and the request parser, FUZZ_SECONDS (1800) each
 	.venv-bench/fuzz/bin/python -m tests.fuzz decoder runs/fuzz/decoder tests/fuzz/corpus/decoder -max_total_time=$(FUZZ_SECONDS)
 	.venv-bench/fuzz/bin/python -m tests.fuzz parser runs/fuzz/parser tests/fuzz/corpus/parser -max_total_time=$(FUZZ_SECONDS)
 
-fuzz-corpus: .venv-bench/fuzz/.installed ## keep what fuzz has found in tests/fuzz/corpus, where it leads further
+fuzz-corpus: .venv-bench/fuzz/.installed ## merge the inputs found by fuzz that add coverage into tests/fuzz/corpus
 	.venv-bench/fuzz/bin/python -m tests.fuzz decoder -merge=1 tests/fuzz/corpus/decoder runs/fuzz/decoder
 	.venv-bench/fuzz/bin/python -m tests.fuzz parser -merge=1 tests/fuzz/corpus/parser runs/fuzz/parser
 
 k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
 	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
 
-# IMAGE, TAG and the like come from inputs and names of tags in workflows, where anybody who may run them writes what they
-# like. The shell expands them, as one word: what make expands is text of the program.
-k8s-pin: ## make OVERLAY (cpu, gpu, production) of deploy/k8s run IMAGE, NAME@sha256:DIGEST
+# IMAGE, TAG and the like come from workflow inputs and tag names, which anyone who may run a workflow chooses freely. So
+# the shell expands them, as one quoted word: what make expands would become part of the script.
+k8s-pin: ## pin OVERLAY (cpu, gpu, production) of deploy/k8s to IMAGE, as NAME@sha256:DIGEST
 	@python3 deploy/k8s/pin.py $(OVERLAY) "$$IMAGE"
 
-k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for it
+k8s-apply: ## apply OVERLAY (cpu, gpu) to kubectl's cluster and wait for the rollout
 	kubectl apply --kustomize deploy/k8s/overlays/$(OVERLAY)
 	kubectl --namespace classifier rollout status deployment/classifier --timeout 10m
 
 check-k8s: $(VENV)/.dev $(NODE)/node_modules ## validate deploy/k8s; needs kubectl, Node.js and promtool (Debian: prometheus)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/kubernetes
 
-check-page: $(VENV)/.dev $(NODE)/node_modules ## try the page in a browser; needs Chromium and Node.js; UPDATE=1 draws docs/images/page-*.png
+check-page: $(VENV)/.dev $(NODE)/node_modules ## test the page in a browser; needs Chromium and Node.js; UPDATE=1 draws docs/images/page-*.png
 	$(NODE)/node_modules/.bin/tsc --project tests/browser
 	$(BIN)/python -m pytest tests/browser
 
@@ -282,7 +282,7 @@ check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs No
 ci-local: $(VENV)/.dev ## run every step of the workflow ci on this machine, in order; needs Docker, kubectl, Node.js
 	$(BIN)/python .github/ci_local.py
 
-# Programs of Debian that check-* run, where one is missing; but for a Compose, which Debian and Docker name differently.
+# Debian's programs for check-*, if one is missing; except Compose, which Debian and Docker name differently.
 debian:
 	command -v promtool && command -v amtool && command -v /usr/sbin/nginx || { sudo apt-get update && \
 		sudo apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager nginx-light; }
@@ -293,46 +293,46 @@ scanner:
 scan: $(VENV)/.dev ## fail on known vulnerabilities in IMAGE; needs Docker, debsecan and the network (Debian: debsecan)
 	sh deploy/scan.sh "$$IMAGE" $(BIN)
 
-# A list is empty before the first release, where to view it is an error; an error of the list fails.
-newest: # the tag of the newest release, where there is one, goes into the file OUTPUT
+# `gh release list` is empty before the first release, where `gh release view` would fail; real errors still fail.
+newest: # write the tag of the newest release, if there is one, to the file OUTPUT
 	gh release list --exclude-drafts --exclude-pre-releases --limit 100 --json tagName,isLatest \
 		--jq '.[] | select(.isLatest) | "tag=" + .tagName' >> $(OUTPUT)
 
 ALARM := The workflow rescan has failed
-alarm: # an issue that says so; while it is open, a comment on it
+alarm: # open an issue that says so or, while one is open, comment on it
 	@told="A package or an image may be unsafe: $$GITHUB_SERVER_URL/$$GITHUB_REPOSITORY/actions/runs/$$GITHUB_RUN_ID"; \
 	open=$$(gh issue list --app github-actions --limit 100 --json number,title \
 		--jq 'map(select(.title == "$(ALARM)"))[0].number // empty') || exit; \
 	if [ "$$open" ]; then gh issue comment "$$open" --body "$$told"; \
 	else gh issue create --title '$(ALARM)' --body "$$told"; fi
 
-push: # IMAGE; its digest goes into the file OUTPUT
+push: # push IMAGE, and write its digest to the file OUTPUT
 	docker push "$$IMAGE"
 	pushed=$$(docker inspect --format '{{index .RepoDigests 0}}' "$$IMAGE") && echo "digest=$${pushed#*@}" >> $(OUTPUT)
 
-sign: # IMAGE by digest, with the identity of the workflow
+sign: # sign IMAGE, given by digest, with the identity of the workflow
 	cosign sign --yes "$$IMAGE"
 
-verify: # that the release workflow of the repository SIGNER has signed IMAGE
+verify: # verify that the release workflow of the repository SIGNER has signed IMAGE
 	@python3 deploy/k8s/pin.py check "$$IMAGE"
 	cosign verify "$$IMAGE" --certificate-identity-regexp "^$$SIGNER/\.github/workflows/release\.yml@refs/tags/v" \
 		--certificate-oidc-issuer https://token.actions.githubusercontent.com
 
-kubeconfig: # the file KUBECONFIG from the variable KUBECONFIG_CONTENT
+kubeconfig: # write the variable KUBECONFIG_CONTENT to the file KUBECONFIG
 	@umask 077 && printf '%s' "$$KUBECONFIG_CONTENT" > "$$KUBECONFIG"
 
-notes: # of the release TAG
+notes: # create the release TAG, with generated notes
 	gh release create "$$TAG" --verify-tag --generate-notes
 
-audit: $(VENV)/.dev ## fail on known vulnerabilities of what is pinned, and when their index cannot be read
+audit: $(VENV)/.dev ## fail on known vulnerabilities in the pinned packages, or if their index cannot be read
 	$(BIN)/python -m deploy.audit
 
 SBOM ?= dist/sbom.json
-sbom: $(VENV)/.dev ## write the parts list of IMAGE into SBOM (dist/sbom.json), as CycloneDX; needs Docker
+sbom: $(VENV)/.dev ## write the bill of materials of IMAGE to SBOM (dist/sbom.json), as CycloneDX; needs Docker
 	$(BIN)/python -m deploy.sbom "$${IMAGE:-$$IMAGE_CPU}" $(SBOM)
 
-# For the first 3.11, which has less: Debian has 3.11.2.
-lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, with the hash of every file; bench and fuzz by version only
+# For the oldest 3.11, so that the backports it needs are pinned too: Debian has 3.11.2.
+lock: $(VENV)/.dev ## pin pyproject.toml's dependencies in requirements*.txt, with file hashes; bench and fuzz by version only
 	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --generate-hashes -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
@@ -340,5 +340,5 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for in requirements*.txt, wit
 	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt --no-annotate --custom-compile-command "make lock"
 	$(BIN)/uv pip compile -q --python-version 3.11 --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
 
-clean: ## remove the virtual environments, the model store .bentoml and caches; the rest stays
+clean: ## remove the virtual environments, the model store .bentoml and caches, nothing else
 	rm -rf $(VENV) .venv-bench .bentoml .mypy_cache .ruff_cache .pytest_cache
