@@ -257,8 +257,8 @@ fuzz-corpus: .venv-bench/fuzz/.installed ## merge the inputs found by fuzz that 
 k8s-rules: $(VENV)/.serve ## write deploy/k8s' PrometheusRule from monitoring/prometheus/rules
 	$(BIN)/python deploy/k8s/rules.py > deploy/k8s/components/monitoring/prometheus-rule.yaml
 
-# IMAGE, TAG and the like come from workflow inputs and tag names, which anyone who may run a workflow chooses freely. So
-# the shell expands them, as one quoted word: what make expands would become part of the script.
+# IMAGE, TAG and the like come from workflow inputs and tag names, which anyone who may run a workflow chooses freely.
+# So the shell expands them, as one quoted word: what make expands would become part of the script.
 k8s-pin: ## pin OVERLAY (cpu, gpu, production) of deploy/k8s to IMAGE, as NAME@sha256:DIGEST
 	@python3 deploy/k8s/pin.py $(OVERLAY) "$$IMAGE"
 

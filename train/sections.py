@@ -72,10 +72,10 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Accuracy",
-            f"On the test images, one view of each{speed(figures)}. INT8 agrees with FP32 on "
+            f"On the test images, without test-time augmentation{speed(figures)}. INT8 agrees with FP32 on "
             f"{artifact.card['validation']['agreement']:.1%} of the validation images.",
             markdown(head, rows),
-            f"Each class, by `{name}`:",
+            f"Per class, with `{name}`:",
             per_class(figures),
             page.picture(matrix, f"{label}-confusion", "Confusion matrix"),
         ]
@@ -106,7 +106,7 @@ def prediction_sets(artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Prediction sets",
-            "Split conformal prediction: how often the set of classes holds the true one, and how large it is"
+            "Split conformal prediction: how often the set of classes contains the true one, and how many it contains"
             f"{f' ({few})' if few else ''}.",
             markdown(("level", "coverage", "classes, mean"), rows),
         ]
@@ -118,9 +118,9 @@ def per_class(figures: dict[str, Any]) -> str:
     rows = []
     for index, name in enumerate(figures["per_class"]):
         hits, count, verdicts = (int(v) for v in (matrix[index, index], matrix[index].sum(), matrix[:, index].sum()))
-        precision = percent(hits / verdicts) if verdicts else "never said"
+        precision = percent(hits / verdicts) if verdicts else "never predicted"
         rows.append((name, percent(hits / count), between(accuracy_interval(hits, count)), count, precision))
-    return markdown(("class", "found (recall)", "95 % interval", "n", "right when said (precision)"), rows)
+    return markdown(("class", "recall", "95 % interval", "n", "precision"), rows)
 
 
 def calibration(page: Page, label: str, artifact: Artifact) -> str:
@@ -131,10 +131,10 @@ def calibration(page: Page, label: str, artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Calibration",
-            f"Expected calibration error (ECE) {percent(figures['ece'])} in {len(found.images)} bins, where exact "
-            f"confidence would have {percent(calibration_error_by_chance(found))} by chance; "
-            f"{percent(figures['ece_raw'])} before scaling by the temperature {artifact.config.temperature}, which was "
-            "fitted on validation images.",
+            f"Expected calibration error (ECE) {percent(figures['ece'])} in {len(found.images)} bins, where perfect "
+            f"calibration would show {percent(calibration_error_by_chance(found))} by chance; "
+            f"{percent(figures['ece_raw'])} before scaling with the temperature {artifact.config.temperature}, fitted "
+            "on validation images.",
             page.picture(plots.reliability(figures["reliability"]), f"{label}-reliability", "Reliability diagram"),
         ]
     )
@@ -149,7 +149,7 @@ def foreign(artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Foreign images",
-            "How well images of none of the classes (out of distribution) are told from test images: mean AUROC "
+            "How well images of none of the classes (out of distribution) are told apart from test images: mean AUROC "
             f"{metrics['auroc_mean']:.3f}. Of {metrics['images']:,} test images {metrics['told_wrongly']:.1%} are "
             f"called foreign by default{f' ({few})' if few else ''}.",
             markdown(("kind", "n", "AUROC", "called foreign by default"), rows),
@@ -168,9 +168,9 @@ def corruptions(page: Page, label: str, artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Corruptions",
-            f"{metrics['images']} test images by `{metrics['runtime']}`, under {len(metrics['corruptions'])} "
+            f"{metrics['images']} test images with `{metrics['runtime']}`, under {len(metrics['corruptions'])} "
             "corruptions at the five severities of CIFAR-10-C (Hendrycks & Dietterich, 2019, arXiv:1903.12261). "
-            "`train/corruptions.py` makes them anew: figures are near those on the published files, not the same.",
+            "`train/corruptions.py` reimplements them: figures are close to those on the published files, not equal.",
             markdown(("images", "accuracy", "95 % interval"), rows),
             picture,
         ]
@@ -186,7 +186,8 @@ def photographs(artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Photographs",
-            f"`{metrics['source']}`: pictures of any size, prepared as the service does, by `{metrics['runtime']}`.",
+            f"`{metrics['source']}`: photographs of any size, preprocessed as in the service, with "
+            f"`{metrics['runtime']}`.",
             markdown(("class", "accuracy", "95 % interval", "n"), rows),
         ]
     )
