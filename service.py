@@ -13,6 +13,7 @@ import contextvars
 import gc
 import logging
 import os
+import random
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -135,6 +136,9 @@ VERIFY_SECONDS = 10.0
 """Time limit for the reference images; an engine that takes longer is hung."""
 WRONG_SECONDS = 60.0
 """Delay before a wrong engine is verified again, or the runner that owns it restarted."""
+REBALANCE = 0.01
+"""Share of its replies with which one of several runners closes the connection, so that one that started later, as in
+the place of another, gets its share of the workers: BentoML's client would never leave the others."""
 RETRY_SECONDS = 0.5
 """Interval at which a starting runner is polled for readiness."""
 IDLE_SECONDS = 0.05
@@ -222,6 +226,8 @@ class Runner:
             return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         pixels = arrays.unpack(await request.body(), request.headers[arrays.SHAPE], np.uint8)
         body, headers = arrays.pack(await compute(pixels))
+        if GPUS > 1 and random.random() < REBALANCE:
+            headers["connection"] = "close"
         return Response(body, headers=headers)
 
 

@@ -22,7 +22,8 @@ WARM_UPS = 3
 class Graphs:
     """``function``, from (N, H, W, 3) uint8 images on ``device`` to (N, ...) outputs, for up to ``largest`` images.
 
-    Raises ``RuntimeError`` for a function that cannot be captured. Called from one thread at a time.
+    Created and called on one stream, by one thread at a time; not on the default stream, which cannot be captured.
+    Raises ``RuntimeError`` for a function that cannot be either.
     """
 
     def __init__(
@@ -49,14 +50,10 @@ class Graphs:
 
 
 def _record(function: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            function(images)
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(WARM_UPS):
+        function(images)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
         outputs = function(images)
     return graph, outputs
 

@@ -27,7 +27,20 @@ GRAPHED_PIXELS = 64 * 64
 """Activations of 256 images of 224x224 pixels would take 6 GB."""
 PROBED = "CUDA_DEVICES_PROBED"
 """Environment variable that passes the number of usable GPUs on to child processes."""
-PROBE = "import torch; torch.zeros(1, device='cuda').add(1).cpu(); print(torch.cuda.device_count())"
+PROBE = """
+import torch
+torch.zeros(1, device="cuda").add(1).cpu()
+usable, reason = 1, ""
+while usable < torch.cuda.device_count():
+    try:
+        torch.zeros(1, device=f"cuda:{usable}").add(1).cpu()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        break
+    usable += 1
+print(usable, reason)
+"""
+"""Prints how many GPUs torch can compute on, and why not on the next one. CUDA puts the fastest GPUs first."""
 PROBE_SECONDS = 120.0
 
 logger = logging.getLogger("classifier.runtimes")
@@ -105,6 +118,10 @@ class TorchRuntime:
         network = ServedNet(artifact.config)
         network.load_state_dict(load_file(artifact.file(TORCH)))
         self._network = (halve(network) if self._device.type == "cuda" else network).to(self._device).eval()
+        # A stream of its own: on the default one, which all threads share, a shadow's batches would come in between.
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._graphed = graphed_images(artifact.config.input_size)
         self._graphs = self._record((*artifact.config.input_size, 3)) if self._device.type == "cuda" else None
 
@@ -113,7 +130,8 @@ class TorchRuntime:
         from model.graphs import Graphs
 
         try:
-            return Graphs(self._network, shape, self._graphed, self._device)
+            with self._torch.cuda.stream(self._stream):
+                return Graphs(self._network, shape, self._graphed, self._device)
         except RuntimeError as error:
             logger.warning("no CUDA graphs", extra={"reason": str(error)})
             return None
@@ -133,7 +151,8 @@ class TorchRuntime:
     def _run(self, function: Callable[[Pixels], Any], images: Pixels) -> NDArray[np.float32]:
         """Raises ``EngineLostError`` when CUDA fails, except out of memory: a smaller batch may still fit."""
         try:
-            return np.asarray(function(images), np.float32)
+            with self._torch.cuda.stream(self._stream):  # None on a CPU, which changes nothing
+                return np.asarray(function(images), np.float32)
         except self._torch.AcceleratorError as error:
             raise EngineLostError(str(error)) from error
 
@@ -156,17 +175,18 @@ def cuda_devices() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether the driver reports an NVIDIA GPU and ``CUDA_VISIBLE_DEVICES`` does not hide them all."""
+    """Whether ``CUDA_VISIBLE_DEVICES`` leaves an NVIDIA GPU visible; a driver that does not answer counts as one."""
     import pynvml
 
+    is_visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
     try:
         pynvml.nvmlInit()
-        return bool(pynvml.nvmlDeviceGetCount()) and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+        return bool(pynvml.nvmlDeviceGetCount()) and is_visible
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return False
     except pynvml.NVMLError as error:  # for one, after a driver update until the next reboot
         logger.warning("the NVIDIA driver does not answer: %s", error)
-        return False
+        return is_visible
 
 
 def _probe() -> int:
@@ -174,7 +194,10 @@ def _probe() -> int:
         done = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
         )
-        return int(done.stdout)
+        usable, _, reason = done.stdout.strip().partition(" ")
+        if reason:
+            logger.warning("torch cannot use GPU %s, nor those after it: %s", usable, reason)
+        return int(usable)
     except (subprocess.SubprocessError, ValueError) as error:
         told = getattr(error, "stderr", None) or str(error)
         logger.warning("torch cannot use the GPU of this machine: %s", told.strip().splitlines()[-1])

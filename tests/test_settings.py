@@ -51,9 +51,9 @@ def driver(folder: Path, answer: str) -> str:
     return str(folder)
 
 
-def loaded(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+def loaded(folder: Path, code: str, answer: str = "return 1") -> subprocess.CompletedProcess[str]:
     """``code`` after ``import settings``, on a machine with a GPU of which its torch can make nothing."""
-    env = environment(folder, PYTHONPATH=driver(folder, "return 1"))
+    env = environment(folder, PYTHONPATH=driver(folder, answer))
     del env["CUDA_VISIBLE_DEVICES"]
     command = [sys.executable, "-c", f"import settings; {code}"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
@@ -67,12 +67,36 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_the_cpu_serves(tmp_path: Path) 
     assert len(line) > 60, "which says why"
 
 
-def test_torch_asked_for_by_name_does_not_start_on_such_a_gpu(tmp_path: Path) -> None:
-    done = loaded(tmp_path, "settings.load(runtime='torch')")
+@pytest.mark.parametrize("answer", ["return 1", "raise NVMLError('Driver/library version mismatch')"])
+def test_torch_asked_for_by_name_does_not_start_on_such_a_gpu(answer: str, tmp_path: Path) -> None:
+    done = loaded(tmp_path, "settings.load(runtime='torch')", answer)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[1:] == [
+    assert done.stderr.splitlines()[-1] == (
         "error: RUNTIME='torch'; expected a GPU that PyTorch can use, or another runtime"
-    ]
+    )
+
+
+TORCH = """
+class cuda:
+    device_count = staticmethod(lambda: 3)
+class zeros:
+    def __init__(self, count, device):
+        if device == "cuda:1":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\\nCompile with")
+    def add(self, number): return self
+    def cpu(self): return self
+"""
+"""A torch that is too new for the second of three GPUs."""
+
+
+def test_gpus_are_used_up_to_the_first_unusable_one(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(TORCH)
+    done = loaded(tmp_path, "print(settings.runtimes.cuda_devices())", "return 3")
+    assert done.stdout == "1\n"
+    assert done.stderr == (
+        "torch cannot use GPU 1, nor those after it: "
+        "CUDA error: no kernel image is available for execution on the device\n"
+    )
 
 
 def test_those_that_are_started_need_not_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
