@@ -47,6 +47,7 @@ from model.sandbox import Sandbox
 from model.tuning import best_batch, compare, measure_batches
 from serving import arrays, connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
+from serving.accounting import Accounting
 from serving.bodies import Bodies
 from serving.direct import Measuring, bypass, remove_middleware
 from serving.door import Door
@@ -63,7 +64,6 @@ from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutp
 from serving.shadow import Shadowed
 from serving.static import Page
 from serving.usage import Usage
-from serving.visits import Visits
 
 logger = logging.getLogger("classifier.service")
 
@@ -301,7 +301,7 @@ class ClassifierService(LeanService):
             document = orjson.dumps(describe(version, asks_for_keys=KEYS is not None))
             # Ahead of BentoML's own route for that path.
             app.router.routes.insert(0, Route("/docs.json", lambda request: json_response(document)))
-        visits = Visits.open(settings, TAG, KEYS, USAGE, process_name("api"))
+        accounting = Accounting.open(settings, TAG, KEYS, USAGE, process_name("api"))
         bodies = Bodies(MAX_HELD_BODIES * settings.max_body_bytes)
         endpoints = {method.route: method.func for method in self.apis.values()}
         direct = bypass(app, endpoints)
@@ -311,7 +311,7 @@ class ClassifierService(LeanService):
             connections.Connection.door = Door(
                 endpoints, lambda *load: get_current_service().admit(*load), settings.log_requests, count
             )
-        return Gateway(direct, PATHS, Page(), settings.log_requests, bodies, visits)
+        return Gateway(direct, PATHS, Page(), settings.log_requests, bodies, accounting)
 
 
 @bentoml.service(  # type: ignore[operator]  # as above

@@ -17,10 +17,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import draining, metrics
+from serving.accounting import Accounting
 from serving.bodies import Bodies
 from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id, watch
 from serving.errors import ERROR_HEADER, OVERLOADED, REFUSAL_SECONDS, ApiError, from_exception, from_status
-from serving.visits import Visits
 
 logger = logging.getLogger("classifier.access")
 
@@ -30,7 +30,7 @@ UNLOGGED = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
 class Gateway:
     """Sends ``paths`` to ``app``, and all others to ``page``, which answers or refuses.
 
-    ``visits`` decides who may call, and keeps records.
+    ``accounting`` decides who may call, and keeps records.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Gateway:
         page: ASGIApp,
         log_requests: bool,
         bodies: Bodies,
-        visits: Visits | None = None,
+        accounting: Accounting | None = None,
     ) -> None:
         self._app, self._paths, self._page = app, frozenset(paths), page
-        self._log_requests, self._bodies, self._visits = log_requests, bodies, visits
+        self._log_requests, self._bodies, self._accounting = log_requests, bodies, accounting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -57,10 +57,10 @@ class Gateway:
         token = request_id.set(chosen)
         watch(receive)
         reply = _Reply(scope, receive, send, chosen)
-        visit = self._visits.begin(scope) if self._visits else None
+        record = self._accounting.begin(scope) if self._accounting else None
         try:
-            if visit:
-                visit.authorize(Headers(scope=scope))
+            if record:
+                record.authorize(Headers(scope=scope))
             answer = self._app if scope["path"] in self._paths else self._page
             with self._bodies.meter(receive) as metered:
                 await answer(scope, metered, reply)
@@ -76,8 +76,8 @@ class Gateway:
                 metrics.REJECTED.labels(scope.get("state", {}).get("reason", reply.code)).inc()
             if self._log_requests and scope["path"] not in UNLOGGED:
                 self._log(scope, reply, time.perf_counter() - started)
-            if visit:
-                visit.end(reply.status, reply.code)
+            if record:
+                record.end(reply.status, reply.code)
             request_id.reset(token)
 
     def _log(self, scope: Scope, reply: _Reply, seconds: float) -> None:

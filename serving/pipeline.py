@@ -19,7 +19,8 @@ from model.classifier import Classifier, Prediction, Scores
 from model.headers import Header, ImageError, read_header
 from model.preprocess import Pixels, inspect, render
 from model.sandbox import DecoderError, Sandbox
-from serving import metrics, visits
+from serving import accounting, metrics
+from serving.accounting import Verdict
 from serving.context import client_waits
 from serving.decoding import Decoding
 from serving.drift import Drift
@@ -27,7 +28,6 @@ from serving.errors import ApiError, from_exception
 from serving.pacing import paced
 from serving.replies import Replies
 from serving.requests import Item, Options, read_image, read_images, read_options
-from serving.visits import Verdict
 from settings import Settings
 
 logger = logging.getLogger("classifier.pipeline")
@@ -72,13 +72,13 @@ class Pipeline:
             headers = [self._inspect(item) async for item in paced(items)]
         self._infer.admit(len(items))
         self._admit_decoding(items, headers)
-        await visits.admit(items)
+        await accounting.charge(items)
         with stages.timed("decode"):
             decoded = [await self._attempt(*pair) async for pair in paced(zip(items, headers, strict=True))]
         images = [image for image in decoded if not isinstance(image, ApiError)]
         predictions = iter(self._classifier.predict(await self._scores(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
-        visits.judge(items, verdicts)
+        accounting.add_verdicts(items, verdicts)
         with stages.timed("reply"):
             document = orjson.dumps({"results": [self._result(verdict, options) for verdict in verdicts]})
         return Response(document, headers=stages.headers(), media_type=JSON)
@@ -121,11 +121,11 @@ class Pipeline:
             header = self._inspect(data)
         admit()
         self._admit_decoding([data], [header])
-        await visits.admit([data])
+        await accounting.charge([data])
         with stages.timed("decode"):
             image = await self._decode(data, header)
         prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
-        visits.judge([data], [prediction])
+        accounting.add_verdicts([data], [prediction])
         return data, image, prediction
 
     def _admit_one(self) -> None:

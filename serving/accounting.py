@@ -1,6 +1,6 @@
 """What is checked and recorded of a request besides answering it: key, usage, audit line, images for review.
 
-If none of it is configured there are no visits, and all a request pays for is an ``if``.
+If none of it is configured there is no accounting, and all a request pays for is an ``if``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGE_BYTES = 65_536
 
 
 @dataclass(frozen=True)
-class Visits:
+class Accounting:
     """What the settings ask for; ``model`` is the tag of the model that answers."""
 
     model: str
@@ -47,26 +47,26 @@ class Visits:
     @classmethod
     def open(
         cls, settings: Settings, model: str, keys: Keys | None, usage: Usage | None, process_name: str
-    ) -> Visits | None:
-        """Visits of the worker called ``process_name``, or None if nothing is configured."""
+    ) -> Accounting | None:
+        """The accounting of the worker called ``process_name``, or None if nothing is configured."""
         audit = Audit(settings.audit_directory, process_name) if settings.audit_directory else None
         review = Review(settings) if settings.review_directory else None
         return cls(model, keys, usage, audit, review) if keys or audit or review else None
 
-    def begin(self, scope: Scope) -> Visit | None:
-        """A visit for a request to the guarded API, None for any other."""
+    def begin(self, scope: Scope) -> RequestRecord | None:
+        """A record for a request to the guarded API, None for any other."""
         if scope["path"] not in GUARDED:
             return None
-        visit = Visit(self, scope["path"], _address(scope))
-        _current.set(visit)
-        return visit
+        record = RequestRecord(self, scope["path"], _address(scope))
+        _current.set(record)
+        return record
 
 
 @dataclass(eq=False)
-class Visit:
+class RequestRecord:
     """One request, from its key to its audit line."""
 
-    _visits: Visits
+    _accounting: Accounting
     _path: str
     _client: str | None
     _name: str | None = None
@@ -76,33 +76,36 @@ class Visit:
 
     def authorize(self, headers: Headers) -> None:
         """Raises ``ApiError`` 401 or 403."""
-        if self._visits.keys:
-            self._name, self._key = self._visits.keys.identify(headers)
+        if self._accounting.keys:
+            self._name, self._key = self._accounting.keys.identify(headers)
             authorize(self._name, self._key, self._path)
 
-    async def admit(self, items: Sequence[Item]) -> None:
-        """Charge the images to the key before any is decoded; raises ``ApiError`` 413 or 429."""
-        if self._visits.usage and self._name and self._key:
-            await self._visits.usage.charge(self._name, self._key, len(items))
+    async def charge(self, items: Sequence[Item]) -> None:
+        """Charge the images to the key, and hash them for the audit log, before any is decoded.
+
+        Raises ``ApiError`` 413 or 429.
+        """
+        if self._accounting.usage and self._name and self._key:
+            await self._accounting.usage.charge(self._name, self._key, len(items))
             metrics.KEY_IMAGES.labels(self._name).inc(len(items))
-        if self._visits.audit:
+        if self._accounting.audit:
             small = sum(len(item) for item in items if isinstance(item, bytes)) < LARGE_BYTES
             self._images = _hash(items) if small else await asyncio.to_thread(_hash, items)
 
-    def judge(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
+    def add_verdicts(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
         """Record the verdicts on the images, and offer the images for review."""
         for entry, verdict in zip(self._images, verdicts, strict=False):  # no entries without an audit log
             entry.update(_summary(verdict))
-        if self._visits.review:
-            about = {"request_id": request_id.get(), "key": self._name, "model": self._visits.model}
+        if self._accounting.review:
+            about = {"request_id": request_id.get(), "key": self._name, "model": self._accounting.model}
             for item, verdict in zip(items, verdicts, strict=True):
                 if isinstance(item, bytes) and isinstance(verdict, Prediction):
-                    self._visits.review.offer(item, verdict, about)
+                    self._accounting.review.offer(item, verdict, about)
 
     def end(self, status: int, code: str) -> None:
         """Write the audit line."""
-        if self._visits.audit:
-            self._visits.audit.write(
+        if self._accounting.audit:
+            self._accounting.audit.write(
                 time=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 request_id=request_id.get(),
                 key=self._name,
@@ -110,7 +113,7 @@ class Visit:
                 path=self._path,
                 status=status,
                 code=code or None,
-                model=self._visits.model,
+                model=self._accounting.model,
                 images=self._images,
             )
 
@@ -123,19 +126,19 @@ def _address(scope: Scope) -> str | None:
         return None
 
 
-_current: ContextVar[Visit | None] = ContextVar("visit", default=None)
+_current: ContextVar[RequestRecord | None] = ContextVar("record", default=None)
 
 
-async def admit(items: Sequence[Item]) -> None:
-    """``Visit.admit`` for the current request, if it has a visit."""
-    if visit := _current.get():
-        await visit.admit(items)
+async def charge(items: Sequence[Item]) -> None:
+    """``RequestRecord.charge`` for the current request, if it has a record."""
+    if record := _current.get():
+        await record.charge(items)
 
 
-def judge(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
-    """``Visit.judge`` for the current request, if it has a visit."""
-    if visit := _current.get():
-        visit.judge(items, verdicts)
+def add_verdicts(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
+    """``RequestRecord.add_verdicts`` for the current request, if it has a record."""
+    if record := _current.get():
+        record.add_verdicts(items, verdicts)
 
 
 def _hash(items: Sequence[Item]) -> list[dict[str, Any]]:
