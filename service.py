@@ -50,7 +50,6 @@ from serving.access import GUARDED, AccessError, Keys
 from serving.accounting import Accounting
 from serving.bodies import Bodies
 from serving.direct import Measuring, bypass, remove_middleware
-from serving.door import Door
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.gateway import UNLOGGED, Gateway
@@ -62,6 +61,7 @@ from serving.replies import Replies
 from serving.requests import read_timeout
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
 from serving.shadow import Shadowed
+from serving.shedding import LoadShedder
 from serving.static import Page
 from serving.usage import Usage
 
@@ -305,10 +305,10 @@ class ClassifierService(LeanService):
         bodies = Bodies(MAX_HELD_BODIES * settings.max_body_bytes)
         endpoints = {method.route: method.func for method in self.apis.values()}
         direct = bypass(app, endpoints)
-        # API keys require 401 before 429, and the audit log a line for each request: the door can do neither.
+        # API keys require 401 before 429, and the audit log a line for each request: the load shedder can do neither.
         if not (KEYS or settings.audit_directory):
             count = direct.count if isinstance(direct, Measuring) else None
-            connections.Connection.door = Door(
+            connections.Connection.shedder = LoadShedder(
                 endpoints, lambda *load: get_current_service().admit(*load), settings.log_requests, count
             )
         return Gateway(direct, PATHS, Page(), settings.log_requests, bodies, accounting)

@@ -1,4 +1,4 @@
-"""A client's connection, with time limits where uvicorn has none, and a door that can refuse requests.
+"""A client's connection, with time limits where uvicorn has none, and a load shedder that can refuse requests.
 
 The limits are for headers that never end or never stop coming, the rest of a body whose request is already answered,
 and a reply that nobody reads: each holds a file descriptor and memory. A request whose body comes late is answered at
@@ -63,9 +63,9 @@ def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
     return (post[1], headers) if len(data) == post.end() + (length or 0) else None
 
 
-class Door(Protocol):
+class LoadShedder(Protocol):
     @property
-    def is_shut(self) -> bool:
+    def is_shedding(self) -> bool:
         """Whether it is likely to refuse the next request."""
 
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]], /) -> Response | None:
@@ -119,7 +119,7 @@ class Connection(HttpToolsProtocol):
     """Longest wait for headers, and for the rest of a body after its reply. Nginx has the same limit."""
     send_seconds = 30.0
     """Longest wait for a client to read the part of a reply that the operating system has not taken."""
-    door: ClassVar[Door | None] = None
+    shedder: ClassVar[LoadShedder | None] = None
     stand_back: ClassVar[bool] = False
     """Whether other processes listen on the same socket: each then leaves the next connection to the others first."""
 
@@ -130,9 +130,9 @@ class Connection(HttpToolsProtocol):
         self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # behaves like one
         self._sending: asyncio.TimerHandle | None = None
         self._is_refused = False
-        """Whether the door has already refused the request being read."""
-        self._is_let_in = False
-        """Whether the door has admitted the request about to be parsed."""
+        """Whether the load shedder has already refused the request being read."""
+        self._is_admitted = False
+        """Whether the load shedder has admitted the request about to be parsed."""
         self._refusal_due: tuple[Response, asyncio.TimerHandle] | None = None
         """The refusal of a request that arrived whole, and its timer; ``_held`` takes what arrives until it is sent."""
         self._held = b""
@@ -150,7 +150,7 @@ class Connection(HttpToolsProtocol):
             self._held += data
             self.flow.pause_reading()
             return
-        if self.door and self.door.is_shut and self._refuse_whole(self.door, data):
+        if self.shedder and self.shedder.is_shedding and self._refuse_whole(self.shedder, data):
             return
         # Line breaks before a request do not begin one, but they end the keep-alive timeout.
         if self.timeout_keep_alive_task and data[0] in b"\r\n":
@@ -162,8 +162,8 @@ class Connection(HttpToolsProtocol):
         elif self._is_incomplete and self._receiving.cancelled():
             self._await_bytes()
 
-    def _refuse_whole(self, door: Door, data: bytes) -> bool:
-        """Refuse a request that arrived whole and alone, bypassing the parser, if ``door`` says so.
+    def _refuse_whole(self, shedder: LoadShedder, data: bytes) -> bool:
+        """Refuse a request that arrived whole and alone, bypassing the parser, if ``shedder`` says so.
 
         At several times the load that it can answer, a worker does little else, and this takes half the time.
         """
@@ -171,9 +171,9 @@ class Connection(HttpToolsProtocol):
         if is_busy or self.flow.write_paused or self.transport.is_closing():
             return False
         request = read_whole(data)
-        refusal = request and door(*request)
+        refusal = request and shedder(*request)
         if not refusal:
-            self._is_let_in = request is not None
+            self._is_admitted = request is not None
             return False
         self._expect_nothing()
         self._unset_keepalive_if_required()
@@ -292,17 +292,17 @@ class Connection(HttpToolsProtocol):
         self.headers = []  # trailers after a chunked body are not the request's headers
 
     def _refusal(self) -> Response | None:
-        """The door's refusal, if any. It is asked only where a reply can go out at once and another request follow."""
-        if self._is_let_in:  # asked again, the door would count the request among those ahead of it
-            self._is_let_in = False
+        """The load shedder's refusal. It is asked only where a reply can go out at once and another request follow."""
+        if self._is_admitted:  # asked again, the load shedder would count the request among those ahead of it
+            self._is_admitted = False
             return None
         is_plain = self.parser.get_method() == b"POST" and self.parser.get_http_version() == "1.1"
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        if not self.door or not is_plain or is_answering or self.flow.write_paused or self.expect_100_continue:
+        if not self.shedder or not is_plain or is_answering or self.flow.write_paused or self.expect_100_continue:
             return None
         if not self.parser.should_keep_alive():
             return None
-        return self.door(self.url, self.headers)
+        return self.shedder(self.url, self.headers)
 
     def _send(self, response: Response) -> None:
         head = [STATUS_LINE[response.status_code]]

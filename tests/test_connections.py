@@ -61,10 +61,10 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"x" * size})
 
 
-class Shut:
+class Shedding:
     """Refuses what asks for it, and holds up the event loop for what asks for that."""
 
-    is_shut = True
+    is_shedding = True
 
     def __call__(self, target: bytes, headers: Any) -> Response | None:
         if target == b"/stall":
@@ -73,7 +73,7 @@ class Shut:
 
 
 class Guarded(Hasty):
-    door = Shut()
+    shedder = Shedding()
 
 
 @contextmanager
@@ -408,8 +408,8 @@ def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
             assert session.request(method, f"http://127.0.0.1:{port}{path}", timeout=10).content == body
 
 
-def test_a_shut_door_answers_from_the_headers_and_the_connection_goes_on() -> None:
-    """With a body that is still to come, and many at once: behind one that is heard the door is not asked."""
+def test_a_load_shedder_answers_from_the_headers_and_the_connection_goes_on() -> None:
+    """With a body still to come, and many at once: behind one that is admitted the load shedder is not asked."""
     full = FULL + LENGTH + b"\r\n"
     heard = HEAD + LENGTH + b"\r\nbody."
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -429,17 +429,17 @@ def test_a_shut_door_answers_from_the_headers_and_the_connection_goes_on() -> No
         assert [reply[:3] for reply in received.split(b"HTTP/1.1 ")[1:]] == [b"429"] + [b"200"] * 39
 
 
-def test_a_shut_door_is_asked_once_by_a_request_that_comes_whole_and_is_heard() -> None:
+def test_a_load_shedder_is_asked_once_by_a_request_that_comes_whole_and_is_admitted() -> None:
     """Asked again it would count the request among those that are before it."""
     asked = []
 
-    class Counting(Shut):
+    class Counting(Shedding):
         def __call__(self, target: bytes, headers: Any) -> Response | None:
             asked.append(target)
             return super().__call__(target, headers)
 
     class Counted(Hasty):
-        door = Counting()
+        shedder = Counting()
 
     with serving("uvloop", Counted) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         for _ in range(3):
@@ -536,7 +536,7 @@ def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: 
     ],
 )
 def test_a_request_that_comes_whole_is_answered_as_one_that_comes_in_pieces(request_: bytes) -> None:
-    """The shut door refuses the first without its parser: what that would judge otherwise must not be refused so."""
+    """The load shedder refuses the first without its parser: what that would judge otherwise must not be refused so."""
     replies = set()
     with serving("uvloop", Guarded) as port:
         for cut in (len(request_), 30, 5):
@@ -551,7 +551,7 @@ def test_a_request_that_comes_whole_is_answered_as_one_that_comes_in_pieces(requ
     assert replies != {b""}
 
 
-def test_blanks_in_a_header_hold_nobody_up_at_a_shut_door() -> None:
+def test_blanks_in_a_header_hold_nobody_up_while_load_is_shed() -> None:
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         started = time.monotonic()
         client.sendall(FULL + b"X: a" + b" " * 60_000 + b"b\r\n\r\n")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining, metrics
-from serving.door import GATHER_SECONDS, Door
+from serving.shedding import REPORT_SECONDS, LoadShedder
 
 REQUEST_ID = (b"x-request-id", b"mine")
 
@@ -26,8 +26,8 @@ def free(count: int, ahead: int) -> None:
 
 
 def test_a_refusal_is_the_reply_that_the_application_would_have_given() -> None:
-    async def knock() -> None:
-        response = Door(["/classify"], full, log_requests=False)(b"/classify?prediction_set=0.9", [REQUEST_ID])
+    async def ask() -> None:
+        response = LoadShedder(["/classify"], full, log_requests=False)(b"/classify?prediction_set=0.9", [REQUEST_ID])
         assert response
         assert response.status_code == 429
         headers = dict(response.raw_headers)
@@ -39,44 +39,44 @@ def test_a_refusal_is_the_reply_that_the_application_would_have_given() -> None:
         assert (error["code"], error["request_id"]) == ("overloaded", "mine")
         assert "50 images are waiting" in error["message"]
 
-    asyncio.run(knock())
+    asyncio.run(ask())
 
 
 def test_each_refusal_without_an_id_has_one_of_its_own() -> None:
-    async def knock() -> set[Any]:
-        door = Door(["/classify"], full, log_requests=False)
-        responses = [door(b"/classify", [(b"x-request-id", b"no good\n")]) for _ in range(3)]
+    async def ask() -> set[Any]:
+        shedder = LoadShedder(["/classify"], full, log_requests=False)
+        responses = [shedder(b"/classify", [(b"x-request-id", b"no good\n")]) for _ in range(3)]
         return {orjson.loads(response.body)["error"]["request_id"] for response in responses if response}
 
-    assert len(asyncio.run(knock()) - {"no good\n", ""}) == 3
+    assert len(asyncio.run(ask()) - {"no good\n", ""}) == 3
 
 
 @pytest.mark.parametrize(
     ("admit", "target"), [(free, b"/classify"), (full, b"/model"), (full, b"/classify/"), (full, b"")]
 )
-def test_what_has_a_place_or_needs_none_is_heard(admit: Any, target: bytes) -> None:
-    async def knock() -> Response | None:
-        return Door(["/classify"], admit, log_requests=False)(target, [])
+def test_what_has_a_place_or_needs_none_is_admitted(admit: Any, target: bytes) -> None:
+    async def ask() -> Response | None:
+        return LoadShedder(["/classify"], admit, log_requests=False)(target, [])
 
-    assert asyncio.run(knock()) is None
+    assert asyncio.run(ask()) is None
 
 
-def test_of_those_that_come_at_once_as_many_are_let_in_as_have_a_place() -> None:
+def test_of_those_that_come_at_once_as_many_are_admitted_as_have_a_place() -> None:
     places = 3
 
     def admit(count: int, ahead: int) -> None:
         if ahead + count > places:
             raise QueueFullError(ahead, places, retry_after=1)
 
-    async def knock() -> list[list[bool]]:
-        door = Door(["/classify"], admit, log_requests=False)
+    async def ask() -> list[list[bool]]:
+        shedder = LoadShedder(["/classify"], admit, log_requests=False)
         turns = []
         for _ in range(2):
-            turns.append([door(b"/classify", []) is None for _ in range(5)])
+            turns.append([shedder(b"/classify", []) is None for _ in range(5)])
             await asyncio.sleep(0)
         return turns
 
-    assert asyncio.run(knock()) == [[True, True, True, False, False]] * 2
+    assert asyncio.run(ask()) == [[True, True, True, False, False]] * 2
 
 
 def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
@@ -88,55 +88,57 @@ def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
         if waiting:
             raise QueueFullError(waiting, 1, retry_after=1)
 
-    async def knock() -> list[bool]:
+    async def ask() -> list[bool]:
         nonlocal waiting
-        door = Door(["/classify"], admit, log_requests=False)
-        heard = [door(b"/classify", []) is None for _ in range(3)]
+        shedder = LoadShedder(["/classify"], admit, log_requests=False)
+        admitted = [shedder(b"/classify", []) is None for _ in range(3)]
         waiting = 0
         await asyncio.sleep(0)
-        return [*heard, door(b"/classify", []) is None]
+        return [*admitted, shedder(b"/classify", []) is None]
 
-    assert asyncio.run(knock()) == [False, False, False, True]
+    assert asyncio.run(ask()) == [False, False, False, True]
     assert asked == 2, "once in each turn, in which nothing changes"
 
 
 def test_while_draining_the_application_answers_and_says_goodbye() -> None:
     draining.begun.set()
     try:
-        assert Door(["/classify"], full, log_requests=False)(b"/classify", []) is None
+        assert LoadShedder(["/classify"], full, log_requests=False)(b"/classify", []) is None
     finally:
         draining.begun.clear()
 
 
-def test_it_is_shut_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.door.SHUT_SECONDS", 0.05)
+def test_it_is_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.shedding.SHEDDING_SECONDS", 0.05)
 
-    async def knock() -> list[bool]:
-        door = Door(["/classify"], full, log_requests=False)
-        states = [door.is_shut]
-        door(b"/classify", [])
-        states.append(door.is_shut)
+    async def ask() -> list[bool]:
+        shedder = LoadShedder(["/classify"], full, log_requests=False)
+        states = [shedder.is_shedding]
+        shedder(b"/classify", [])
+        states.append(shedder.is_shedding)
         await asyncio.sleep(0.06)
-        return [*states, door.is_shut]
+        return [*states, shedder.is_shedding]
 
-    assert asyncio.run(knock()) == [False, True, False]
+    assert asyncio.run(ask()) == [False, True, False]
 
 
 def test_refusals_are_counted_and_logged_in_sums(caplog: pytest.LogCaptureFixture) -> None:
     counted: list[tuple[str, int, int]] = []
     before = metrics.REJECTED.labels("overloaded")._value.get()
 
-    async def knock() -> None:
+    async def ask() -> None:
         paths = ["/classify", "/classify/batch"]
-        door = Door(paths, full, True, lambda path, status, seconds: counted.append((path, status, len(seconds))))
+        shedder = LoadShedder(
+            paths, full, True, lambda path, status, seconds: counted.append((path, status, len(seconds)))
+        )
         for target in (b"/classify", b"/classify/batch", b"/classify"):
-            door(target, [])
-        await asyncio.sleep(3 * GATHER_SECONDS)
-        door(b"/classify", [])
-        await asyncio.sleep(3 * GATHER_SECONDS)
+            shedder(target, [])
+        await asyncio.sleep(3 * REPORT_SECONDS)
+        shedder(b"/classify", [])
+        await asyncio.sleep(3 * REPORT_SECONDS)
 
     with caplog.at_level(logging.INFO):
-        asyncio.run(knock())
+        asyncio.run(ask())
     assert metrics.REJECTED.labels("overloaded")._value.get() - before == 4
     assert counted == [("/classify", 429, 2), ("/classify/batch", 429, 1), ("/classify", 429, 1)]
     assert [(record.path, record.requests) for record in caplog.records if record.message == "requests"] == [  # type: ignore[attr-defined]  # by extra

@@ -20,21 +20,21 @@ from serving.errors import OVERLOADED, ApiError, from_exception, standalone
 
 logger = logging.getLogger("classifier.access")
 
-GATHER_SECONDS = 0.02
-SHUT_SECONDS = 1.0
+REPORT_SECONDS = 0.02
+SHEDDING_SECONDS = 1.0
 """Time after a refusal in which another is likely: the smallest ``Retry-After``."""
 Count = Callable[[str, int, list[float]], None]
 """Called with a path, a status, and the seconds it took to make each reply, without the delay before it is sent."""
 
 
-class Door:
+class LoadShedder:
     """Guards ``paths``; ``admit(1, ahead)`` raises ``QueueFullError`` if there is no room for another image.
 
     ``ahead`` is the number of requests admitted in the same turn of the event loop, in which hundreds may arrive at
     once. They reach the queue in the next turn, unless their bodies come late; any excess would be refused there after
     all, at five times the cost. Until then nothing leaves the queue: if one request has no room, none behind it has.
 
-    Refusals are counted and logged in sums, ``GATHER_SECONDS`` later.
+    Refusals are counted and logged in sums, ``REPORT_SECONDS`` later.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Door:
         self._admit, self._log_requests, self._count = admit, log_requests, count
         self._refused: defaultdict[str, list[float]] = defaultdict(list)
         self._ahead = 0
-        self._shut_until = 0.0
+        self._shedding_until = 0.0
         self._refusal: ApiError | None = None
         """Shared by all requests refused in this turn."""
 
@@ -65,22 +65,22 @@ class Door:
                 self._ahead += 1
                 return None
         if not self._refused:
-            asyncio.get_running_loop().call_later(GATHER_SECONDS, self._tell)
+            asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
         response = standalone(self._refusal, headers)
         ended = time.perf_counter()
         self._refused[path].append(ended - started)
-        self._shut_until = ended + SHUT_SECONDS
+        self._shedding_until = ended + SHEDDING_SECONDS
         return response
 
     @property
-    def is_shut(self) -> bool:
-        """Whether it has refused a request in the last ``SHUT_SECONDS``, and may well refuse the next."""
-        return time.perf_counter() < self._shut_until
+    def is_shedding(self) -> bool:
+        """Whether it has refused a request in the last ``SHEDDING_SECONDS``, and may well refuse the next."""
+        return time.perf_counter() < self._shedding_until
 
     def _end_turn(self) -> None:
         self._ahead, self._refusal = 0, None
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         for path, seconds in self._refused.items():
             metrics.REJECTED.labels(OVERLOADED).inc(len(seconds))
             if self._count:
