@@ -51,10 +51,10 @@ from serving.accounting import Accounting
 from serving.bodies import Bodies
 from serving.direct import Measuring, bypass, remove_middleware
 from serving.drift import Drift
+from serving.engines import EngineClient, LocalEngine, RunnerClient
 from serving.errors import ApiError, from_exception
 from serving.gateway import UNLOGGED, Gateway
 from serving.heartbeat import beat
-from serving.hosts import Host, Local, Remote
 from serving.openapi import describe
 from serving.pipeline import Pipeline
 from serving.replies import Replies
@@ -196,11 +196,11 @@ class Runner:
         served, shadow = load_models()
         engine, answer = start_engine(worker, served, shadow)
         self._is_right = prove(engine, served)
-        self._host = Local(engine, answer)
+        self._engine = LocalEngine(engine, answer)
         # Batches span all workers: on a GPU, up to the largest CUDA graph.
         most = runtimes.graphed_images(served.config.input_size) if GPUS else DEFAULT_BATCH
         self._queue = Batcher(
-            self._host.infer,
+            self._engine.infer,
             max_batch=most if settings.max_batch == "auto" else settings.max_batch,
             observe=metrics.BATCH_IMAGES.observe,
         )
@@ -219,7 +219,7 @@ class Runner:
 
     async def evidence(self, request: Request) -> Response:
         """(N, H, W, 3) uint8 pixels to (N, h, w, K) float32 evidence."""
-        return await self._answer(self._host.evidence, request)
+        return await self._answer(self._engine.evidence, request)
 
     async def _answer(self, compute: Callable[[Pixels], Awaitable[Results]], request: Request) -> Response:
         if not self._is_right:
@@ -341,23 +341,23 @@ class Classifier:
         self._verified = False
         self._verifying = asyncio.Lock()
         self._next_verification = 0.0
-        self._host: Host = (
-            Remote(self.runner)
+        self._engine: EngineClient = (
+            RunnerClient(self.runner)
             if TOPOLOGY == "runner"
-            else Local(*start_engine(worker, self._served, shadow), concurrency=CONCURRENCY)
+            else LocalEngine(*start_engine(worker, self._served, shadow), concurrency=CONCURRENCY)
         )
         self._queue = Batcher(
             self._infer,
             max_batch=DEFAULT_BATCH if settings.max_batch == "auto" else settings.max_batch,
             max_queue=settings.max_queue,
             max_wait=settings.max_wait,
-            concurrency=self._host.concurrency,
+            concurrency=self._engine.concurrency,
             # The runner counts its own batches, which span all workers.
-            observe=metrics.BATCH_IMAGES.observe if isinstance(self._host, Local) else lambda size: None,
+            observe=metrics.BATCH_IMAGES.observe if isinstance(self._engine, LocalEngine) else lambda size: None,
         )
         # An explanation is one batch of views, so bounding the queue by images bounds it by explanations too.
         most = max(VIEWS, settings.max_queue)
-        explanations = Batcher(self._host.evidence, max_batch=VIEWS, max_queue=most)
+        explanations = Batcher(self._engine.evidence, max_batch=VIEWS, max_queue=most)
         replies = Replies(TAG, self._classifier)
         sandbox = Sandbox(settings.max_pixels)
         self._pipeline = Pipeline(settings, self._classifier, replies, self._drift, self._queue, explanations, sandbox)
@@ -382,7 +382,7 @@ class Classifier:
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
         try:
-            outputs = await self._host.infer(images)
+            outputs = await self._engine.infer(images)
         except ApiError:  # the runner is gone
             self._verified = False
             raise
@@ -401,7 +401,7 @@ class Classifier:
         self._beating = asyncio.create_task(beat(process_name("api")))
 
     async def _verify_when_possible(self) -> None:
-        while not await self._host.is_ready():  # noqa: ASYNC110  # another process sets no event
+        while not await self._engine.is_ready():  # noqa: ASYNC110  # another process sets no event
             await asyncio.sleep(RETRY_SECONDS)
         await self.__is_ready__()
 
@@ -409,7 +409,7 @@ class Classifier:
         """Whether the reference images have come back right on the very path of requests; False from SIGTERM on."""
         if draining.begun.is_set():
             return False
-        if not await self._host.is_ready():
+        if not await self._engine.is_ready():
             self._verified = False  # whatever replaces the runner must prove itself again
             return False
         # One at a time: the first requests share a verification instead of each starting their own.
@@ -432,15 +432,15 @@ class Classifier:
             logger.warning("not ready yet", extra={"reason": repr(error)})
             return False
         logger.info("ready", extra={"model": TAG, "runtime": RUNTIME})
-        if settings.max_batch == "auto" and isinstance(self._host, Local):
+        if settings.max_batch == "auto" and isinstance(self._engine, LocalEngine):
             # In a context of its own: it does not belong to the request that triggered it.
-            self._tuning = asyncio.create_task(self._tune(self._host), context=contextvars.Context())
+            self._tuning = asyncio.create_task(self._tune(self._engine), context=contextvars.Context())
         return True
 
-    async def _tune(self, host: Local) -> None:
+    async def _tune(self, engine: LocalEngine) -> None:
         """Measure batch sizes while no request waits, and adopt the best."""
         try:
-            seconds = await measure_batches(host.seconds_of, self._reference.images, self._until_idle)
+            seconds = await measure_batches(engine.seconds_of, self._reference.images, self._until_idle)
         except Exception:
             logger.exception("batches are not measured")
             return

@@ -22,8 +22,8 @@ from model.artifact import Outputs
 from model.batching import Batcher
 from model.preprocess import Pixels
 from serving.access import Key
+from serving.engines import LocalEngine
 from serving.errors import ApiError
-from serving.hosts import Local
 from serving.usage import DAY_SECONDS, Account
 from tests.golden import SHIPPED_NAME
 from tests.live import REPOSITORY, command, encode, environment, free_port, picture, processes, serve
@@ -99,7 +99,7 @@ def test_an_engine_that_raises_costs_the_requests_of_that_batch_alone() -> None:
 
     async def ask() -> list[Outputs | BaseException]:
         engine = Fragile()
-        queue = Batcher(Local(engine, engine).infer, max_batch=8, max_queue=128)
+        queue = Batcher(LocalEngine(engine, engine).infer, max_batch=8, max_queue=128)
         answers = await asyncio.gather(*(queue(images[i : i + 1]) for i in range(128)), return_exceptions=True)
         assert queue.waiting == 0
         np.testing.assert_array_equal(await queue(images[:1]), [[1, 1, 1]])

@@ -20,8 +20,8 @@ from model.artifact import Outputs
 from model.batching import Batcher
 from model.preprocess import Pixels
 from model.runtimes import EngineLostError
+from serving.engines import AT_ONCE_SECONDS, LocalEngine, RunnerClient
 from serving.errors import ApiError
-from serving.hosts import AT_ONCE_SECONDS, Local, Remote
 from tests.live import REPOSITORY
 
 IMAGE = np.zeros((1, 4, 4, 3), np.uint8)
@@ -52,7 +52,7 @@ def test_few_images_are_computed_at_once_when_it_is_known_that_they_are_few() ->
     """Tried again where the machine itself stood still meanwhile: the few then took long indeed."""
 
     async def ask(engine: Engine) -> None:
-        local = Local(engine, engine)
+        local = LocalEngine(engine, engine)
         for count in (1, 1, 8, 1):
             await local.infer(np.repeat(IMAGE, count, axis=0))
 
@@ -68,7 +68,7 @@ def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
     engine = Engine(2 * AT_ONCE_SECONDS)
 
     async def ask() -> None:
-        local = Local(engine, engine)
+        local = LocalEngine(engine, engine)
         for _ in range(4):
             await local.infer(IMAGE)
 
@@ -83,7 +83,7 @@ def test_the_time_of_inference_is_the_engine_s_and_not_that_of_waiting_for_it() 
         return REGISTRY.get_sample_value("classifier_stage_seconds_sum", {"stage": "infer"}) or 0.0
 
     async def ask() -> None:
-        local = Local(engine, engine, concurrency=2)
+        local = LocalEngine(engine, engine, concurrency=2)
         await asyncio.gather(*(local.infer(np.repeat(IMAGE, 4, axis=0)) for _ in range(6)))
 
     before, started = inferred(), time.perf_counter()
@@ -95,7 +95,7 @@ def test_an_engine_at_work_is_waited_for() -> None:
     engine = Engine(AT_ONCE_SECONDS / 4)
 
     async def ask() -> None:
-        local = Local(engine, engine)
+        local = LocalEngine(engine, engine)
         await local.infer(IMAGE)
         busy = asyncio.create_task(local.evidence(np.repeat(IMAGE, 20, axis=0)))
         await asyncio.sleep(AT_ONCE_SECONDS)  # until the thread has begun
@@ -108,7 +108,7 @@ def test_an_engine_at_work_is_waited_for() -> None:
 def test_the_next_batch_waits_at_the_engine_where_two_may_be_under_way() -> None:
     async def left_waiting(concurrency: int) -> int:
         engine = Engine(seconds=0.1)
-        local = Local(engine, engine, concurrency)
+        local = LocalEngine(engine, engine, concurrency)
         queue = Batcher(local.infer, max_batch=1, max_queue=8, concurrency=local.concurrency)
         jobs = [asyncio.create_task(queue(IMAGE)) for _ in range(3)]
         await asyncio.sleep(0.05)
@@ -136,7 +136,7 @@ def test_a_lost_engine_is_503_and_its_process_gives_up_once() -> None:
     reasons: list[str] = []
 
     async def ask() -> None:
-        local = Local(Broken(), Broken(), give_up=reasons.append)
+        local = LocalEngine(Broken(), Broken(), give_up=reasons.append)
         for ask in (local.infer, local.infer, local.evidence):
             with pytest.raises(ApiError) as caught:
                 await ask(IMAGE)
@@ -151,7 +151,7 @@ def test_an_engine_that_hangs_is_given_up_and_one_that_is_busy_is_not() -> None:
 
     async def ask(seconds: float, times: int) -> None:
         engine = Engine(seconds)
-        local = Local(engine, engine, patience=0.5, give_up=reasons.append)
+        local = LocalEngine(engine, engine, patience=0.5, give_up=reasons.append)
         for _ in range(times):
             await local.infer(IMAGE)
 
@@ -164,14 +164,14 @@ def test_an_engine_that_hangs_is_given_up_and_one_that_is_busy_is_not() -> None:
 HANGING = """
 import signal, time
 from concurrent.futures import ThreadPoolExecutor
-from serving import hosts
-hosts.GRACE_SECONDS = 0.5
+from serving import engines
+engines.GRACE_SECONDS = 0.5
 class End(BaseException): pass
 def stop(*_): raise End
 signal.signal(signal.SIGTERM, stop)
 hung = ThreadPoolExecutor(1).submit(time.sleep, 60)
 try:
-    hosts.give_up("it hangs")
+    engines.give_up("it hangs")
     time.sleep(5)
 except End:
     print("told to stop", flush=True)
@@ -187,14 +187,14 @@ def test_a_process_that_gives_up_ends_although_a_thread_hangs() -> None:
 
 HOPELESS = """
 import asyncio, signal, sys
-from serving import draining, hosts
+from serving import draining, engines
 
 async def serve():
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(stopped.set))
     draining.install(60)
-    await asyncio.to_thread(hosts.give_up, "it hangs")
+    await asyncio.to_thread(engines.give_up, "it hangs")
     await asyncio.wait_for(stopped.wait(), 5)
 
 asyncio.run(serve())
@@ -230,7 +230,7 @@ async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
         aiohttp.ClientSession("http://runner", connector=connector) as session,
     ):
         client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
-        return await Remote(SimpleNamespace(to_async=client)).infer(IMAGE)
+        return await RunnerClient(SimpleNamespace(to_async=client)).infer(IMAGE)
 
 
 def test_a_runner_that_hangs_up_is_asked_once_more(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_runner_that_is_not_ready_is_told_once_for_many_probes(
                 return session
 
             client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
-            remote = Remote(SimpleNamespace(to_async=client))
+            remote = RunnerClient(SimpleNamespace(to_async=client))
             return [await remote.is_ready() for _ in range(3)]
 
     assert asyncio.run(probe()) == [False, False, False]

@@ -26,7 +26,7 @@ from serving.errors import ApiError
 from serving.logs import Seldom
 from serving.pacing import AT_ONCE_SECONDS
 
-logger = logging.getLogger("classifier.hosts")
+logger = logging.getLogger("classifier.engines")
 
 HANG_SECONDS = 60.0
 """A batch that takes longer will not come back."""
@@ -47,7 +47,7 @@ def give_up(reason: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Host(Protocol):
+class EngineClient(Protocol):
     """Infers and explains without blocking the event loop, up to ``concurrency`` batches at once."""
 
     concurrency: int
@@ -59,7 +59,7 @@ class Host(Protocol):
     async def evidence(self, images: Pixels) -> Evidence: ...
 
 
-class Local:
+class LocalEngine:
     """An engine in this process; ``answer`` is how it infers, with or without a shadow.
 
     It has a thread of its own. Only a few images that take less than ``AT_ONCE_SECONDS`` are computed on the event
@@ -151,7 +151,7 @@ def _aiohttp() -> Any:
     return aiohttp
 
 
-class Remote:
+class RunnerClient:
     """The runner behind a BentoML dependency, called over BentoML's own session."""
 
     concurrency = 4
