@@ -75,7 +75,7 @@ IS_WORKER = bentoml.server_context.worker_index is not None
 if IS_WORKER:
     supervision.follow()
     connections.install()
-    connections.Connection.stand_back = WORKERS != 1
+    connections.Connection.delays_accept = WORKERS != 1
 else:
     supervision.install()
 MEASURED = "RUNTIME_MEASURED"

@@ -37,11 +37,11 @@ CONNECTION = (b"connection", b"proxy-connection")
 Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
 """Delay before an idle connection is closed, so that bytes already received are read first; any delay will do."""
-SHORTEST_SLEEP = 1e-9
-"""Sleep before taking a connection; some 60 us in practice. Without it, the first worker to wake takes and keeps every
-connection that arrives."""
+ACCEPT_DELAY_SECONDS = 1e-9
+"""Sleep before accepting a connection; some 60 us in practice. Without it, the first worker to wake accepts and keeps
+every connection that arrives."""
 NOTHING = memoryview(b"")
-FEW = 64
+ACCEPT_DELAY_MAX_CONNECTIONS = 64
 """Connections up to which a worker sleeps: with more, each worker has its share, and a flood of them must not wait."""
 
 
@@ -72,7 +72,7 @@ class LoadShedder(Protocol):
         """The reply that refuses a POST to ``target``, or None to admit it."""
 
 
-class Joining:
+class CoalescingTransport:
     """A transport that writes the head of a reply together with its body, which saves a system call and a packet."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -120,14 +120,15 @@ class Connection(HttpToolsProtocol):
     send_seconds = 30.0
     """Longest wait for a client to read the part of a reply that the operating system has not taken."""
     shedder: ClassVar[LoadShedder | None] = None
-    stand_back: ClassVar[bool] = False
+    delays_accept: ClassVar[bool] = False
     """Whether other processes listen on the same socket: each then leaves the next connection to the others first."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
-        if self.stand_back and len(self.connections) < FEW:
-            time.sleep(SHORTEST_SLEEP)
+        if self.delays_accept and len(self.connections) < ACCEPT_DELAY_MAX_CONNECTIONS:
+            time.sleep(ACCEPT_DELAY_SECONDS)
         super().connection_made(transport)
-        self.transport = self._joining = Joining(transport, self.loop)  # type: ignore[assignment]  # behaves like one
+        self._output = CoalescingTransport(transport, self.loop)
+        self.transport = self._output  # type: ignore[assignment]  # behaves like one
         self._sending: asyncio.TimerHandle | None = None
         self._is_refused = False
         """Whether the load shedder has already refused the request being read."""
@@ -204,17 +205,17 @@ class Connection(HttpToolsProtocol):
         rest = memoryview(data)
         try:
             while rest:
-                rest = self._hear(rest)
+                rest = self._parse(rest)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
 
-    def _hear(self, data: memoryview) -> memoryview:
+    def _parse(self, data: memoryview) -> memoryview:
         """Parse ``data``, and return what follows the headers of a request that would change the protocol."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self._asks_for_upgrade():
-                self._hear_without_upgrade()
+                self._parse_without_upgrade()
                 return data[upgrade.args[0] :]
             self.cycle.keep_alive = False  # CONNECT: what follows is not HTTP
         return NOTHING
@@ -222,7 +223,7 @@ class Connection(HttpToolsProtocol):
     def _asks_for_upgrade(self) -> bool:
         return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
 
-    def _hear_without_upgrade(self) -> None:
+    def _parse_without_upgrade(self) -> None:
         """Stay with HTTP/1, as a server may (RFC 9110, 7.8): the parser would stop here, and the body would be lost."""
         version = self.parser.get_http_version().encode()
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
@@ -308,7 +309,7 @@ class Connection(HttpToolsProtocol):
         head = [STATUS_LINE[response.status_code]]
         for name, value in (*self.server_state.default_headers, *response.raw_headers):
             head.extend((name, b": ", value, b"\r\n"))
-        self._joining.write_through(b"".join((*head, b"\r\n", response.body)))
+        self._output.write_through(b"".join((*head, b"\r\n", response.body)))
         if self.transport.get_write_buffer_size():
             self._await_reader()
 
@@ -333,7 +334,7 @@ class Connection(HttpToolsProtocol):
                 )
 
     def on_response_complete(self) -> None:
-        self._joining.flush()
+        self._output.flush()
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._await_bytes()
@@ -346,13 +347,13 @@ class Connection(HttpToolsProtocol):
 
     def _await_reader(self) -> None:
         if self._sending is None:
-            self._sending = self.loop.call_later(self.send_seconds, self._check_reader, self._joining.written)
+            self._sending = self.loop.call_later(self.send_seconds, self._check_reader, self._output.written)
 
     def _check_reader(self, written: int) -> None:
         """Abort the connection if any of the first ``written`` bytes are unread; later ones have time of their own."""
         self._sending = None
         unread = self.transport.get_write_buffer_size()
-        if unread > self._joining.written - written:
+        if unread > self._output.written - written:
             self.transport.abort()
         elif unread:
             self._await_reader()
