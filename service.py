@@ -49,7 +49,7 @@ from serving import arrays, connections, draining, logs, metrics, supervision
 from serving.access import GUARDED, AccessError, Keys
 from serving.accounting import Accounting
 from serving.bodies import Bodies
-from serving.direct import Measuring, bypass, remove_middleware
+from serving.direct import MetricsMiddleware, bypass, remove_middleware
 from serving.drift import Drift
 from serving.engines import EngineClient, LocalEngine, RunnerClient
 from serving.errors import ApiError, from_exception
@@ -195,7 +195,7 @@ class Runner:
         logs.configure(settings, process_name("runner"))
         served, shadow = load_models()
         engine, answer = start_engine(worker, served, shadow)
-        self._is_right = prove(engine, served)
+        self._is_right = verify_runner(engine, served)
         self._engine = LocalEngine(engine, answer)
         # Batches span all workers: on a GPU, up to the largest CUDA graph.
         most = runtimes.graphed_images(served.config.input_size) if GPUS else DEFAULT_BATCH
@@ -207,8 +207,8 @@ class Runner:
         metrics.BATCH_LIMIT.set(self._queue.max_batch)
 
     @bentoml.on_startup
-    async def tell_alive(self) -> None:
-        self._beating = asyncio.create_task(beat(process_name("runner")))
+    async def start_heartbeat(self) -> None:
+        self._heartbeat = asyncio.create_task(beat(process_name("runner")))
 
     async def __is_ready__(self) -> bool:
         return self._is_right
@@ -231,7 +231,7 @@ class Runner:
         return Response(body, headers=headers)
 
 
-def prove(engine: Runtime, served: Ensemble) -> bool:
+def verify_runner(engine: Runtime, served: Ensemble) -> bool:
     """Whether a runner's engine is right.
 
     The workers' own verification reaches only one of several runners, and none that replaces another. A wrong runner
@@ -307,7 +307,7 @@ class ClassifierService(LeanService):
         direct = bypass(app, endpoints)
         # API keys require 401 before 429, and the audit log a line for each request: the load shedder can do neither.
         if not (KEYS or settings.audit_directory):
-            count = direct.count if isinstance(direct, Measuring) else None
+            count = direct.count if isinstance(direct, MetricsMiddleware) else None
             connections.Connection.shedder = LoadShedder(
                 endpoints, lambda *load: get_current_service().admit(*load), settings.log_requests, count
             )
@@ -392,13 +392,13 @@ class Classifier:
         return self._classifier.score(outputs)
 
     @bentoml.on_startup
-    async def verify_unasked(self) -> None:
+    async def verify_at_startup(self) -> None:
         """Verify each worker at startup: a probe reaches only one, and first requests would meet the others cold."""
         self._verification = asyncio.create_task(self._verify_when_possible())
 
     @bentoml.on_startup
-    async def tell_alive(self) -> None:
-        self._beating = asyncio.create_task(beat(process_name("api")))
+    async def start_heartbeat(self) -> None:
+        self._heartbeat = asyncio.create_task(beat(process_name("api")))
 
     async def _verify_when_possible(self) -> None:
         while not await self._engine.is_ready():  # noqa: ASYNC110  # another process sets no event
@@ -407,10 +407,10 @@ class Classifier:
 
     async def __is_ready__(self) -> bool:
         """Whether the reference images have come back right on the very path of requests; False from SIGTERM on."""
-        if draining.begun.is_set():
+        if draining.started.is_set():
             return False
         if not await self._engine.is_ready():
-            self._verified = False  # whatever replaces the runner must prove itself again
+            self._verified = False  # whatever replaces the runner must be verified again
             return False
         # One at a time: the first requests share a verification instead of each starting their own.
         async with self._verifying:

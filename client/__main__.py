@@ -37,7 +37,7 @@ from client.remote import Remote
 from client.rows import Classify, Row, columns, row
 
 SOME_FAILED, COULD_NOT_WORK, INTERRUPTED = 1, 2, 130
-MOMENTS = 2.0
+ABORT_GRACE_SECONDS = 2.0
 """Seconds left to the requests in flight when another has failed for good."""
 
 
@@ -82,8 +82,8 @@ def in_flight(
 
 
 def _results(done: Iterable[Future[list[Row]]], others: Iterable[Future[list[Row]]]) -> Iterator[list[Row]]:
-    """Rows of the batches in ``done``; if one failed, those of ``others`` answered within ``MOMENTS``, then raise its
-    error.
+    """Rows of the batches in ``done``. If one failed: those of ``others`` that are answered within
+    ``ABORT_GRACE_SECONDS``, then raise its error.
 
     An API key is charged for what was answered, which would otherwise be lost with what failed.
     """
@@ -91,7 +91,7 @@ def _results(done: Iterable[Future[list[Row]]], others: Iterable[Future[list[Row
     yield from (future.result() for future in done if future not in failed)
     if failed:
         sent = [future for future in others if not future.cancel()]
-        answered, _ = wait(sent, timeout=MOMENTS)
+        answered, _ = wait(sent, timeout=ABORT_GRACE_SECONDS)
         yield from (future.result() for future in answered if not future.exception())
         failed[0].result()
 

@@ -115,7 +115,7 @@ class Keys:
 
     def __init__(self, file: Path, is_running: bool = False) -> None:
         self._file = file
-        self._state, self._next_look = _state(file), 0.0
+        self._fingerprint, self._next_look = _fingerprint(file), 0.0
         self._keys: dict[str, Key] = {}
         try:
             self._keys = read(file)
@@ -127,7 +127,7 @@ class Keys:
     def identify(self, headers: Headers) -> tuple[str, Key]:
         """Name and limits of the key that a request presents; raises ``ApiError`` 401."""
         self._refresh()
-        name = self._find(presented(headers))
+        name = self._find(extract_key(headers))
         if name is None:
             raise ApiError(
                 HTTPStatus.UNAUTHORIZED,
@@ -149,10 +149,10 @@ class Keys:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + CHECK_SECONDS
-        state = _state(self._file)
-        if state == self._state:
+        fingerprint = _fingerprint(self._file)
+        if fingerprint == self._fingerprint:
             return
-        self._state = state
+        self._fingerprint = fingerprint
         try:
             self._keys = read(self._file)
             logger.info("API keys read again", extra={"keys": len(self._keys)})
@@ -160,7 +160,7 @@ class Keys:
             logger.error("the API keys stay as they were", extra={"reason": str(error)})
 
 
-def presented(headers: Headers) -> str:
+def extract_key(headers: Headers) -> str:
     """The key in a request's headers, or an empty string."""
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     return credentials.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
@@ -170,7 +170,7 @@ def sha256(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _state(file: Path) -> tuple[int, ...] | None:
+def _fingerprint(file: Path) -> tuple[int, ...] | None:
     """A fingerprint that changes whenever the file does; None when the file cannot be reached."""
     with suppress(OSError):
         status = file.stat()

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import orjson
 
-from serving.logs import Seldom
+from serving.logs import RateLimitedLogger
 
 logger = logging.getLogger("classifier.audit")
 
@@ -63,10 +63,10 @@ def _claim(directory: Path, process_name: str) -> tuple[Path, TextIO]:
 class _Complaining(logging.Handler):
     """Reports lost lines in the service's log, now and then; the standard library would print a traceback."""
 
-    _complaints = Seldom(logger)
+    _limited_logger = RateLimitedLogger(logger)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the standard library's name
-        self._complaints.error("audit lines are lost")
+        self._limited_logger.error("audit lines are lost")
 
 
 class _File(_Complaining, RotatingFileHandler):

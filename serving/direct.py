@@ -37,7 +37,7 @@ class Direct:
         await response(scope, receive, send)
 
 
-class Measuring(RunnerTrafficMetricsMiddleware):
+class MetricsMiddleware(RunnerTrafficMetricsMiddleware):
     """BentoML's request metrics, with their labelled children cached instead of looked up each time."""
 
     def _setup(self, *injected: Any, **by_name: Any) -> None:
@@ -48,7 +48,7 @@ class Measuring(RunnerTrafficMetricsMiddleware):
             "metrics_request_in_progress",
             "metrics_last_request_timestamp",
         ):
-            setattr(self, name, _Remembered(getattr(self, name)))
+            setattr(self, name, _CachedMetric(getattr(self, name)))
         # As BentoML does for 200 and 500: a rate needs a value from before the first increase.
         for endpoint in server_context.service_routes:
             self._replies(endpoint, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -74,7 +74,7 @@ class Measuring(RunnerTrafficMetricsMiddleware):
         return self.metrics_request_total.labels(**about), self.metrics_request_duration.labels(**about)
 
 
-class _Remembered:
+class _CachedMetric:
     """Stands in for a metric and caches its children; the paths and statuses that label them are few."""
 
     def __init__(self, metric: Any) -> None:
@@ -92,7 +92,7 @@ def bypass(app: Starlette, endpoints: Mapping[str, Endpoint]) -> ASGIApp:
     direct = Direct(app, endpoints)
     options = remove_middleware(app, RunnerTrafficMetricsMiddleware)
     # None if BentoML is configured to measure nothing.
-    return direct if options is None else Measuring(direct, **options)
+    return direct if options is None else MetricsMiddleware(direct, **options)
 
 
 def remove_middleware(app: Starlette, layer: Any) -> dict[str, Any] | None:

@@ -15,9 +15,9 @@ from types import FrameType
 
 logger = logging.getLogger("classifier.draining")
 
-begun = threading.Event()
+started = threading.Event()
 """Set from SIGTERM on. A process is told to stop once."""
-_hopeless = threading.Event()
+_disabled = threading.Event()
 
 
 def install(seconds: float) -> None:
@@ -27,11 +27,11 @@ def install(seconds: float) -> None:
     loop = asyncio.get_running_loop()
 
     def begin(number: int, frame: FrameType | None) -> None:
-        if _hopeless.is_set():
-            begun.set()
+        if _disabled.is_set():
+            started.set()
             stop(number, frame)
-        elif not begun.is_set():
-            begun.set()
+        elif not started.is_set():
+            started.set()
             loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, None)
             logger.info("draining", extra={"seconds": seconds})
 
@@ -46,9 +46,9 @@ def exit_after(seconds: float) -> threading.Timer:
     return end
 
 
-def skip() -> None:
+def disable() -> None:
     """Make the next SIGTERM stop this process at once; may be called from any thread.
 
-    The process cannot answer, and while draining would go on taking connections that other workers could serve.
+    For a process that cannot answer: while draining it would go on taking connections that other workers could serve.
     """
-    _hopeless.set()
+    _disabled.set()

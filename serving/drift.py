@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.preprocess import Pixels
 from model.statistics import BINS, STATISTICS, histogram
 from serving import metrics
-from serving.pacing import paced
+from serving.pacing import without_blocking
 
 CLASS, CONFIDENCE = "class", "confidence"
 GATHER_SECONDS = 0.02
@@ -74,7 +74,7 @@ class Drift:
         self._unseen.clear()
         _, height, width, _ = images.shape
         at_once = max(1, PIXELS_AT_ONCE // (height * width))
-        async for some in paced(images[i : i + at_once] for i in range(0, len(images), at_once)):
+        async for some in without_blocking(images[i : i + at_once] for i in range(0, len(images), at_once)):
             for name, counts in zip(STATISTICS, histogram(some, self._edges), strict=True):
                 if name in self._telling:
                     for index in np.flatnonzero(counts).tolist():

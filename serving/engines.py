@@ -23,8 +23,8 @@ from model.runtimes import EngineLostError, Runtime
 from model.tuning import seconds_of
 from serving import arrays, draining, metrics
 from serving.errors import ApiError
-from serving.logs import Seldom
-from serving.pacing import AT_ONCE_SECONDS
+from serving.logs import RateLimitedLogger
+from serving.pacing import MAX_BLOCKING_SECONDS
 
 logger = logging.getLogger("classifier.engines")
 
@@ -43,7 +43,7 @@ def give_up(reason: str) -> None:
     """End this process: it cannot get its engine back, and the supervisor starts another process."""
     logger.critical("the engine is lost", extra={"reason": reason})
     draining.exit_after(GRACE_SECONDS)
-    draining.skip()
+    draining.disable()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -62,7 +62,7 @@ class EngineClient(Protocol):
 class LocalEngine:
     """An engine in this process; ``answer`` is how it infers, with or without a shadow.
 
-    It has a thread of its own. Only a few images that take less than ``AT_ONCE_SECONDS`` are computed on the event
+    It has a thread of its own. Only a few images that take less than ``MAX_BLOCKING_SECONDS`` are computed on the event
     loop, because the way to the thread and back would cost a lone request a tenth of its time.
 
     When the engine is lost, or hangs for ``patience`` seconds, ``give_up`` is called once with the reason.
@@ -91,7 +91,7 @@ class LocalEngine:
         return True
 
     async def infer(self, images: Pixels) -> Outputs:
-        is_short = len(images) * self._seconds_per_image < AT_ONCE_SECONDS
+        is_short = len(images) * self._seconds_per_image < MAX_BLOCKING_SECONDS
         if is_short and self._in_use.acquire(blocking=False):
             try:
                 return self._watched(self._timed, images)
@@ -159,7 +159,7 @@ class RunnerClient:
 
     def __init__(self, runner: Any) -> None:
         self._session = runner.to_async._session_manager.get_session
-        self._complaints = Seldom(logger)
+        self._limited_logger = RateLimitedLogger(logger)
 
     async def is_ready(self) -> bool:
         """Whether the runner answers: it may hang, or be about to be replaced."""
@@ -168,7 +168,7 @@ class RunnerClient:
             async with session.get("/readyz", timeout=_aiohttp().ClientTimeout(PROBE_SECONDS), raise_for_status=True):
                 return True
         except (_aiohttp().ClientError, TimeoutError) as error:
-            self._complaints.warning("not ready yet", reason=f"the engine cannot be reached: {error!r}")
+            self._limited_logger.warning("not ready yet", reason=f"the engine cannot be reached: {error!r}")
             return False
 
     async def infer(self, images: Pixels) -> Outputs:

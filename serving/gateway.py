@@ -124,7 +124,7 @@ class _Reply:
                 await asyncio.sleep(REFUSAL_SECONDS)
         self.status = status
         added = [(REQUEST_ID_HEADER, self._id.encode())]
-        if draining.begun.is_set():
+        if draining.started.is_set():
             added.append((b"connection", b"close"))
         await self._send({**message, "headers": [*message["headers"], *added]})
 

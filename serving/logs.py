@@ -24,7 +24,7 @@ from settings import Settings
 
 ROTATE_BYTES, ROTATE_FILES = 10 * 2**20, 5
 SMTP_TIMEOUT = 10.0
-SELDOM_SECONDS = 60.0
+INTERVAL_SECONDS = 60.0
 
 
 def add_request_id(record: logging.LogRecord) -> bool:
@@ -33,7 +33,7 @@ def add_request_id(record: logging.LogRecord) -> bool:
     return True
 
 
-class Seldom:
+class RateLimitedLogger:
     """Logs a problem that may recur with every request, at most once a minute, with the number of times."""
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -48,7 +48,7 @@ class Seldom:
     def _log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         self._times += 1
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + SELDOM_SECONDS
+            self._next = time.monotonic() + INTERVAL_SECONDS
             self._logger.log(level, message, extra={**fields, "times": self._times})
             self._times = 0
 

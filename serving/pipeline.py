@@ -25,7 +25,7 @@ from serving.context import client_waits
 from serving.decoding import Decoding
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
-from serving.pacing import paced
+from serving.pacing import without_blocking
 from serving.replies import Replies
 from serving.requests import Item, Options, read_image, read_images, read_options
 from settings import Settings
@@ -69,12 +69,12 @@ class Pipeline:
         stages = metrics.Stages()
         with stages.timed("read"):
             items = await read_images(request, self._settings)
-            headers = [self._inspect(item) async for item in paced(items)]
+            headers = [self._inspect(item) async for item in without_blocking(items)]
         self._infer.admit(len(items))
         self._admit_decoding(items, headers)
         await accounting.charge(items)
         with stages.timed("decode"):
-            decoded = [await self._attempt(*pair) async for pair in paced(zip(items, headers, strict=True))]
+            decoded = [await self._attempt(*pair) async for pair in without_blocking(zip(items, headers, strict=True))]
         images = [image for image in decoded if not isinstance(image, ApiError)]
         predictions = iter(self._classifier.predict(await self._scores(np.stack(images), stages)) if images else ())
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]

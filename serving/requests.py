@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.context import header
 from serving.errors import ApiError
-from serving.pacing import paced
+from serving.pacing import without_blocking
 from settings import Settings
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
@@ -129,7 +129,7 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
         if not isinstance(values, list):
             raise bad_request(f"'images' is {_kind(values)}; expected a list of base64 strings or data URLs")
         _check_count(len(values), limit)
-        images = [_attempt(value) async for value in paced(values)]
+        images = [_attempt(value) async for value in without_blocking(values)]
     if not images:
         raise bad_request("the request has no images; expected at least one in 'images'")
     return [_limit(image, settings.max_image_bytes) for image in images]

@@ -25,7 +25,7 @@ import orjson
 
 from model.classifier import Prediction
 from model.headers import read_header
-from serving.logs import Seldom
+from serving.logs import RateLimitedLogger
 from settings import Settings
 
 logger = logging.getLogger("classifier.review")
@@ -45,7 +45,7 @@ LEDGER = ".bytes"
 """File with the number of bytes kept; whoever changes the directory holds its lock."""
 
 
-class Sighting(NamedTuple):
+class ReviewCandidate(NamedTuple):
     """An image as sent, and its prediction; ``about`` goes into its JSON line too."""
 
     data: bytes
@@ -61,14 +61,15 @@ class Review:
         self._directory = settings.review_directory
         self._share, self._below = settings.review_share, settings.review_below
         self._max_age, self._max_bytes = settings.review_days * DAY_SECONDS, settings.review_bytes
-        self._complaints = Seldom(logger)
-        self._waiting: queue.Queue[Sighting] = queue.Queue(WAITING_IMAGES)
+        self._limited_logger = RateLimitedLogger(logger)
+        self._waiting: queue.Queue[ReviewCandidate] = queue.Queue(WAITING_IMAGES)
         threading.Thread(target=self._work, name="review", daemon=True).start()
 
     def offer(self, data: bytes, prediction: Prediction, about: dict[str, str | None]) -> None:
         """Keep the image if the model is unsure of it, it is drawn for the sample, and the thread is not behind."""
         if prediction.confidence < self._below and random.random() < self._share and not self._waiting.full():
-            self._waiting.put_nowait(Sighting(data, prediction, about))  # only one thread offers, so there is room
+            # Only one thread offers, so there is room.
+            self._waiting.put_nowait(ReviewCandidate(data, prediction, about))
 
     def _work(self) -> None:
         next_sweep = 0.0
@@ -82,13 +83,13 @@ class Review:
             except queue.Empty:
                 pass
             except Exception as error:  # a full disk or a removed directory must not stop the service
-                self._complaints.error("images for review are not kept", reason=repr(error))
+                self._limited_logger.error("images for review are not kept", reason=repr(error))
 
-    def _keep(self, sighting: Sighting) -> None:
-        name = hashlib.sha256(sighting.data).hexdigest()
-        image = self._directory / f"{name}.{read_header(sighting.data).format.lower()}"
-        line = orjson.dumps(_describe(sighting, name)) + b"\n"
-        size = _on_disk(len(sighting.data)) + _on_disk(len(line))
+    def _keep(self, candidate: ReviewCandidate) -> None:
+        name = hashlib.sha256(candidate.data).hexdigest()
+        image = self._directory / f"{name}.{read_header(candidate.data).format.lower()}"
+        line = orjson.dumps(_describe(candidate, name)) + b"\n"
+        size = _on_disk(len(candidate.data)) + _on_disk(len(line))
         if size > self._max_bytes:
             return
         with self._ledger() as ledger:
@@ -98,7 +99,7 @@ class Review:
             if held + size > self._max_bytes:
                 held = self._sweep(min(SWEEP_TO * self._max_bytes, self._max_bytes - size))
             _note(ledger, held + size)  # first: a failure below then never lets too much in
-            _write({image: sighting.data, image.with_suffix(".json"): line})
+            _write({image: candidate.data, image.with_suffix(".json"): line})
 
     def _sweep(self, max_bytes: float) -> int:
         """Remove images that are too old, then the oldest down to ``max_bytes`` at most; returns the bytes left."""
@@ -134,11 +135,11 @@ class Review:
             yield ledger
 
 
-def _describe(sighting: Sighting, name: str) -> dict[str, Any]:
-    prediction = sighting.prediction
+def _describe(candidate: ReviewCandidate, name: str) -> dict[str, Any]:
+    prediction = candidate.prediction
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **sighting.about,
+        **candidate.about,
         "sha256": name,
         "class": prediction.class_name,
         "confidence": round(prediction.confidence, 6),

@@ -51,7 +51,7 @@ class LoadShedder:
     def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Response | None:
         """The refusal of a POST to ``target``, or None to admit it."""
         path = self._paths.get(target.partition(b"?")[0])
-        if path is None or draining.begun.is_set():
+        if path is None or draining.started.is_set():
             return None
         started = time.perf_counter()
         if not (self._ahead or self._refusal):

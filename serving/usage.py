@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from serving.access import AccessError, Key
 from serving.errors import ApiError
-from serving.logs import Seldom
+from serving.logs import RateLimitedLogger
 from serving.requests import too_large
 
 logger = logging.getLogger("classifier.usage")
@@ -27,7 +27,7 @@ logger = logging.getLogger("classifier.usage")
 DAY_SECONDS = 86_400
 PATIENCE_SECONDS = 1.0
 """Longest wait for another process to release the file, which needs it for well under a millisecond."""
-REST_SECONDS = 10.0
+BACKOFF_SECONDS = 10.0
 """Time for which a file that failed is left alone: otherwise requests would wait for it one after another."""
 SET_UP = """
 PRAGMA journal_mode = WAL;
@@ -44,7 +44,7 @@ class Account(NamedTuple):
     day: int = 0
     images: int = 0
 
-    def set_back(self, now: float) -> Account:
+    def clamp_to_clock(self, now: float) -> Account:
         """The account, to refill from ``now`` on if the clock was set back; otherwise it would not until then."""
         return self._replace(updated=min(self.updated, now))
 
@@ -95,8 +95,8 @@ class Usage:
             file = Path(self._temporary.name) / "usage.sqlite"
         self.file = file
         self._thread = ThreadPoolExecutor(1, "usage")
-        self._complaints = Seldom(logger)
-        self._resting_until = 0.0
+        self._limited_logger = RateLimitedLogger(logger)
+        self._backoff_until = 0.0
         self._database: sqlite3.Connection | None = None
         if not is_running:
             try:
@@ -117,15 +117,15 @@ class Usage:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._charge, name, key, images)
         except sqlite3.Error as error:
-            self._complaints.error("API keys are not limited", reason=str(error))
+            self._limited_logger.error("API keys are not limited", reason=str(error))
 
     def _charge(self, name: str, key: Key, images: int) -> None:
-        if time.monotonic() < self._resting_until:
+        if time.monotonic() < self._backoff_until:
             return
         try:
             self._write(name, key, images)
         except sqlite3.Error:
-            self._resting_until = time.monotonic() + REST_SECONDS
+            self._backoff_until = time.monotonic() + BACKOFF_SECONDS
             raise
 
     def _write(self, name: str, key: Key, images: int) -> None:
@@ -136,7 +136,7 @@ class Usage:
             row = database.execute("SELECT tokens, updated, day, images FROM usage WHERE name = ?", (name,)).fetchone()
             now = time.time()
             before = Account(*row) if row else Account()
-            account = before.set_back(now)
+            account = before.clamp_to_clock(now)
             try:
                 account = account.charge(key, images, now)
             except ApiError as error:

@@ -20,7 +20,7 @@ from model.artifact import Outputs
 from model.batching import Batcher
 from model.preprocess import Pixels
 from model.runtimes import EngineLostError
-from serving.engines import AT_ONCE_SECONDS, LocalEngine, RunnerClient
+from serving.engines import MAX_BLOCKING_SECONDS, LocalEngine, RunnerClient
 from serving.errors import ApiError
 from tests.live import REPOSITORY
 
@@ -58,14 +58,14 @@ def test_few_images_are_computed_at_once_when_it_is_known_that_they_are_few() ->
 
     seen = []
     for _ in range(5):
-        engine = Engine(AT_ONCE_SECONDS / 4)
+        engine = Engine(MAX_BLOCKING_SECONDS / 4)
         asyncio.run(ask(engine))
         seen.append(engine.threads)
     assert ["engine_0", "MainThread", "engine_0", "MainThread"] in seen
 
 
 def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
-    engine = Engine(2 * AT_ONCE_SECONDS)
+    engine = Engine(2 * MAX_BLOCKING_SECONDS)
 
     async def ask() -> None:
         local = LocalEngine(engine, engine)
@@ -77,7 +77,7 @@ def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
 
 
 def test_the_time_of_inference_is_the_engine_s_and_not_that_of_waiting_for_it() -> None:
-    engine = Engine(AT_ONCE_SECONDS)
+    engine = Engine(MAX_BLOCKING_SECONDS)
 
     def inferred() -> float:
         return REGISTRY.get_sample_value("classifier_stage_seconds_sum", {"stage": "infer"}) or 0.0
@@ -88,17 +88,17 @@ def test_the_time_of_inference_is_the_engine_s_and_not_that_of_waiting_for_it() 
 
     before, started = inferred(), time.perf_counter()
     asyncio.run(ask())
-    assert 24 * AT_ONCE_SECONDS <= inferred() - before <= time.perf_counter() - started
+    assert 24 * MAX_BLOCKING_SECONDS <= inferred() - before <= time.perf_counter() - started
 
 
 def test_an_engine_at_work_is_waited_for() -> None:
-    engine = Engine(AT_ONCE_SECONDS / 4)
+    engine = Engine(MAX_BLOCKING_SECONDS / 4)
 
     async def ask() -> None:
         local = LocalEngine(engine, engine)
         await local.infer(IMAGE)
         busy = asyncio.create_task(local.evidence(np.repeat(IMAGE, 20, axis=0)))
-        await asyncio.sleep(AT_ONCE_SECONDS)  # until the thread has begun
+        await asyncio.sleep(MAX_BLOCKING_SECONDS)  # until the thread has begun
         await asyncio.gather(busy, *(local.infer(IMAGE) for _ in range(3)))
 
     asyncio.run(ask())

@@ -81,7 +81,7 @@ def test_an_image_is_kept_as_sent_with_what_was_said_of_it(tmp_path: Path) -> No
 def test_only_a_share_of_the_unsure_ones_is_taken(tmp_path: Path) -> None:
     kept = store(tmp_path, review_share=0.5, review_below=0.6)
     kept._waiting.maxsize = 10_000
-    kept._keep = lambda sighting: taken.append(sighting)  # type: ignore[method-assign]
+    kept._keep = lambda candidate: taken.append(candidate)  # type: ignore[method-assign]
     taken: list[Any] = []
     for _ in range(1000):
         kept.offer(b"", unsure(0.61), ABOUT)

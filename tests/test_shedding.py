@@ -101,11 +101,11 @@ def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
 
 
 def test_while_draining_the_application_answers_and_says_goodbye() -> None:
-    draining.begun.set()
+    draining.started.set()
     try:
         assert LoadShedder(["/classify"], full, log_requests=False)(b"/classify", []) is None
     finally:
-        draining.begun.clear()
+        draining.started.clear()
 
 
 def test_it_is_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
