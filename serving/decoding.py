@@ -7,13 +7,27 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from model.batching import GoneError, QueueFullError, moving_average
 from model.preprocess import Pixels
 
 
-class Decoding:
+@dataclass(eq=False)
+class _Job:
+    """A call of ``decode(data, *how)``; its ``data`` is None once nobody waits for it.
+
+    The thread's queue keeps cancelled calls until their turn, and they must not keep their images too.
+    """
+
+    is_wanted: Callable[[], bool]
+    decode: Callable[..., Pixels]
+    data: bytes | None
+    how: tuple[Any, ...]
+
+
+class DecodeQueue:
     """One thread: there is a worker for each processor, and memory for one large image.
 
     Refuses images that would wait longer than ``max_wait`` seconds, judging by how long recent ones took. In that
@@ -42,23 +56,21 @@ class Decoding:
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], data: bytes, *how: Any
     ) -> Pixels:
         """``decode(data, *how)`` in its turn; raises what it raises, or ``GoneError`` if no longer wanted by then."""
-        held = [data]
-        future = self._thread.submit(self._timed, is_wanted, decode, held, *how)
+        job = _Job(is_wanted, decode, data, how)
+        future = self._thread.submit(self._run, job)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         try:
             return await asyncio.wrap_future(future)
         finally:
-            held.clear()  # the thread's queue keeps cancelled calls until their turn
+            job.data = None
 
-    def _timed(
-        self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], held: list[bytes], *how: Any
-    ) -> Pixels:
-        if not is_wanted():
+    def _run(self, job: _Job) -> Pixels:
+        data = job.data
+        if data is None or not job.is_wanted():
             raise GoneError("the client hung up")
-        data = held.pop()
         started = self._clock()
         try:
-            return decode(data, *how)
+            return job.decode(data, *job.how)
         finally:
             self._seconds = moving_average(self._seconds, min(self._clock() - started, self._max_wait))

@@ -22,7 +22,7 @@ from model.sandbox import DecoderError, Sandbox
 from serving import accounting, metrics
 from serving.accounting import Verdict
 from serving.context import client_waits
-from serving.decoding import Decoding
+from serving.decoding import DecodeQueue
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
 from serving.pacing import without_blocking
@@ -53,7 +53,7 @@ class Pipeline:
         self._settings, self._classifier, self._replies, self._drift = settings, classifier, replies, drift
         self._infer, self._evidence, self._sandbox = infer, evidence, sandbox
         self._size = classifier.config.input_size
-        self._decoding = Decoding(settings.max_wait)
+        self._decode_queue = DecodeQueue(settings.max_wait)
 
     async def classify(self, request: Request) -> Response:
         options = read_options(request)
@@ -155,7 +155,7 @@ class Pipeline:
     def _admit_decoding(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
         """Refuse a request whose images would wait too long for a decoder, before a key is charged for them."""
         if not all(map(_is_decoded_here, items, headers)):
-            self._decoding.admit()
+            self._decode_queue.admit()
 
     async def _decode(self, data: bytes, header: Header | ApiError) -> Pixels:
         if isinstance(header, ApiError):
@@ -166,7 +166,7 @@ class Pipeline:
 
     async def _contained(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
         try:
-            return await self._decoding(client_waits(), decode, data, *how)
+            return await self._decode_queue(client_waits(), decode, data, *how)
         except DecoderError:
             metrics.DECODER_DEATHS.inc()
             logger.warning(

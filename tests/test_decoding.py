@@ -13,7 +13,7 @@ import pytest
 
 from model.batching import GoneError, QueueFullError
 from model.preprocess import Pixels
-from serving.decoding import Decoding
+from serving.decoding import DecodeQueue
 
 PIXELS = np.zeros((1, 1, 3), np.uint8)
 
@@ -33,7 +33,7 @@ def here() -> bool:
 
 
 class Slow(Clock):
-    """The first decoding takes an hour."""
+    """The first image takes an hour."""
 
     def __call__(self) -> float:
         self.now += 3600 if self.now == 0.01 else 0.01
@@ -49,12 +49,12 @@ def held(release: threading.Event, done: list[bytes]) -> Callable[[bytes], Pixel
     return decode
 
 
-async def begin(decoding: Decoding, decode: Callable[[bytes], Pixels], count: int) -> list[asyncio.Task[Pixels]]:
+async def begin(queue: DecodeQueue, decode: Callable[[bytes], Pixels], count: int) -> list[asyncio.Task[Pixels]]:
     """So many images, each let in and waiting."""
     waiting = []
     for number in range(count):
-        decoding.admit()
-        waiting.append(asyncio.create_task(decoding(here, decode, b"%d" % number)))
+        queue.admit()
+        waiting.append(asyncio.create_task(queue(here, decode, b"%d" % number)))
         await asyncio.sleep(0)
     return waiting
 
@@ -63,20 +63,20 @@ def test_who_would_wait_too_long_is_refused_and_the_others_are_answered() -> Non
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
-        decoding = Decoding(max_wait=0.05, clock=Clock())
-        decoding.admit()
+        queue = DecodeQueue(max_wait=0.05, clock=Clock())
+        queue.admit()
         release.set()
-        await decoding(here, decode, b"first")
+        await queue(here, decode, b"first")
         release.clear()
-        waiting = await begin(decoding, decode, 6)
+        waiting = await begin(queue, decode, 6)
         with pytest.raises(QueueFullError, match="6 images are waiting; expected at most 5") as refusal:
-            decoding.admit()
+            queue.admit()
         assert refusal.value.retry_after == 1
         release.set()
         await asyncio.gather(*waiting)
         assert len(done) == 7
-        decoding.admit()
-        assert decoding.waiting == 0
+        queue.admit()
+        assert queue.waiting == 0
 
     asyncio.run(scenario())
 
@@ -85,10 +85,10 @@ def test_nothing_is_decoded_for_who_has_hung_up_or_given_up() -> None:
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
-        decoding = Decoding(max_wait=1)
-        first = asyncio.create_task(decoding(here, decode, b"first"))
-        left = asyncio.create_task(decoding(lambda: False, decode, b"left"))
-        late = asyncio.create_task(decoding(here, decode, b"late"))
+        queue = DecodeQueue(max_wait=1)
+        first = asyncio.create_task(queue(here, decode, b"first"))
+        left = asyncio.create_task(queue(lambda: False, decode, b"left"))
+        late = asyncio.create_task(queue(here, decode, b"late"))
         await asyncio.sleep(0.05)
         late.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -98,7 +98,7 @@ def test_nothing_is_decoded_for_who_has_hung_up_or_given_up() -> None:
         with pytest.raises(GoneError):
             await left
         assert done == [b"first"]
-        assert decoding.waiting == 0
+        assert queue.waiting == 0
 
     asyncio.run(scenario())
 
@@ -107,14 +107,14 @@ def test_who_gave_up_leaves_nothing_behind_and_a_busy_decoder_is_no_free_one() -
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
-        decoding = Decoding(max_wait=1)
+        queue = DecodeQueue(max_wait=1)
         body = bytes(1000)
         holders = sys.getrefcount(body)
 
         async def give_up() -> None:
-            tasks = [asyncio.create_task(decoding(here, decode, data)) for data in (b"running", body)]
+            tasks = [asyncio.create_task(queue(here, decode, data)) for data in (b"running", body)]
             await asyncio.sleep(0.05)
-            assert decoding.waiting == 2
+            assert queue.waiting == 2
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -123,9 +123,9 @@ def test_who_gave_up_leaves_nothing_behind_and_a_busy_decoder_is_no_free_one() -
         gc.collect()
         assert sys.getrefcount(body) == holders
         await asyncio.sleep(0)
-        assert decoding.waiting == 1, "the thread is still at it"
+        assert queue.waiting == 1, "the thread is still at it"
         release.set()
-        while decoding.waiting:  # noqa: ASYNC110  # what would tell is the thing under test
+        while queue.waiting:  # noqa: ASYNC110  # what would tell is the thing under test
             await asyncio.sleep(0.01)
         assert done == [b"running"]
 
@@ -137,10 +137,10 @@ def test_an_image_that_cannot_be_decoded_keeps_no_place() -> None:
         raise ValueError
 
     async def scenario() -> None:
-        decoding = Decoding(max_wait=1)
+        queue = DecodeQueue(max_wait=1)
         with pytest.raises(ValueError):
-            await decoding(here, broken, b"")
-        assert decoding.waiting == 0
+            await queue(here, broken, b"")
+        assert queue.waiting == 0
 
     asyncio.run(scenario())
 
@@ -149,12 +149,12 @@ def test_an_image_that_takes_very_long_does_not_shut_out_others_for_long() -> No
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
-        decoding = Decoding(max_wait=0.5, clock=Slow())
+        queue = DecodeQueue(max_wait=0.5, clock=Slow())
         release.set()
         for number in range(20):
-            await decoding(here, decode, b"%d" % number)
+            await queue(here, decode, b"%d" % number)
         release.clear()
-        waiting = await begin(decoding, decode, 5)
+        waiting = await begin(queue, decode, 5)
         release.set()
         await asyncio.gather(*waiting)
 
