@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import ssl
@@ -76,14 +75,14 @@ class Remote:
     def _send(self, request: httpx.Request, is_one: bool) -> httpx.Response:
         """The first reply that is neither 429 nor a server error, or that fewer images may remedy."""
         until = time.monotonic() + self._patience
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             pause = None
             try:
                 response = self._client.send(request)
                 self._was_reached = True
-                if response.status_code in SMALLER and (not is_one or attempt >= LONE_TIMEOUTS):
-                    return response
-                if response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error:
+                if _is_final(response, is_one, attempt):
                     return response
                 trouble, pause = _problem(response)["message"], _retry_after(response)
             except UnicodeError as error:  # from the host name
@@ -95,7 +94,6 @@ class Remote:
             # Those refused at the same moment must not all return at the same moment.
             jitter = random.uniform(0, FIRST_PAUSE)
             self._wait((pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))) + jitter, until, trouble)
-        raise AssertionError("unreachable")
 
     def _wait(self, pause: float, until: float, trouble: str) -> None:
         if time.monotonic() + pause > until:
@@ -104,6 +102,13 @@ class Remote:
             self._told = trouble
             tqdm.write(f"{self._url}: {trouble}; trying again", file=sys.stderr)
         time.sleep(pause)
+
+
+def _is_final(response: httpx.Response, is_one: bool, attempt: int) -> bool:
+    """Whether no other attempt is made after this reply: fewer images may remedy it, or it is no lack of capacity."""
+    if response.status_code in SMALLER and (not is_one or attempt >= LONE_TIMEOUTS):
+        return True
+    return response.status_code != HTTPStatus.TOO_MANY_REQUESTS and not response.is_server_error
 
 
 def _expect_ok(response: httpx.Response, url: str) -> dict[str, Any]:

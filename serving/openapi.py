@@ -16,6 +16,7 @@ from serving.answers import Batch, Classification, Explanation, Failure
 from serving.errors import ERROR_HEADER
 
 Document = dict[str, Any]
+JSON = "application/json"
 
 ERRORS = {
     HTTPStatus.BAD_REQUEST: "invalid_request, or invalid_image: missing, malformed or undecodable",
@@ -30,10 +31,13 @@ ERRORS = {
 KEY_ERRORS = {
     HTTPStatus.UNAUTHORIZED: "unauthorized: no API key, or an unknown one",
     HTTPStatus.FORBIDDEN: "forbidden: the API key has expired, or is not for this path",
+}
+"""Errors added where API keys are required."""
+LIMIT_ERRORS = {
     HTTPStatus.TOO_MANY_REQUESTS: "overloaded, as without keys; rate_limited or quota_exceeded: too many images were "
     "sent with this API key; Retry-After says for how long",
 }
-"""Errors added where API keys are required."""
+"""Errors added where, besides, images are sent, which API keys limit."""
 KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -86,9 +90,10 @@ INFRASTRUCTURE = {
 }
 
 
-def _reply(description: str, **content: Document) -> Document:
-    types = {name.replace("_", "/"): {"schema": schema} for name, schema in content.items()}
-    return {"description": description, "headers": REQUEST_ID, "content": types}
+def _reply(description: str, schemas: dict[str, Document]) -> Document:
+    """A reply whose ``schemas`` are by content type."""
+    content = {content_type: {"schema": schema} for content_type, schema in schemas.items()}
+    return {"description": description, "headers": REQUEST_ID, "content": content}
 
 
 def _ref(name: str) -> Document:
@@ -99,7 +104,7 @@ def _failures(errors: dict[HTTPStatus, str]) -> Document:
     """Error replies by status, described by their error codes."""
     failures = {}
     for status, codes in errors.items():
-        reply = _reply(codes, application_json=_ref("Failure"))
+        reply = _reply(codes, {JSON: _ref("Failure")})
         failures[str(status.value)] = {**reply, "headers": {**REQUEST_ID, **ERROR_CODE, **HEADERS.get(status, {})}}
     return failures
 
@@ -110,7 +115,7 @@ def _post(summary: str, field: str, form: Document, encoded: Document, reply: Do
     def with_field(schema: Document) -> Document:
         return {"schema": {"type": "object", "required": [field], "properties": {field: schema}}}
 
-    content = {"multipart/form-data": with_field(form), "application/json": with_field(encoded), **raw}
+    content = {"multipart/form-data": with_field(form), JSON: with_field(encoded), **raw}
     return {
         "description": summary,
         "parameters": PARAMETERS,
@@ -119,30 +124,29 @@ def _post(summary: str, field: str, form: Document, encoded: Document, reply: Do
     }
 
 
-def _get(summary: str, **content: Document) -> Document:
-    return {"description": summary, "responses": {"200": _reply(summary, **content)}}
+def _get(summary: str, schemas: dict[str, Document]) -> Document:
+    return {"description": summary, "responses": {"200": _reply(summary, schemas)}}
 
 
 def _paths() -> Document:
     raw = {"image/*": {"schema": IMAGE}}
-    classification = _reply("The verdict.", application_json=_ref("Classification"))
-    explanation = _reply("A picture, or its numbers.", image_png=OVERLAY, application_json=_ref("Explanation"))
+    classification = _reply("The verdict.", {JSON: _ref("Classification")})
+    explanation = _reply("A picture, or its numbers.", {"image/png": OVERLAY, JSON: _ref("Explanation")})
     several = {"type": "array", "minItems": 1, "items": ENCODED}
     files = {"type": "array", "minItems": 1, "items": IMAGE}
-    batch = _reply(
-        "The verdicts in order, and in the place of what is no image an error.", application_json=_ref("Batch")
-    )
+    batch = _reply("The verdicts in order, and in the place of what is no image an error.", {JSON: _ref("Batch")})
     card = {"type": "object", "required": ["name", "version", "classes", "input_size", "runtime", "topology"]}
+    text = {"text/plain": {"type": "string"}}
     return {
         "/classify": {"post": _post("Classify one image.", "image", IMAGE, ENCODED, classification, **raw)},
         "/classify/batch": {"post": _post("Classify several images.", "images", files, several, batch)},
         "/explain": {
             "post": _post("Where the verdict on one image comes from.", "image", IMAGE, ENCODED, explanation, **raw)
         },
-        "/model": {"get": _get("What is served, and how good it is.", application_json=card)},
-        "/docs.json": {"get": _get("This document.", application_json={"type": "object"})},
-        "/schema.json": {"get": _get("What BentoML's clients ask for.", application_json={"type": "object"})},
-        **{path: {"get": _get(summary, text_plain={"type": "string"})} for path, summary in INFRASTRUCTURE.items()},
+        "/model": {"get": _get("What is served, and how good it is.", {JSON: card})},
+        "/docs.json": {"get": _get("This document.", {JSON: {"type": "object"}})},
+        "/schema.json": {"get": _get("What BentoML's clients ask for.", {JSON: {"type": "object"}})},
+        **{path: {"get": _get(summary, text)} for path, summary in INFRASTRUCTURE.items()},
     }
 
 
@@ -152,8 +156,8 @@ def _ask_for_keys(document: Document) -> None:
         for method, operation in document["paths"][path].items():
             operation["security"] = [{name: []} for name in KEY_SCHEMES]
             operation["responses"].update(_failures(KEY_ERRORS))
-            if method == "get":  # no images, no limits
-                del operation["responses"]["429"]
+            if method == "post":  # a GET sends no images, and has no limits
+                operation["responses"].update(_failures(LIMIT_ERRORS))
 
 
 def describe(version: str, asks_for_keys: bool) -> Document:

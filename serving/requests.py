@@ -182,7 +182,8 @@ def _multipart(body: bytes, options: dict[str, str], field: str, limit: int) -> 
     if not boundary:
         raise bad_request("the content-type has no boundary")
     parts: list[bytes] = []
-    collecting = False
+    chunks: list[bytes] | None = None
+    """Content of the part being parsed, if it is one of those wanted."""
     try:
         # File names are not used and may be in any encoding: Latin-1 accepts every byte.
         with PushMultipartParser(
@@ -190,15 +191,14 @@ def _multipart(body: bytes, options: dict[str, str], field: str, limit: int) -> 
         ) as parser:
             for event in parser.parse(body):
                 if isinstance(event, MultipartSegment):
-                    collecting = event.name == field
-                    if collecting:
+                    chunks = [] if event.name == field else None
+                    if chunks is not None:
                         _check_count(len(parts) + 1, limit)
-                        chunks: list[bytes] = []
-                elif event is None:
-                    if collecting:
+                elif chunks is not None:
+                    if event is None:  # the end of the part
                         parts.append(b"".join(chunks))
-                elif collecting:
-                    chunks.append(bytes(event))
+                    else:
+                        chunks.append(bytes(event))
     except ParserLimitReached as error:
         raise too_large(f"the form is too large: {error}") from error
     except (MultipartError, ValueError) as error:

@@ -123,12 +123,15 @@ class Usage:
         if time.monotonic() < self._backoff_until:
             return
         try:
-            self._write(name, key, images)
+            refusal = self._write(name, key, images)
         except sqlite3.Error:
             self._backoff_until = time.monotonic() + BACKOFF_SECONDS
             raise
+        if refusal:
+            raise refusal
 
-    def _write(self, name: str, key: Key, images: int) -> None:
+    def _write(self, name: str, key: Key, images: int) -> ApiError | None:
+        """The refusal, if ``images`` are too many: returned, because raised here it would undo ``clamp_to_clock``."""
         refusal = None
         self._database = self._database or self._open()
         with self._database as database:
@@ -143,8 +146,7 @@ class Usage:
                 refusal = error
             if account != before:
                 database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
-        if refusal:
-            raise refusal
+        return refusal
 
 
 def _refusal(code: str, message: str, seconds: float) -> ApiError:
