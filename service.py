@@ -377,7 +377,7 @@ class Classifier:
         loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
         logger.info("loaded", extra=loaded)
         if self._classifier.too_few:
-            logger.warning("foreign images are not told", extra={"reason": self._classifier.too_few})
+            logger.warning("foreign images are not detected", extra={"reason": self._classifier.too_few})
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)
@@ -442,7 +442,7 @@ class Classifier:
         try:
             seconds = await measure_batches(engine.seconds_of, self._reference.images, self._until_idle)
         except Exception:
-            logger.exception("batches are not measured")
+            logger.exception("measuring batch sizes failed")
             return
         self._queue.max_batch = best_batch(seconds)
         metrics.BATCH_LIMIT.set(self._queue.max_batch)

@@ -63,7 +63,8 @@ class Settings(BaseSettings):
     """``embedded``: each API worker owns an engine. ``runner``: one process per GPU owns it. ``auto`` is ``runner`` on
     a GPU, else ``embedded``."""
     workers: Annotated[int, Field(ge=1)] | Literal["cpu_count"] = "cpu_count"
-    """Number of API worker processes."""
+    """Number of API worker processes. ``cpu_count``: one per CPU that the process affinity and the container's quota
+    allow."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per engine."""
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -58,7 +58,7 @@ def _operation(path: str, method: str, operation: Schema) -> str:
             markdown(("content type", "content"), ((f"`{m}`", _type(b["schema"])) for m, b in bodies)),
         ]
     if "parameters" in operation:
-        parts += [markdown(("parameter", "type", "what it asks for"), map(_parameter, operation["parameters"]))]
+        parts += [markdown(("parameter", "type", "description"), map(_parameter, operation["parameters"]))]
     parts += [
         markdown(("status", "meaning", "content", "headers"), map(_reply, sorted(operation["responses"].items())))
     ]
@@ -80,10 +80,10 @@ def _schemas() -> str:
     for name, schema in _document()["components"]["schemas"].items():
         required = schema.get("required", [])
         rows = (
-            (f"`{field}`", _type(about), "" if field in required else "no", about.get("description", ""))
+            (f"`{field}`", _type(about), "" if field in required else "yes", about.get("description", ""))
             for field, about in schema["properties"].items()
         )
-        parts += [f"### {name}", markdown(("field", "type", "always there", "what it is"), rows)]
+        parts += [f"### {name}", markdown(("field", "type", "optional", "description"), rows)]
     return "\n\n".join(parts)
 
 
@@ -100,7 +100,7 @@ def _type(schema: Schema) -> str:
         case {"const": value}:
             return f"`{value}`"
         case {"format": "binary"}:
-            return "the bytes of a file"
+            return "file"
         case {"format": "path"}:
             return "path"
         case {"title": name} if name in _document_schemas():
@@ -141,7 +141,7 @@ def settings() -> str:
         (f"`{name.upper()}`", _setting(about), _default(about.get("default")), explained.get(name, ""))
         for name, about in Settings.model_json_schema()["properties"].items()
     )
-    return markdown(("variable", "type", "default", "what it is"), rows)
+    return markdown(("variable", "type", "default", "description"), rows)
 
 
 def _setting(schema: Schema) -> str:
@@ -176,7 +176,7 @@ def alerts() -> str:
         (rule for rule in _rules() if "alert" in rule), key=lambda rule: order.index(rule["labels"]["severity"])
     )
     rows = ((_runbook(rule), rule["labels"]["severity"], rule["labels"]["component"], _plain(rule)) for rule in found)
-    return markdown(("alert", "severity", "component", "says"), rows)
+    return markdown(("alert", "severity", "component", "summary"), rows)
 
 
 def _runbook(rule: Schema) -> str:

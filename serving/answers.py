@@ -14,16 +14,21 @@ class Classification(BaseModel):
     )
     in_distribution: bool = Field(description="Whether the image resembles the training images.")
     prediction_set: list[str] = Field(
-        default=[], description="With ?prediction_set: classes that hold the true one at that level, likeliest first."
+        default=[],
+        description="With ?prediction_set: classes that include the true one at that level, likeliest first.",
     )
-    abstained: bool = Field(default=False, description="With ?abstain_below or ?abstain_foreign.")
-    model: str = Field(description="name:version of the model; of an ensemble, all of them with commas between.")
+    abstained: bool = Field(
+        default=False, description="With ?abstain_below or ?abstain_foreign: whether there is no verdict."
+    )
+    model: str = Field(
+        description="name:version of the model; for an ensemble, those of all its members, comma-separated."
+    )
     request_id: str
 
 
 class Explanation(Classification):
     evidence: list[list[float]] = Field(
-        description="The image as the network saw it, row by row: the share of the evidence that lies in each place."
+        description="Share of the evidence at each pixel of the network's input, row by row."
     )
 
 

@@ -22,8 +22,8 @@ ERRORS = {
     HTTPStatus.BAD_REQUEST: "invalid_request, or invalid_image: missing, malformed or undecodable",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too_large or too_many_pixels",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type: not a type of request or image that is accepted",
-    HTTPStatus.TOO_MANY_REQUESTS: "overloaded: the server is full; Retry-After says for how long",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "internal: the server's fault",
+    HTTPStatus.TOO_MANY_REQUESTS: "overloaded: the queue is full; Retry-After says how long to wait",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "internal: an error in the server",
     HTTPStatus.SERVICE_UNAVAILABLE: "not_ready",
     HTTPStatus.GATEWAY_TIMEOUT: "deadline_exceeded",
 }
@@ -34,8 +34,8 @@ KEY_ERRORS = {
 }
 """Errors added where API keys are required."""
 LIMIT_ERRORS = {
-    HTTPStatus.TOO_MANY_REQUESTS: "overloaded, as without keys; rate_limited or quota_exceeded: too many images were "
-    "sent with this API key; Retry-After says for how long",
+    HTTPStatus.TOO_MANY_REQUESTS: "overloaded: the queue is full; rate_limited or quota_exceeded: too many images were "
+    "sent with this API key; Retry-After says how long to wait",
 }
 """Errors added where, besides, images are sent, which API keys limit."""
 KEY_SCHEMES = {
@@ -48,7 +48,7 @@ def _header(description: str, **schema: Any) -> Document:
     return {"description": description, "required": True, "schema": schema}
 
 
-REQUEST_ID = {"X-Request-ID": _header("As sent, or made.", type="string", pattern="^[A-Za-z0-9._-]{1,64}$")}
+REQUEST_ID = {"X-Request-ID": _header("The caller's, or a new one.", type="string", pattern="^[A-Za-z0-9._-]{1,64}$")}
 SERVER_TIMING = {"Server-Timing": _header("Stages in milliseconds (W3C).", type="string")}
 ERROR_CODE = {ERROR_HEADER: _header("The error's code.", type="string")}
 HEADERS = {
@@ -59,25 +59,30 @@ SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 PARAMETERS = [
     {"name": name, "in": place, "description": description, "schema": schema}
     for name, place, description, schema in (
-        ("prediction_set", "query", "Level of a set of classes to be sent along, such as 0.99.", SHARE),
-        ("abstain_below", "query", "No verdict under this confidence.", SHARE),
-        ("abstain_foreign", "query", "No verdict on what does not resemble the training images.", {"type": "boolean"}),
+        ("prediction_set", "query", "Confidence level of a prediction set to add to the reply, such as 0.99.", SHARE),
+        ("abstain_below", "query", "Abstain below this confidence.", SHARE),
+        (
+            "abstain_foreign",
+            "query",
+            "Abstain if the image does not resemble the training images.",
+            {"type": "boolean"},
+        ),
         (
             "X-Request-ID",
             "header",
-            "Kept if it is letters, digits, dots, hyphens and underscores, 64 at most.",
+            "Request id to use, if it is 1 to 64 letters, digits, dots, hyphens and underscores.",
             {"type": "string"},
         ),
         (
             "X-Request-Timeout",
             "header",
-            "Seconds until the answer is of no use: 504 by then.",
+            "Deadline in seconds; after that, 504.",
             {"type": "number", "exclusiveMinimum": 0},
         ),
     )
 ]
 IMAGE = {"type": "string", "format": "binary", "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file."}
-OVERLAY = {"type": "string", "format": "binary", "description": "The image, and over it where the evidence lies."}
+OVERLAY = {"type": "string", "format": "binary", "description": "The image, overlaid with the evidence."}
 ENCODED = {"type": "string", "format": "base64-image", "description": "Base64 (RFC 4648) or a data URL (RFC 2397)."}
 MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (model, "serialization") for model in (Classification, Explanation, Batch, Failure)
@@ -131,21 +136,22 @@ def _get(summary: str, schemas: dict[str, Document]) -> Document:
 def _paths() -> Document:
     raw = {"image/*": {"schema": IMAGE}}
     classification = _reply("The verdict.", {JSON: _ref("Classification")})
-    explanation = _reply("A picture, or its numbers.", {"image/png": OVERLAY, JSON: _ref("Explanation")})
+    explanation = _reply(
+        "A PNG overlay, or the evidence as numbers for callers that accept JSON.",
+        {"image/png": OVERLAY, JSON: _ref("Explanation")},
+    )
     several = {"type": "array", "minItems": 1, "items": ENCODED}
     files = {"type": "array", "minItems": 1, "items": IMAGE}
-    batch = _reply("The verdicts in order, and in the place of what is no image an error.", {JSON: _ref("Batch")})
+    batch = _reply("The verdicts in order; an invalid image gives an error.", {JSON: _ref("Batch")})
     card = {"type": "object", "required": ["name", "version", "classes", "input_size", "runtime", "topology"]}
     text = {"text/plain": {"type": "string"}}
     return {
         "/classify": {"post": _post("Classify one image.", "image", IMAGE, ENCODED, classification, **raw)},
         "/classify/batch": {"post": _post("Classify several images.", "images", files, several, batch)},
-        "/explain": {
-            "post": _post("Where the verdict on one image comes from.", "image", IMAGE, ENCODED, explanation, **raw)
-        },
-        "/model": {"get": _get("What is served, and how good it is.", {JSON: card})},
+        "/explain": {"post": _post("Explain the verdict on one image.", "image", IMAGE, ENCODED, explanation, **raw)},
+        "/model": {"get": _get("The model card: what is served, and its measured figures.", {JSON: card})},
         "/docs.json": {"get": _get("This document.", {JSON: {"type": "object"}})},
-        "/schema.json": {"get": _get("What BentoML's clients ask for.", {JSON: {"type": "object"}})},
+        "/schema.json": {"get": _get("The schema that BentoML's clients read.", {JSON: {"type": "object"}})},
         **{path: {"get": _get(summary, text)} for path, summary in INFRASTRUCTURE.items()},
     }
 

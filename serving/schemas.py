@@ -35,7 +35,7 @@ class ClassifyInput(_Unparsed):
 
 
 class BatchInput(_Unparsed):
-    images: list[Path] = Field(description="The image files, each a part of its own.")
+    images: list[Path] = Field(description="The image files, one per part.")
 
 
 class ClassifyOutput(Classification, IODescriptor):  # type: ignore[misc]  # BentoML's own mix-in
