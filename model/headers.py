@@ -8,6 +8,7 @@ copied.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -135,6 +136,26 @@ def _png(data: bytes) -> Header:
             raise ImageError(f"the PNG image is truncated: a chunk of {length} bytes is not all there")
     is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
     return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)
+
+
+def has_exact_data(data: bytes) -> bool:
+    """Whether the compressed data of a plain PNG hold its pixels and no more.
+
+    libpng inflates any excess to its end before it drops it: 16 KB hold the thread for as long as 16 MB take.
+    """
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    size = height * (1 + -(-width * depth * (3 if colour == 2 else 1) // 8))  # a byte of filter type in front of a row
+    packed, at = [], 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IDAT":
+            packed.append(data[at + 8 : at + 8 + length])
+        at += 12 + length
+    inflater = zlib.decompressobj()
+    try:
+        return len(inflater.decompress(b"".join(packed), size + 1)) == size and inflater.eof
+    except zlib.error:
+        return False
 
 
 def _webp(data: bytes) -> Header:

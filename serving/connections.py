@@ -25,6 +25,9 @@ from serving.errors import REFUSAL_SECONDS, ApiError, standalone
 MAX_HEAD_BYTES = 2**16
 """Most bytes received in a row that are not part of a body: headers, or what follows the last chunk. They are parsed
 into objects 25 times their size."""
+MAX_PIPELINED = 1024
+"""Requests of a connection that may wait for the reply to the one before. The smallest has 18 bytes and takes a hundred
+times as much memory, and after each reply another 256 KB of them are read."""
 UPGRADING = frozenset((b"upgrade", b"http2-settings"))
 """Headers, and options of ``Connection``, that ask for another protocol."""
 WHOLE_POST = re.compile(rb"POST ([!-~]++) HTTP/1\.1\r\n((?:[!#-'*+.0-9A-Z^_`a-z|~-]++:[\t -~\x80-\xff]*+\r\n)++)\r\n")
@@ -277,6 +280,8 @@ class Connection(HttpToolsProtocol):
         return False
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError(f"{MAX_PIPELINED} requests are waiting")  # treated like input that is not HTTP
         self._expect_more()
         super().on_message_begin()
 

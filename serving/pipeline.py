@@ -16,7 +16,7 @@ from starlette.responses import Response
 from model import explain
 from model.batching import Batcher
 from model.classifier import Classifier, Prediction, Scores
-from model.headers import Header, ImageError, read_header
+from model.headers import Header, ImageError, has_exact_data, read_header
 from model.preprocess import Pixels, inspect, render
 from model.sandbox import DecoderError, Sandbox
 from serving import accounting, metrics
@@ -154,13 +154,13 @@ class Pipeline:
 
     def _admit_decoding(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
         """Refuse a request whose images would wait too long for a decoder, before a key is charged for them."""
-        if not all(map(_is_decoded_here, items, headers)):
+        if not all(map(is_decoded_here, items, headers)):
             self._decode_queue.admit()
 
     async def _decode(self, data: bytes, header: Header | ApiError) -> Pixels:
         if isinstance(header, ApiError):
             raise header
-        if _is_decoded_here(data, header):
+        if is_decoded_here(data, header):
             return render(data, header, self._size)
         return await self._contained(self._sandbox.render, data, self._size)
 
@@ -185,8 +185,9 @@ class Pipeline:
         return item
 
 
-def _is_decoded_here(item: Item, header: Header | ApiError) -> bool:
+def is_decoded_here(item: Item, header: Header | ApiError) -> bool:
     """Whether an image is small and safe to decode in this process; one that is invalid needs no decoder either."""
     if isinstance(item, ApiError) or isinstance(header, ApiError):
         return True
-    return header.is_plain and len(item) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS
+    is_small = len(item) < LARGE_BYTES and header.width * header.height < LARGE_PIXELS
+    return header.is_plain and is_small and (header.format != "PNG" or has_exact_data(item))

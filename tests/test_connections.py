@@ -22,7 +22,7 @@ from prometheus_client import REGISTRY
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
-from serving.connections import MAX_HEAD_BYTES, Connection
+from serving.connections import MAX_HEAD_BYTES, MAX_PIPELINED, Connection
 from serving.errors import REFUSAL_SECONDS
 from tests.live import free_port
 
@@ -356,6 +356,13 @@ def test_many_may_ask_for_another_protocol_at_once() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(asks * 700)  # what one reading may hold
         assert read_all(client).count(b"abcdefg") == 700
+
+
+def test_only_so_many_requests_wait_for_the_reply_before_theirs() -> None:
+    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET /pieces HTTP/1.1\r\n\r\n" * 2 * MAX_PIPELINED)
+        received = read_all(client)
+    assert received.count(b"HTTP/1.1 200") == received.count(b"abcdefg") == 1 + MAX_PIPELINED
 
 
 def test_http_1_0_knows_of_no_upgrade_and_ends_with_its_reply() -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -33,7 +34,7 @@ from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import metrics
 from serving.drift import Drift
-from serving.pipeline import LARGE_BYTES, Pipeline
+from serving.pipeline import LARGE_BYTES, Pipeline, is_decoded_here
 from serving.replies import Replies
 from settings import Settings
 from tests.faulty_decoder import FAULTS, PATIENCE
@@ -132,6 +133,23 @@ def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox, mod
     data = encode(Image.new(mode, (side, side)), kind)
     inspect(data)
     assert sandbox.render(data, SIZE).shape == (*SIZE, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_a_png_with_more_data_than_pixels_is_none_for_this_process(mode: str) -> None:
+    """libpng inflates all of it, 8 MB of 8 KB, while the event loop waits."""
+    plain = encode(picture(height=33, width=37).convert(mode))
+    assert is_decoded_here(plain, read_header(plain))
+    at = plain.index(b"IDAT") - 4
+    length = int.from_bytes(plain[at : at + 4], "big")
+    pixels = zlib.decompress(plain[at + 8 : at + 8 + length])
+    for excess in (b"\0", bytes(2**23)):
+        data = zlib.compress(pixels + excess, 9)
+        bomb = plain[:at] + len(data).to_bytes(4, "big") + b"IDAT" + data + plain[at + 8 + length :]
+        assert len(bomb) < LARGE_BYTES
+        header = read_header(bomb)
+        assert header.is_plain
+        assert not is_decoded_here(bomb, header)
 
 
 @pytest.fixture
