@@ -376,8 +376,8 @@ class Classifier:
             metrics.MODEL_INFO.labels(artifact.config.name, artifact.version, RUNTIME, TOPOLOGY).set(1)
         loaded = {"model": TAG, "runtime": RUNTIME, "topology": TOPOLOGY, "measured": self._measured}
         logger.info("loaded", extra=loaded)
-        if self._classifier.too_few:
-            logger.warning("foreign images are not detected", extra={"reason": self._classifier.too_few})
+        if self._classifier.foreign_warning:
+            logger.warning("foreign images are not detected", extra={"reason": self._classifier.foreign_warning})
 
     async def _infer(self, images: Pixels) -> Scores:
         metrics.QUEUE_IMAGES.set(self._queue.waiting)

@@ -90,11 +90,11 @@ class Classifier:
         self.config = config
         self._nonconformity = nonconformity(reference.validation, reference.labels, config.temperature)
         self._least_familiarity = least_familiarity(reference.validation, foreign_rate)
-        self.too_few = limits_of_few(len(reference.labels), foreign_rate)
+        self.foreign_warning = foreign_warning(len(reference.labels), foreign_rate)
         """A warning for the operator when there are too few validation images to detect foreign ones; else empty."""
 
     @property
-    def sets_of_all(self) -> str:
+    def prediction_set_warning(self) -> str:
         """A warning naming the level above which a ``prediction_set`` holds every class; empty from 99 % up."""
         images = len(self._nonconformity)
         if images >= 99:
@@ -146,7 +146,7 @@ def _foreign_rank(images: int, foreign_rate: float) -> int:
     return math.floor((images + 1) * foreign_rate)
 
 
-def limits_of_few(images: int, foreign_rate: float) -> str:
+def foreign_warning(images: int, foreign_rate: float) -> str:
     """A warning about what so few validation images make impossible; empty where they suffice."""
     if not _foreign_rank(images, foreign_rate):
         needed = math.ceil(1 / foreign_rate) - 1

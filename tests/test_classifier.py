@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.artifact import ONNX, ONNX_INT8, Artifact, Reference, seal
-from model.classifier import Classifier, calibrated, least_familiarity, limits_of_few, verdicts
+from model.classifier import Classifier, calibrated, foreign_warning, least_familiarity, verdicts
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
 from model.statistics import edges
@@ -71,10 +71,10 @@ def test_no_more_ordinary_images_than_promised_are_called_foreign_however_few_we
 def test_whoever_has_too_few_images_to_tell_foreign_ones_is_told_how_many_are_needed(
     images: int, rate: float, needed: int
 ) -> None:
-    told = limits_of_few(images, rate)
-    assert told.endswith(f"expected at least {needed}") if needed else told == ""
+    warning = foreign_warning(images, rate)
+    assert warning.endswith(f"expected at least {needed}") if needed else warning == ""
     outputs = np.zeros((images, 1), np.float32)
-    assert (least_familiarity(outputs, rate) == -np.inf) == bool(told)
+    assert (least_familiarity(outputs, rate) == -np.inf) == bool(warning)
 
 
 @pytest.mark.parametrize("images", [8, 19, 98, 99])
@@ -82,11 +82,11 @@ def test_whoever_has_too_few_images_for_a_set_of_99_percent_is_told_which_level_
     outputs, labels = sample(images, seed=1)
     blank = np.zeros((1, 8, 8, 3), np.uint8)
     few = Classifier(CONFIG, Reference(blank, outputs[:1], outputs, labels, edges(blank)))
-    told = re.search(r"above ([\d.]+)% a prediction set holds every class$", few.sets_of_all)
-    assert bool(told) is (images < 99)
-    if told:
+    warning = re.search(r"above ([\d.]+)% a prediction set holds every class$", few.prediction_set_warning)
+    assert bool(warning) is (images < 99)
+    if warning:
         certain = np.array([1, 0, 0], np.float32)
-        assert few.prediction_set(certain, float(told[1]) / 100 + 0.001) == [0, 1, 2]
+        assert few.prediction_set(certain, float(warning[1]) / 100 + 0.001) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])

@@ -348,8 +348,8 @@ def main() -> None:
     sealed = export(options.run, load(options.source, size), options.out)
     print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
     classifier = Classifier(sealed.config, sealed.reference(ONNX_INT8))
-    for told in filter(None, (classifier.too_few, classifier.sets_of_all)):
-        print(told)
+    for warning in filter(None, (classifier.foreign_warning, classifier.prediction_set_warning)):
+        print(warning)
     for name, entry in sealed.card["files"].items():
         print(f"  {name:18} {entry['bytes'] / 1e6:6.2f} MB  sha256 {entry['sha256'][:16]}")
 

@@ -134,8 +134,8 @@ def main() -> None:
             f"  {kind:12} n={figures['images']:4}  AUROC {figures['auroc']:.3f}  called foreign {figures['told']:.1%}"
         )
     print(f"  mean AUROC {found['auroc_mean']:.3f}")
-    if classifier.too_few:
-        print(f"  {classifier.too_few}")
+    if classifier.foreign_warning:
+        print(f"  {classifier.foreign_warning}")
     write_figures(artifact, {"foreign": found})
 
 

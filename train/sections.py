@@ -102,12 +102,12 @@ def prediction_sets(artifact: Artifact) -> str:
     rows = [
         (f"{float(level):.0%}", percent(found["coverage"]), f"{found['size']:.2f}") for level, found in sets.items()
     ]
-    few = Classifier(artifact.config, artifact.reference(ONNX_INT8)).sets_of_all
+    warning = Classifier(artifact.config, artifact.reference(ONNX_INT8)).prediction_set_warning
     return "\n\n".join(
         [
             "### Prediction sets",
             "Split conformal prediction: how often the set of classes contains the true one, and how many it contains"
-            f"{f' ({few})' if few else ''}.",
+            f"{f' ({warning})' if warning else ''}.",
             markdown(("level", "coverage", "classes, mean"), rows),
         ]
     )
@@ -145,13 +145,13 @@ def foreign(artifact: Artifact) -> str:
     if metrics is None:
         return ""
     rows = [(kind, of["images"], f"{of['auroc']:.3f}", f"{of['told']:.1%}") for kind, of in metrics["kinds"].items()]
-    few = Classifier(artifact.config, artifact.reference(ONNX_INT8)).too_few
+    warning = Classifier(artifact.config, artifact.reference(ONNX_INT8)).foreign_warning
     return "\n\n".join(
         [
             "### Foreign images",
             "How well images of none of the classes (out of distribution) are told apart from test images: mean AUROC "
             f"{metrics['auroc_mean']:.3f}. Of {metrics['images']:,} test images {metrics['told_wrongly']:.1%} are "
-            f"called foreign by default{f' ({few})' if few else ''}.",
+            f"called foreign by default{f' ({warning})' if warning else ''}.",
             markdown(("kind", "n", "AUROC", "called foreign by default"), rows),
         ]
     )
