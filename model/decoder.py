@@ -4,8 +4,8 @@
 
 A fork server: for each byte that it receives it forks, and sends back a socket to the new decoder. It has imported
 everything and never sees an image, so a dead decoder is replaced within milliseconds. A decoder answers one image after
-another until its socket is closed. Each image may take ``SECONDS`` of processor time and ``PATIENCE`` of wall-clock
-time, and the decoder as much memory as ``memory_for`` allows; the kernel enforces all three.
+another until its socket is closed. Each image may take ``CPU_SECONDS`` of processor time and ``WALL_SECONDS`` of
+wall-clock time, and the decoder as much memory as ``memory_for`` allows; the kernel enforces all three.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from PIL import Image
 from model.headers import ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
 from model.preprocess import MAX_PIXELS, Pixels, render, shrink
 
-SECONDS = 5.0
+CPU_SECONDS = 5.0
 """Processor time for one image, scaled up with ``MAX_PIXELS``; the largest takes 3 on a slow processor."""
-PATIENCE = 2 * SECONDS
+WALL_SECONDS = 2 * CPU_SECONDS
 """Wall-clock time for one image, on a machine that has other work to do."""
 BASE_MEMORY = 128 * 2**20
 """Bytes of a decoder before any image: the interpreter, the libraries and some slack."""
@@ -50,7 +50,7 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
     return render(data, header, tuple(task["size"])) if "size" in task else shrink(data, header, task["longest"])
 
 
-def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE) -> None:
+def main(work: Work = work, cpu_seconds: float = CPU_SECONDS, wall_seconds: float = WALL_SECONDS) -> None:
     """For each byte received, fork a decoder that does ``work``, until the worker has gone."""
     max_pixels = int(sys.argv[1])
     memory, slower = memory_for(max_pixels), max(1, max_pixels / MAX_PIXELS)
@@ -65,20 +65,20 @@ def main(work: Work = work, seconds: float = SECONDS, patience: float = PATIENCE
         if os.fork() == 0:
             control.close()
             ours.close()
-            _decode(Connection(theirs.detach()), work, memory, seconds * slower, patience * slower)
+            _decode(Connection(theirs.detach()), work, memory, cpu_seconds * slower, wall_seconds * slower)
         socket.send_fds(control, [b"\0"], [ours.fileno()])
         ours.close()
         theirs.close()
 
 
-def _decode(connection: Connection, work: Work, memory: int, seconds: float, patience: float) -> None:
+def _decode(connection: Connection, work: Work, memory: int, cpu_seconds: float, wall_seconds: float) -> None:
     """Decode image after image until the worker has gone; never returns."""
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain a user's image
         while True:
             task, data = orjson.loads(connection.recv_bytes()), connection.recv_bytes()
-            _limit_time(seconds, patience)
+            _limit_time(cpu_seconds, wall_seconds)
             answer, pixels = _attempt(work, data, task)
             _limit_time(0, 0)
             connection.send_bytes(orjson.dumps(answer))
@@ -87,10 +87,10 @@ def _decode(connection: Connection, work: Work, memory: int, seconds: float, pat
         os._exit(0)  # skips the exit handlers inherited from the fork server
 
 
-def _limit_time(computing: float, passing: float) -> None:
+def _limit_time(cpu_seconds: float, wall_seconds: float) -> None:
     """Arm both timers, or disarm them with 0. Nothing handles their signals, so they end the process."""
-    signal.setitimer(signal.ITIMER_PROF, computing)
-    signal.setitimer(signal.ITIMER_REAL, passing)
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
 def _attempt(work: Work, data: bytes, task: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

@@ -33,8 +33,8 @@ from model.preprocess import MAX_PIXELS, Pixels
 ROOT = Path(__file__).parent.parent
 """Folder that contains the package, in a Bento as in a checkout."""
 COMMAND = (sys.executable, "-m", "model.decoder")
-MOST_TOLD = 2**16
-"""Most bytes of a decoder's answer about an image, apart from its pixels."""
+MAX_ANSWER_BYTES = 2**16
+"""Limit on a decoder's answer about an image, apart from its pixels."""
 START_SECONDS = 60.0
 """Time for the fork server to import everything, on a machine that has other work to do."""
 
@@ -71,12 +71,12 @@ class Sandbox:
         A malicious image may have taken it over, to forge the answers to this request and the next ones. Raises
         ``ImageError``, of which ``DecoderError`` is the one for a decoder that was dropped.
         """
-        decoder = self._living()
+        decoder = self._ensure_decoder()
         try:
             decoder.send_bytes(orjson.dumps(task))
             decoder.send_bytes(data)
-            answer = orjson.loads(decoder.recv_bytes(MOST_TOLD))
-            outcome = _understand(answer, decoder.recv_bytes(3 * most))
+            answer = orjson.loads(decoder.recv_bytes(MAX_ANSWER_BYTES))
+            outcome = _parse_answer(answer, decoder.recv_bytes(3 * most))
             if isinstance(outcome, np.ndarray) and not fits(*outcome.shape[:2]):
                 raise ValueError(f"pixels of shape {outcome.shape}")
         except (EOFError, OSError, LookupError, TypeError, ValueError):
@@ -86,7 +86,7 @@ class Sandbox:
             raise outcome
         return outcome
 
-    def _living(self) -> Connection:
+    def _ensure_decoder(self) -> Connection:
         """The decoder, or a new one if the last has died, even between two images: its socket is then readable."""
         if self._decoder and self._decoder.poll():
             self._drop()
@@ -127,7 +127,7 @@ class Sandbox:
         self._decoder = None
 
 
-def _understand(answer: dict[str, Any], pixels: bytes) -> Pixels | ImageError:
+def _parse_answer(answer: dict[str, Any], pixels: bytes) -> Pixels | ImageError:
     if "error" in answer:
         return ERRORS[answer["error"]](answer["message"])
     height, width, channels = answer["shape"]

@@ -22,7 +22,7 @@ class UnknownError(ImageError):
     """None that is agreed upon."""
 
 
-SECONDS, PATIENCE = 1.0, 3.0
+CPU_SECONDS, WALL_SECONDS = 1.0, 3.0
 
 
 def work(data: bytes, task: dict[str, Any]) -> Pixels:
@@ -48,4 +48,4 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
 
 
 if __name__ == "__main__":
-    decoder.main(work, SECONDS, PATIENCE)
+    decoder.main(work, CPU_SECONDS, WALL_SECONDS)
