@@ -57,10 +57,10 @@ def put(directory: Path) -> str:
     """
     artifact = Artifact.load(directory)
     tag = artifact.tag
-    _adopt(artifact.config.name)
+    _record_initial_promotion(artifact.config.name)
     if _find(tag) is None:
         _create(artifact, tag)
-        _adopt(artifact.config.name)
+        _record_initial_promotion(artifact.config.name)
     return tag
 
 
@@ -68,14 +68,14 @@ def _create(artifact: Artifact, tag: str) -> None:
     card = artifact.card
     labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
     try:
-        with bentoml.models.create(tag, labels=labels, metadata=_told(card)) as model:
+        with bentoml.models.create(tag, labels=labels, metadata=_card_summary(card)) as model:
             artifact.copy_to(Path(model.path))
     except BentoMLException:
         if _find(tag) is None:  # otherwise another process put the same content first
             raise
 
 
-def _told(card: dict[str, Any]) -> dict[str, Any]:
+def _card_summary(card: dict[str, Any]) -> dict[str, Any]:
     """The part of a card that BentoML's listings show.
 
     BentoML parses it, as YAML in pure Python, whenever it looks up a model: a whole card took a third of the time in
@@ -83,15 +83,13 @@ def _told(card: dict[str, Any]) -> dict[str, Any]:
     """
     metrics, training = card.get("metrics", {}), card.get("training", {})
     return {
-        "metrics": {
-            name: _chosen(metrics[name], ("images", "accuracy", "ece")) for name in RUNTIMES if name in metrics
-        },
-        "training": _chosen(training, ("command", "source", "data_sha256", "parameters")),
-        **_chosen(card, ("git_commit", "versions")),
+        "metrics": {name: _pick(metrics[name], ("images", "accuracy", "ece")) for name in RUNTIMES if name in metrics},
+        "training": _pick(training, ("command", "source", "data_sha256", "parameters")),
+        **_pick(card, ("git_commit", "versions")),
     }
 
 
-def _chosen(document: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _pick(document: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: document[key] for key in keys if key in document}
 
 
@@ -105,7 +103,7 @@ def resolve(reference: str) -> str:
         for directory in (SHIPPED, *ALSO_SHIPPED):
             if (directory / CARD).exists():
                 put(directory)
-    return str(_held(reference).tag)
+    return str(_require_model(reference).tag)
 
 
 def resolve_all(references: str) -> list[str]:
@@ -121,7 +119,7 @@ def packed() -> str | None:
 
 def get(tag: str) -> Artifact:
     """The verified artifact of ``tag``; raises ``StoreError`` or ``ArtifactError``."""
-    model = _held(tag)
+    model = _require_model(tag)
     artifact = Artifact.load(Path(model.path))
     if artifact.tag != str(model.tag):  # if all files were exchanged, so were their hashes
         raise StoreError(f"{model.tag} in the model store holds {artifact.tag}; expected what its name says")
@@ -135,9 +133,9 @@ def promote(tag: str, force: bool = False) -> str:
     """
     if ":" not in tag:
         raise StoreError(f"{tag!r} names no version; expected NAME:VERSION")
-    model = _held(tag)
+    model = _require_model(tag)
     name, version = model.tag.name, str(model.tag.version)
-    _adopt(name)
+    _record_initial_promotion(name)
     served = _promoted(name)
     if version == served:
         return str(model.tag)
@@ -177,7 +175,7 @@ def rollback(name: str) -> str:
         raise StoreError(f"{name!r} has no earlier promotion to go back to")
     tag = f"{name}:{standing[-2]}"
     get(tag)
-    promotions.append(_folder(_held(tag)), "rollback", standing[-2])
+    promotions.append(_folder(_require_model(tag)), "rollback", standing[-2])
     return tag
 
 
@@ -215,7 +213,7 @@ def _history(name: str) -> list[promotions.Promotion]:
         raise StoreError(f"{_folder(model) / promotions.FILE} is not a history of promotions") from error
 
 
-def _adopt(name: str) -> None:
+def _record_initial_promotion(name: str) -> None:
     """If ``name`` has no promotion on record, record one of the newest version, which ``MODEL=name`` served so far."""
     model = _find(name)
     if model is not None and not _history(name):
@@ -227,7 +225,7 @@ def _folder(model: bentoml.Model) -> Path:
     return Path(model.path).parent
 
 
-def _held(reference: str) -> bentoml.Model:
+def _require_model(reference: str) -> bentoml.Model:
     tag = _versioned(reference)
     model = _find(tag)
     if model is None:
