@@ -25,8 +25,8 @@ Results = NDArray[np.float32]
 Engine = Callable[[Pixels], Awaitable[Results]]
 """(N, H, W, 3) uint8 to ``Results``, without blocking the event loop."""
 
-MEMORY = 0.9
-"""Weight of the past in a moving average."""
+EMA_DECAY = 0.9
+"""Weight of the past in a moving average: it decays by this factor with each measurement."""
 
 
 class QueueFullError(RuntimeError):
@@ -143,9 +143,8 @@ class Batcher:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
-                # An unsaturated engine shows only a lower bound of its rate, and the very first batch runs cold. The
-                # engine is saturated when images still wait or, with several batches allowed, when all are in flight.
-                is_full = self.waiting > 0 or 1 < self._concurrency == len(self._running)
+                # Saturated: images still wait or, with several batches allowed, all of them are in flight.
+                is_saturated = self.waiting > 0 or 1 < self._concurrency == len(self._running)
                 self._under_way += size
                 try:
                     is_answered = await self._compute(batch)
@@ -154,16 +153,22 @@ class Batcher:
                 if is_answered:
                     # Counted from the end of the last batch: images also wait in the gap between two batches.
                     now = self._clock()
-                    # A lone batch has the engine to itself; concurrent batches share it.
-                    rate = size / max(now - started, 1e-6) * (self._concurrency if is_full else 1)
-                    if is_full or 0 < self._images_per_second < rate:  # a lower bound above the estimate
-                        self._images_per_second = moving_average(self._images_per_second, rate)
+                    self._update_rate(size, now - started, is_saturated)
                     started = now
                 if self._jobs:  # an engine that answers at once must not starve the event loop
                     await asyncio.sleep(0)
         finally:
             # Not in a done callback, which runs a tick later: a job arriving in between would wait for ever.
             self._running.discard(asyncio.current_task())
+
+    def _update_rate(self, size: int, seconds: float, is_saturated: bool) -> None:
+        """Update the drain rate with a batch of ``size`` images, done ``seconds`` after the last one."""
+        # A lone batch has the engine to itself; concurrent batches share it.
+        rate = size / max(seconds, 1e-6) * (self._concurrency if is_saturated else 1)
+        # An unsaturated engine shows only a lower bound of its rate, which counts if it is above the estimate. There is
+        # no estimate before the very first batch, which runs cold.
+        if is_saturated or 0 < self._images_per_second < rate:
+            self._images_per_second = moving_average(self._images_per_second, rate)
 
     async def _compute(self, batch: list[_Job]) -> bool:
         """Settle the jobs of a batch; returns whether the engine succeeded."""
@@ -198,7 +203,7 @@ class Batcher:
 
 def moving_average(past: float, new: float) -> float:
     """Exponential moving average: ``past`` (0 before the first measurement) updated with ``new``."""
-    return MEMORY * (past or new) + (1 - MEMORY) * new
+    return EMA_DECAY * (past or new) + (1 - EMA_DECAY) * new
 
 
 def _settle(job: _Job, outcome: Results | Exception) -> None:
