@@ -21,9 +21,8 @@ MIN_SIDE, MAX_SIDE = 256, 1024
 def views(image: Pixels) -> Pixels:
     """(H, W, 3) to (VIEWS, H, W, 3): the image shifted by each pair of ``SHIFTS``, its border repeated."""
     height, width = image.shape[:2]
-    return np.stack(
-        [image[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)] for rows, columns in _places(height, width)]
-    )
+    shown = _view_indices(height, width)
+    return np.stack([image[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)] for rows, columns in shown])
 
 
 def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], stride: int) -> Heat:
@@ -36,11 +35,8 @@ def evidence_map(evidence: Evidence, class_index: int, size: tuple[int, int], st
     height, width = (min(side, stride * cells) for side, cells in zip(size, evidence.shape[1:3], strict=True))
     total, seen = np.zeros(size, np.float32), np.zeros(size, np.float32)
     contrast = evidence[..., class_index] - evidence.mean(axis=-1)
-    for grid, (rows, columns) in zip(contrast, _places(*size), strict=True):
-        kept_rows, kept_columns = (
-            np.flatnonzero((places[:covered] >= 0) & (places[:covered] < side))
-            for places, covered, side in ((rows, height, size[0]), (columns, width, size[1]))
-        )
+    for grid, (rows, columns) in zip(contrast, _view_indices(*size), strict=True):
+        kept_rows, kept_columns = _inside(rows[:height], size[0]), _inside(columns[:width], size[1])
         places = np.ix_(rows[kept_rows], columns[kept_columns])
         fine = cv2.resize(grid, (stride * grid.shape[1], stride * grid.shape[0]))
         total[places] += fine[np.ix_(kept_rows, kept_columns)]
@@ -64,7 +60,12 @@ def overlay(image: Pixels, heat: Heat) -> bytes:
     return encoded.tobytes()
 
 
-def _places(height: int, width: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+def _view_indices(height: int, width: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """For each view, the rows and columns of the image that it shows; some lie outside the image."""
     rows, columns = np.arange(height), np.arange(width)
     return [(rows + round(y * height), columns + round(x * width)) for y in SHIFTS for x in SHIFTS]
+
+
+def _inside(indices: NDArray[np.intp], side: int) -> NDArray[np.intp]:
+    """Positions of those of a view's row or column ``indices`` that lie inside an image with this ``side``."""
+    return np.flatnonzero((indices >= 0) & (indices < side))
