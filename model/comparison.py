@@ -16,13 +16,13 @@ Card = Mapping[str, Any]
 Figures = Mapping[str, Any]
 """The entry of one runtime in ``card["metrics"]``."""
 
-METHOD = """\
+METHOD_NOTE = """\
 Interval of a difference: Newcombe (1998), Statistics in Medicine 17:873, method 10, for independent samples. On the
 same images a paired test would find more: a difference called significant is, one called not significant may be."""
 
 
 def difference_interval(a: Figures, b: Figures) -> tuple[float, float]:
-    """95 % interval of the accuracy of ``b`` minus that of ``a``, from their Wilson intervals (see ``METHOD``)."""
+    """95 % interval of the accuracy of ``b`` minus that of ``a``, from their Wilson intervals (see ``METHOD_NOTE``)."""
     (low_a, high_a), (low_b, high_b) = a["accuracy_95"], b["accuracy_95"]
     below = math.hypot(b["accuracy"] - low_b, high_a - a["accuracy"])
     above = math.hypot(high_b - b["accuracy"], a["accuracy"] - low_a)
@@ -63,7 +63,7 @@ def compare(a: Artifact, b: Artifact) -> str:
     """A table of two artifacts and their differences, with notes on how to read it."""
     names = [artifact.tag for artifact in (a, b)]
     rows = [("", *names, "difference"), *_accuracies(a.card, b.card), *_sizes(a.card, b.card), *_per_class(a, b)]
-    return "\n".join(["A, B: 95 % intervals in brackets", aligned(rows), "", _images_note(a.card, b.card), METHOD])
+    return "\n".join(["A, B: 95 % intervals in brackets", aligned(rows), "", _images_note(a.card, b.card), METHOD_NOTE])
 
 
 def _accuracies(a: Card, b: Card) -> Iterator[Row]:

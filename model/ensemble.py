@@ -78,10 +78,10 @@ class Ensemble:
     def engine(self, runtime_name: str, threads: int = 1, device_index: int = 0) -> Runtime:
         """Load every member into the runtime ``runtime_name``; raises ``RuntimeUnavailableError``."""
         members = [runtimes.create(runtime_name, a, threads, device_index) for a in self.artifacts]
-        return members[0] if len(members) == 1 else _Together(self, members)
+        return members[0] if len(members) == 1 else _EnsembleEngine(self, members)
 
 
-class _Together:
+class _EnsembleEngine:
     def __init__(self, ensemble: Ensemble, members: Sequence[Runtime]) -> None:
         self._ensemble, self._members = ensemble, members
         self.name = members[0].name

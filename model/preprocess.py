@@ -32,7 +32,7 @@ REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
 }
 """Flags for decoding at 1/N of the size, which a JPEG decoder does in a fraction of the time."""
-SPARE = 2
+OVERSAMPLING = 2
 """A reduced image is at least this many times larger than the target size, so that areas are still averaged."""
 
 # `inspect` enforces the pixel limit; Pillow's own would warn on standard error.
@@ -125,5 +125,5 @@ def shrink(data: bytes, header: Header, longest: int) -> Pixels:
 def _reduction(header: Header, size: tuple[int, int]) -> int:
     if header.format != "JPEG":
         return 1
-    spare = min(header.width, header.height) // (SPARE * max(size))
+    spare = min(header.width, header.height) // (OVERSAMPLING * max(size))
     return max(factor for factor in REDUCED if factor <= max(1, spare))

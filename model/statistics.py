@@ -31,8 +31,8 @@ def measure(images: Pixels) -> NDArray[np.float32]:
         [
             mean,
             np.sqrt(np.einsum("ij,ij->i", level, level) / (height * width)),
-            _distance(green[:, :, 1:], green[:, :, :-1]),
-            _distance(red, blue),
+            _mean_abs_difference(green[:, :, 1:], green[:, :, :-1]),
+            _mean_abs_difference(red, blue),
         ],
         axis=1,
         dtype=np.float32,
@@ -40,11 +40,11 @@ def measure(images: Pixels) -> NDArray[np.float32]:
     )
 
 
-def _distance(some: Pixels, others: Pixels) -> NDArray[np.float64]:
+def _mean_abs_difference(some: Pixels, others: Pixels) -> NDArray[np.float64]:
     """(N,): mean absolute difference of two planes of each image."""
     count = len(some)
-    apart = cv2.absdiff(some.reshape(count, -1), others.reshape(count, -1))
-    mean: NDArray[np.float64] = apart.sum(axis=1, dtype=np.uint32) / apart.shape[1]
+    difference = cv2.absdiff(some.reshape(count, -1), others.reshape(count, -1))
+    mean: NDArray[np.float64] = difference.sum(axis=1, dtype=np.uint32) / difference.shape[1]
     return mean
 
 
