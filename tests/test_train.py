@@ -49,13 +49,13 @@ from train.evaluate import (
     run_runtime,
 )
 from train.export import BANK_IMAGES, Calibration, ParityError, evenly_spaced, load_run, parity
-from train.fit import Fit, build_config, choose_batch_size, parse_arguments, typed
+from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
 from train.runs import CHECKPOINT, RUN, Trained, read_record, read_weights, write_weights
-from train.strips import WIDEST_MAP, StripConv2d, in_strips
+from train.strips import WIDEST_MAP, StripConv2d, use_strips
 
 DOT = encode(Image.new("RGB", (1, 1)))
 """The smallest image; what comes behind it makes it another file."""
@@ -442,7 +442,7 @@ def test_small_maps_in_strips_give_the_same_results_and_gradients(side: int, hal
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 8, 3, padding=1, bias=False)
     strips = nn.Sequential(plain)
-    in_strips(strips)
+    use_strips(strips)
     assert isinstance(strips[0], StripConv2d)
     maps, weighting = torch.randn(5, 6, side, side), torch.randn(5, 8, side, side)
     found = []
@@ -467,7 +467,7 @@ def test_a_network_in_strips_is_the_same_network(loaded: data.Data) -> None:
     network = ConvNet(build_config("net", loaded, Recipe(widths="4,8", depth=2))).eval()
     names, images = list(network.state_dict()), torch.from_numpy(loaded.val.images)
     before = network(images)
-    in_strips(network)
+    use_strips(network)
     assert sum(isinstance(module, StripConv2d) for module in network.modules()) == 6
     assert list(network.state_dict()) == names
     torch.testing.assert_close(network(images), before)
@@ -772,7 +772,9 @@ def test_paths_of_the_machine_stay_out_of_the_card(option: str) -> None:
         "--out": (["--out", "/home/me/run"], ["--out", "run"]),
         "": (["/home/me/a=b/photos"], ["photos"]),
     }[option]
-    assert typed([*given, "--widths", "8,32"]) == shlex.join(["python", "-m", "train.fit", *told, "--widths", "8,32"])
+    assert public_command([*given, "--widths", "8,32"]) == shlex.join(
+        ["python", "-m", "train.fit", *told, "--widths", "8,32"]
+    )
 
 
 def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:

@@ -45,7 +45,7 @@ from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
 from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_record, write_weights
-from train.strips import in_strips, strips_pay
+from train.strips import strips_are_faster, use_strips
 
 SMALLEST_MAP = 3
 """Least side of the last feature map: stages halve the input as often as that allows."""
@@ -158,11 +158,11 @@ class Fit:
     def _network(self, config: ModelConfig) -> ConvNet:
         """A network with random weights, in the form that is fastest on the device."""
         network = ConvNet(config).to(self.device)
-        if strips_pay(self.device):
-            in_strips(network)
+        if strips_are_faster(self.device):
+            use_strips(network)
         return network
 
-    def _pace(self, step: int) -> float:
+    def _lr_factor(self, step: int) -> float:
         """Factor of the learning rates: rises linearly to 1, then falls linearly to 0."""
         total = self.recipe.epochs * len(self.batches)
         rise = max(1, int(self.recipe.warmup * total))
@@ -197,7 +197,7 @@ class Fit:
         for step, batch in enumerate(self.batches.epoch(self.epochs_done), first_step):
             for optimizer, rate in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * self._pace(step)
+                    group["lr"] = rate * self._lr_factor(step)
                 optimizer.zero_grad(set_to_none=True)
             sums += self.backward(batch)
             # The gradients are the same in every process, and so is the step, or the scaler's decision to skip it.
@@ -209,7 +209,7 @@ class Fit:
             progress.set_postfix(
                 epoch=self.epochs_done + 1, loss=f"{loss / done:.3f}", acc=f"{hits / done:.3f}", refresh=False
             )
-        self.group.add_up([sums])
+        self.group.all_reduce_sum([sums])
         self._average_statistics()
         loss, hits, done = sums.tolist()
         return loss / done, hits / done
@@ -223,7 +223,7 @@ class Fit:
             logits = self.network(batch.views)
         loss = self._loss(logits, batch)
         self.scaler.scale(loss / batch.size).backward()  # type: ignore[no-untyped-call]
-        self.group.add_up(p.grad for p in self.trained.values() if p.grad is not None)
+        self.group.all_reduce_sum(p.grad for p in self.trained.values() if p.grad is not None)
         hits = (logits.detach().argmax(1) == batch.labels).sum()
         return torch.stack([loss.detach(), hits, torch.full_like(hits, len(batch.labels))])
 
@@ -247,7 +247,7 @@ class Fit:
 
     def _average_statistics(self) -> None:
         statistics = [buffer for name, buffer in self.network.named_buffers() if "running_" in name]
-        self.group.add_up(statistics)
+        self.group.all_reduce_sum(statistics)
         for buffer in statistics:
             buffer /= self.group.size
 
@@ -258,7 +258,7 @@ class Fit:
         split = self.data.val
         share = self.group.share(len(split))
         hits = count_hits(self.network, Split(split.images[share], split.labels[share]), self.device)
-        self.group.add_up([hits])
+        self.group.all_reduce_sum([hits])
         self.history[-1]["val_accuracy"] = round(float(hits) / len(split), 4)
         self.save()
 
@@ -301,9 +301,9 @@ class Fit:
         write_weights(tensors, partial, {"position": json.dumps(position)})
         partial.replace(self.out / CHECKPOINT)
 
-    def begin_alike(self) -> None:
+    def synchronize(self) -> None:
         """Give every process the state of the first: its weights, and where it resumes."""
-        tensors, position = self.group.from_first(self.state())
+        tensors, position = self.group.broadcast(self.state())
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{self.data.source}: process {self.group.rank} found other data there than the first one")
         self.restore(tensors, position)
@@ -368,7 +368,7 @@ class Fit:
         wanted = self.recipe.model_dump()
         begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # older runs lack newer hyperparameters
         if differing := [name for name in wanted if begun[name] != wanted[name]]:
-            theirs, ours = ({name: told[name] for name in differing} for told in (begun, wanted))
+            theirs, ours = ({name: recipe[name] for name in differing} for recipe in (begun, wanted))
             raise DataError(f"{path}: its recipe has {theirs}; expected {ours}")
         if position["data_sha256"] != self.data_sha256:
             raise DataError(f"{path}: was trained on other data than {self.data.source}")
@@ -422,7 +422,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
         "--like",
         type=Path,
         metavar="RUN",
-        help="size and hyperparameters of a run or an artifact, but for other flags",
+        help="take size and hyperparameters from a run or an artifact; flags given here override them",
     )
     for name, default in DEFAULTS.model_dump().items():
         about = Recipe.model_fields[name].description
@@ -498,7 +498,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
         fit.take_teacher(teacher)
     if group.rank == 0:
         begin(fit, config, options.resume)
-    fit.begin_alike()
+    fit.synchronize()
     total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
     print(
         f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, "
@@ -523,7 +523,7 @@ def write_run(
     fit: Fit, findings: dict[str, Any], start: Trained | None, teachers: list[Trained], started: float
 ) -> None:
     """Write ``run.json``, which marks the run as finished."""
-    about: dict[str, object] = {**describe_run(fit, typed(sys.argv[1:]), started), "check": findings}
+    about: dict[str, object] = {**describe_run(fit, public_command(sys.argv[1:]), started), "check": findings}
     if teachers:
         about["teachers"] = [teacher.record for teacher in teachers]
     if start:
@@ -531,14 +531,14 @@ def write_run(
     (fit.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def typed(arguments: list[str]) -> str:
+def public_command(arguments: list[str]) -> str:
     """The command for the card, which is public: absolute paths are cut to their last part."""
-    told = []
+    words = []
     for argument in arguments:
         # In --out=/home/me/run the path follows the sign.
         option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        told.append(option + sign + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(["python", "-m", "train.fit", *told])
+        words.append(option + sign + (Path(value).name if Path(value).is_absolute() else value))
+    return shlex.join(["python", "-m", "train.fit", *words])
 
 
 def keep_memory() -> None:

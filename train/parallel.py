@@ -44,29 +44,30 @@ class Group:
         """The part of ``count`` items that belongs to this process."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor with its sum over the processes, in place, in a single all-reduce."""
         if self.size == 1:
             return
         mine = list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in mine])
-        with self._together():
+        with self._reporting_lost_process():
             distributed.all_reduce(flat)
         totals = flat.split_with_sizes([tensor.numel() for tensor in mine])
         for tensor, total in zip(mine, totals, strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's ``value``, in every process."""
         if self.size == 1:
             return value
         values = [value]
-        with self._together():
+        with self._reporting_lost_process():
             distributed.broadcast_object_list(values)
         return values[0]
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _reporting_lost_process(self) -> Iterator[None]:
+        """A context for communication; raises ``LostProcessError`` when it fails."""
         try:
             yield
         except RuntimeError as error:

@@ -18,12 +18,12 @@ WIDEST_MAP = 8
 """Wider maps are faster as they are."""
 
 
-def strips_pay(device: torch.device) -> bool:
+def strips_are_faster(device: torch.device) -> bool:
     """Whether small maps are faster in strips on ``device``."""
     return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def in_strips(network: nn.Module) -> None:
+def use_strips(network: nn.Module) -> None:
     """Make the 3x3 convolutions of ``network`` compute small maps in strips; they keep their weights."""
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv2d) and (module.kernel_size, module.padding) == ((3, 3), (1, 1)):
