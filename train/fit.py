@@ -472,19 +472,16 @@ def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
     config.save(fit.out / CONFIG)
 
 
-def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
-    """A whole run, in each of its processes; the first one writes the files."""
-    started = time.time()
-    size = (options.size,) * 2 if options.size else None
-    check_options(options.name, size, recipe)
-    if (options.out / CHECKPOINT).exists() and not options.resume:
-        raise DataError(f"{options.out}: holds a run already; --resume it, or choose another --out (make: RUN=)")
-    start = Trained.read(options.start) if options.start else None
-    teachers = [Trained.read(run) for run in options.teacher]
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = load(options.source, size)
-    findings = check(data)
-    print_findings(findings)
+def prepare(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    data: Data,
+    start: Trained | None,
+    teachers: list[Trained],
+    device: torch.device,
+    group: Group,
+) -> Fit:
+    """The run, at the position where it begins or resumes, in the same state in every process."""
     if options.batch_size is None:
         recipe = recipe.model_copy(update={"batch_size": choose_batch_size(len(data.train), data.input_size)})
     config = build_config(options.name, data, recipe)
@@ -499,22 +496,45 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     if group.rank == 0:
         begin(fit, config, options.resume)
     fit.synchronize()
-    total, done = (epochs * len(data.train) for epochs in (recipe.epochs, fit.epochs_done))
+    return fit
+
+
+def run_to_the_end(fit: Fit) -> None:
+    """Train with a progress bar; exits with status 1 on Ctrl-C, after saying how to go on."""
+    images = len(fit.data.train)
     print(
-        f"{config.name}: {len(data.train)} images of {len(config.classes)} classes at {config.input_size}, "
-        f"on {group.size} x {device.type}, {len(fit.batches)} steps an epoch"
+        f"{fit.config.name}: {images} images of {len(fit.config.classes)} classes at {fit.config.input_size}, "
+        f"on {fit.group.size} x {fit.device.type}, {len(fit.batches)} steps an epoch"
     )
+    # Without a terminal (in a log file), update the bar once a minute.
+    interval = 0.5 if sys.stderr.isatty() else 60
+    total, done = fit.recipe.epochs * images, fit.epochs_done * images
     try:
-        # Without a terminal (in a log file), update the bar once a minute.
-        interval = 0.5 if sys.stderr.isatty() else 60
         with tqdm(total=total, initial=done, unit="img", mininterval=interval, maxinterval=interval) as progress:
             fit.run(progress)
     except KeyboardInterrupt:
-        held = f"{options.out / CHECKPOINT} holds {fit.epochs_done} finished epochs"
+        held = f"{fit.out / CHECKPOINT} holds {fit.epochs_done} finished epochs"
         print(f"\nstopped; {held}: go on with --resume", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        raise DataError(f"{error}; expected a --batch-size smaller than {recipe.batch_size}") from error
+        raise DataError(f"{error}; expected a --batch-size smaller than {fit.recipe.batch_size}") from error
+
+
+def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
+    """A whole run, in each of its processes; the first one writes the files."""
+    started = time.time()
+    size = (options.size,) * 2 if options.size else None
+    check_options(options.name, size, recipe)
+    if (options.out / CHECKPOINT).exists() and not options.resume:
+        raise DataError(f"{options.out}: holds a run already; --resume it, or choose another --out (make: RUN=)")
+    start = Trained.read(options.start) if options.start else None
+    teachers = [Trained.read(run) for run in options.teacher]
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = load(options.source, size)
+    findings = check(data)
+    print_findings(findings)
+    fit = prepare(options, recipe, data, start, teachers, device, group)
+    run_to_the_end(fit)
     if group.rank == 0:
         write_run(fit, findings, start, teachers, started)
 
