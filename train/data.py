@@ -35,6 +35,8 @@ DOWNLOADS = Path("data")
 VALIDATION_SHARE = 0.05
 TEST_SHARE = 0.1
 """Share of a flat folder that becomes its test split."""
+HELD_OUT_SHARE = TEST_SHARE + (1 - TEST_SHARE) * VALIDATION_SHARE
+"""Share of a flat folder that becomes its test and validation splits."""
 SPLIT_SEED = 0
 """Independent of the training seed, so that runs with different seeds are evaluated on the same images."""
 SPLITS = {
@@ -354,12 +356,12 @@ def _hold_out(files: Files, names: list[str]) -> Arrangement:
     for members in by_class.values():
         members.sort()
         places, ordered = zip(*members, strict=True)
-        first = max(1, min(bisect_left(places, TEST_SHARE), len(members) - 2))
-        second = bisect_left(places, TEST_SHARE + (1 - TEST_SHARE) * VALIDATION_SHARE)
-        second = max(first + 1, min(second, len(members) - 1))
-        test += ordered[:first]
-        val += ordered[first:second]
-        train += ordered[second:]
+        # At least one image for test and one for validation, and one left for training, if there are so many.
+        test_end = max(1, min(bisect_left(places, TEST_SHARE), len(members) - 2))
+        val_end = max(test_end + 1, min(bisect_left(places, HELD_OUT_SHARE), len(members) - 1))
+        test += ordered[:test_end]
+        val += ordered[test_end:val_end]
+        train += ordered[val_end:]
     return Arrangement(sorted(train), sorted(val), sorted(test), by_content=True)
 
 
