@@ -16,7 +16,7 @@ import statistics
 import tarfile
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NoReturn
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.headers import ImageError, read_header
-from model.preprocess import Pixels, inspect, render, resize
+from model.preprocess import Pixels, inspect, preprocess, render, resize
 from train.command import CommandError
 
 CIFAR10 = "cifar10"
@@ -295,6 +295,36 @@ def read_files(root: Path) -> Files:
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
     return content
+
+
+class Photos(NamedTuple):
+    """Images of any size in some folders of a source, preprocessed as in the service."""
+
+    images: list[Pixels]
+    folders: list[str]
+    """The name of the folder of each image."""
+    unreadable: int
+    of_other_folders: int
+
+
+def read_photos(source: Path, size: tuple[int, int], is_wanted: Callable[[str], bool]) -> Photos:
+    """The images of ``source``, at ``size``, in folders of a name that ``is_wanted``."""
+    images: list[Pixels] = []
+    folders: list[str] = []
+    unreadable = of_other_folders = 0
+    files = read_files(source)
+    for name in sorted(files):
+        folder = PurePosixPath(name).parent.name
+        if not is_wanted(folder):
+            of_other_folders += 1
+            continue
+        try:
+            images.append(preprocess(files[name], size))
+        except ImageError:
+            unreadable += 1
+            continue
+        folders.append(folder)
+    return Photos(images, folders, unreadable, of_other_folders)
 
 
 class Arrangement(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import string
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from model.artifact import ONNX_INT8, Artifact, Outputs
 from model.classifier import Classifier
-from model.headers import ImageError
-from model.preprocess import Pixels, preprocess
+from model.preprocess import Pixels
 from model.runtimes import create
 from train import command
-from train.data import DataError, load, read_files
+from train.data import DataError, load, read_photos
 from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
 
 MADE = 500
@@ -75,14 +74,7 @@ KINDS: dict[str, Maker] = {"noise": noise, "blobs": blobs, "letters": letters, "
 
 def foreign_photos(source: str, classes: tuple[str, ...], size: tuple[int, int]) -> Pixels:
     """Every readable image of ``source`` in a folder not named after a class; raises ``DataError`` if there is none."""
-    images = []
-    files = read_files(Path(source))
-    for name in sorted(files):
-        if PurePosixPath(name).parent.name not in classes:
-            try:
-                images.append(preprocess(files[name], size))
-            except ImageError:
-                continue
+    images = read_photos(Path(source), size, lambda folder: folder not in classes).images
     if not images:
         raise DataError(f"{source}: no image in a folder that is none of the classes {', '.join(classes)}")
     return np.stack(images)

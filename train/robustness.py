@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,13 @@ from tqdm import tqdm
 
 from model.artifact import ONNX_INT8, RUNTIMES, Artifact
 from model.classifier import verdicts
-from model.headers import ImageError
-from model.preprocess import Pixels, preprocess
+from model.preprocess import Pixels
 from model.runtimes import Runtime, create
 from model.tables import with_interval
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import DataError, Split, batch_of, load, read_files, stratified
+from train.data import DataError, Split, batch_of, load, read_photos, stratified
 from train.evaluate import THREADS, Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
 
 IMAGES = 2000
@@ -106,29 +105,18 @@ def _mean(scores: NDArray[Any]) -> dict[str, Any]:
 def photographs(runtime: Runtime, artifact: Artifact, source: Path) -> dict[str, Any]:
     """The figures of ``runtime`` on the images of ``source`` in folders named after a class."""
     config = artifact.config
-    images, labels, unreadable, others = [], [], 0, 0
-    files = read_files(source)
-    for name in sorted(files):
-        folder = PurePosixPath(name).parent.name
-        if folder not in config.classes:
-            others += 1
-            continue
-        try:
-            images.append(preprocess(files[name], config.input_size))
-        except ImageError:
-            unreadable += 1
-            continue
-        labels.append(config.classes.index(folder))
-    if not images:
+    photos = read_photos(source, config.input_size, lambda folder: folder in config.classes)
+    if not photos.images:
         raise DataError(f"{source}: no readable image in a folder named after a class, {', '.join(config.classes)}")
-    right = verdicts(run_runtime(runtime, np.stack(images))) == labels
+    labels = [config.classes.index(folder) for folder in photos.folders]
+    right = verdicts(run_runtime(runtime, np.stack(photos.images))) == labels
     counts, hits = Counter(labels), Counter(np.asarray(labels)[right].tolist())
     return {
         "runtime": runtime.name,
         "source": source.name,
         "images": len(labels),
-        "unreadable": unreadable,
-        "of_other_folders": others,
+        "unreadable": photos.unreadable,
+        "of_other_folders": photos.of_other_folders,
         **_proportion(sum(hits.values()), len(labels)),
         "per_class": {
             config.classes[index]: {"images": counts[index], **_proportion(hits[index], counts[index])}
