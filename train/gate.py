@@ -21,6 +21,7 @@ import numpy as np
 from model import runtimes
 from model.artifact import ONNX, ONNX_INT8, Artifact
 from model.tables import markdown
+from model.tuning import seconds_of
 from train.command import CommandError, run
 from train.data import load
 from train.evaluate import (
@@ -61,14 +62,14 @@ def judge(new: dict[str, Any], old: dict[str, Any], slowdown: float) -> list[Row
     by_chance = calibration_error_by_chance(Reliability.of(found))
     return [
         ("loss of accuracy", base["accuracy"] - found["accuracy"], tolerance(ACCURACY_LOSS, images)),
-        *corrupted(new, old),
+        *robustness_rows(new, old),
         ("loss of calibration (ECE)", found["ece"] - base["ece"], max(CALIBRATION_LOSS, by_chance)),
         ("accuracy lost by INT8", int8_loss, int8_tolerance(images)),
         ("time of a batch, new / old", slowdown, SLOWDOWN),
     ]
 
 
-def corrupted(new: dict[str, Any], old: dict[str, Any]) -> list[Row]:
+def robustness_rows(new: dict[str, Any], old: dict[str, Any]) -> list[Row]:
     """The row for corrupted images; none for a base without figures for them.
 
     Raises ``CommandError`` if the two cards were measured on different images.
@@ -110,15 +111,13 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
 
 def slowdown(new: Artifact, old: Artifact) -> float:
     """Processor time of the fastest batch, new over old, measured in turns so that other load hardly matters."""
-    times: dict[int, list[float]] = {0: [], 1: []}
-    engines = [runtimes.create(RUNTIME, artifact, 1, 0) for artifact in (new, old)]
-    images = [np.zeros((BATCH, *a.config.input_size, 3), np.uint8) for a in (new, old)]
+    new_engine, old_engine = (runtimes.create(RUNTIME, artifact) for artifact in (new, old))
+    new_images, old_images = (np.zeros((BATCH, *a.config.input_size, 3), np.uint8) for a in (new, old))
+    new_seconds, old_seconds = [], []
     for _ in range(ROUNDS):
-        for which in (0, 1):
-            started = time.process_time()
-            engines[which](images[which])
-            times[which].append(time.process_time() - started)
-    return min(times[0]) / min(times[1])
+        new_seconds.append(seconds_of(new_engine, new_images, time.process_time))
+        old_seconds.append(seconds_of(old_engine, old_images, time.process_time))
+    return min(new_seconds) / min(old_seconds)
 
 
 def table(name: str, rows: list[Row]) -> str:
