@@ -317,18 +317,11 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
     store_half(fp32, weights_path)
     store_half(int8)
 
-    samples = evenly_spaced(data.val.images, REFERENCE_IMAGES)
-    limits = edges(evenly_spaced(data.train.images, STATISTICS_IMAGES))
-    references = []
-    for path, name in ((fp32, ONNX), (int8, ONNX_INT8)):
-        runtime = OnnxRuntime(path, name)
-        references.append(
-            Reference(samples, runtime(samples), run_runtime(runtime, data.val.images), data.val.labels, limits)
-        )
-    save_reference(out, *references)
-    full, quantised = (reference.validation for reference in references)
-    agreement = parity(full, quantised, data.val)
-    config.model_copy(update={"temperature": fit_temperature(full, data.val.labels)}).save(out / files.CONFIG)
+    full, quantised = _references(fp32, int8, data)
+    save_reference(out, full, quantised)
+    agreement = parity(full.validation, quantised.validation, data.val)
+    temperature = fit_temperature(full.validation, data.val.labels)
+    config.model_copy(update={"temperature": temperature}).save(out / files.CONFIG)
     card = {
         "training": training,
         "validation": agreement,
@@ -336,6 +329,17 @@ def _write(run: Path, data: Data, out: Path) -> Artifact:
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "bentoml")},
     }
     return seal(out, card)
+
+
+def _references(fp32: Path, int8: Path, data: Data) -> tuple[Reference, Reference]:
+    """What each of the two ONNX files answers."""
+    samples = evenly_spaced(data.val.images, REFERENCE_IMAGES)
+    limits = edges(evenly_spaced(data.train.images, STATISTICS_IMAGES))
+
+    def reference(runtime: OnnxRuntime) -> Reference:
+        return Reference(samples, runtime(samples), run_runtime(runtime, data.val.images), data.val.labels, limits)
+
+    return reference(OnnxRuntime(fp32, ONNX)), reference(OnnxRuntime(int8, ONNX_INT8))
 
 
 def main() -> None:
