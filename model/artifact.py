@@ -97,6 +97,12 @@ class Artifact:
             raise ArtifactError(str(error)) from error
 
     @property
+    def metrics(self) -> dict[str, Any]:
+        """The figures measured into the card, by runtime or kind of test; empty if nothing was measured."""
+        metrics: dict[str, Any] = self.card.get("metrics", {})
+        return metrics
+
+    @property
     def tag(self) -> str:
         """``name:version``, as in the model store."""
         return f"{self.config.name}:{self.version}"

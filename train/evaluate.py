@@ -218,7 +218,7 @@ def cpu_name(cpuinfo: str | None = None) -> str:
 
 def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:
     """Write ``metrics`` into the artifact's card, keeping what other commands measured."""
-    return seal(artifact.path, {**artifact.card, "metrics": {**artifact.card.get("metrics", {}), **metrics}})
+    return seal(artifact.path, {**artifact.card, "metrics": {**artifact.metrics, **metrics}})
 
 
 def evaluate_service(artifact: Artifact, source: str, url: str) -> None:

@@ -91,8 +91,7 @@ def robustness_rows(new: dict[str, Any], old: dict[str, Any]) -> list[Row]:
 def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, Any]:
     """The metrics of ``old`` on the test images of ``new``: those of its card, or measured on ``source``."""
     if old.card["training"]["data_sha256"] == new.card["training"]["data_sha256"]:
-        metrics: dict[str, Any] = old.card.get("metrics", {})
-        return metrics
+        return old.metrics
     if source is None:
         raise CommandError(f"{new.path} and {old.path} are of different data; expected --data, that of the first")
     if old.config.classes != new.config.classes:
@@ -104,7 +103,7 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
     print(f"{old.path} was trained on other data: it is measured on the test images of {source}")
     runtime = runtimes.create(RUNTIME, old, THREADS)
     metrics = {RUNTIME: figures(run_runtime(runtime, data.test.images), data.test, old, RUNTIME)}
-    if "robustness" in old.card.get("metrics", {}):
+    if "robustness" in old.metrics:
         metrics["robustness"] = robustness(runtime, sample(data.test, IMAGES))
     return metrics
 
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     new, old = Artifact.load(arguments.candidate), Artifact.load(arguments.base)
-    rows = judge(new.card.get("metrics", {}), comparable(new, old, arguments.data), slowdown(new, old))
+    rows = judge(new.metrics, comparable(new, old, arguments.data), slowdown(new, old))
     judged = table(new.config.name, rows)
     print(judged)
     if arguments.summary:

@@ -99,7 +99,7 @@ def sizes(artifacts: list[Artifact]) -> str:
 
 
 def row(artifact: Artifact) -> list[str]:
-    metrics, training = artifact.card.get("metrics", {}), artifact.card["training"]
+    metrics, training = artifact.metrics, artifact.card["training"]
     minutes = sum(run["training_seconds"] for run in runs(training)) / 60
     cells = [f"`{artifact.config.name}`", f"{training['parameters'] / 1e6:.1f} M", f"{minutes:.0f} min"]
     figures = metrics.get(ONNX_INT8)

@@ -72,7 +72,7 @@ def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | No
     The speed is derived from the cards, since one core runs one member after the other: measured now, it could be that
     of another machine.
     """
-    figures = {label: artifact.card["metrics"].get(ONNX_INT8, {}) for label, artifact in artifacts.items()}
+    figures = {label: artifact.metrics.get(ONNX_INT8, {}) for label, artifact in artifacts.items()}
     measured = [label for label, found in figures.items() if "speed" in found]
     if len(measured) < 2:
         return None
@@ -110,7 +110,7 @@ def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
 
 def limits(artifact: Artifact) -> list[str]:
     """Limits of the model, with the figures behind them."""
-    config, metrics = artifact.config, artifact.card["metrics"]
+    config, metrics = artifact.config, artifact.metrics
     figures = metrics[detailed(artifact)]
     # From the counts, as in the table of classes: rounding an already rounded share may differ.
     found = dict(zip(config.classes, np.diag(figures["confusion"]) / np.sum(figures["confusion"], axis=1), strict=True))

@@ -37,7 +37,7 @@ def percent(share: float) -> str:
 
 def measured(artifact: Artifact) -> list[str]:
     """The runtimes with figures; raises ``CommandError`` if there are none."""
-    names = [name for name in RUNTIMES if name in artifact.card.get("metrics", {})]
+    names = [name for name in RUNTIMES if name in artifact.metrics]
     if not names:
         raise CommandError(f"{artifact.path}: its card has no figures; run python -m train.evaluate first")
     return names
@@ -51,7 +51,7 @@ def detailed(artifact: Artifact) -> str:
 def accuracy(page: Page, label: str, artifact: Artifact) -> str:
     rows = []
     for name in measured(artifact):
-        figures = artifact.card["metrics"][name]
+        figures = artifact.metrics[name]
         megabytes = artifact.card["files"][FILES[name]]["bytes"] / 1e6
         rows.append(
             (
@@ -67,7 +67,7 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
         )
     head = ("runtime", "accuracy", "95 % interval", "n", "ECE raw", "ECE scaled", "images/s, one core", "file")
     name = detailed(artifact)
-    figures = artifact.card["metrics"][name]
+    figures = artifact.metrics[name]
     matrix = plots.confusion(figures["confusion"], artifact.config.classes)
     return "\n\n".join(
         [
@@ -96,7 +96,7 @@ def rate(speed: dict[str, Any]) -> str:
 
 
 def prediction_sets(artifact: Artifact) -> str:
-    sets = artifact.card["metrics"][detailed(artifact)].get("prediction_sets")
+    sets = artifact.metrics[detailed(artifact)].get("prediction_sets")
     if sets is None:
         return ""
     rows = [
@@ -124,7 +124,7 @@ def per_class(figures: dict[str, Any]) -> str:
 
 
 def calibration(page: Page, label: str, artifact: Artifact) -> str:
-    figures = artifact.card["metrics"][detailed(artifact)]
+    figures = artifact.metrics[detailed(artifact)]
     if "reliability" not in figures:
         return ""
     found = Reliability.of(figures)
@@ -141,7 +141,7 @@ def calibration(page: Page, label: str, artifact: Artifact) -> str:
 
 
 def foreign(artifact: Artifact) -> str:
-    metrics = artifact.card["metrics"].get("foreign")
+    metrics = artifact.metrics.get("foreign")
     if metrics is None:
         return ""
     rows = [(kind, of["images"], f"{of['auroc']:.3f}", f"{of['told']:.1%}") for kind, of in metrics["kinds"].items()]
@@ -158,7 +158,7 @@ def foreign(artifact: Artifact) -> str:
 
 
 def corruptions(page: Page, label: str, artifact: Artifact) -> str:
-    metrics = artifact.card["metrics"].get("robustness")
+    metrics = artifact.metrics.get("robustness")
     if metrics is None:
         return ""
     summary = {"mean over the families": metrics, "clean": metrics["clean"], **metrics["families"]}
@@ -178,7 +178,7 @@ def corruptions(page: Page, label: str, artifact: Artifact) -> str:
 
 
 def photographs(artifact: Artifact) -> str:
-    metrics = artifact.card["metrics"].get("photographs")
+    metrics = artifact.metrics.get("photographs")
     if metrics is None:
         return ""
     every = {"all": metrics, **metrics["per_class"]}
