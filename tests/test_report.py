@@ -21,7 +21,7 @@ from tests.live import Server
 from tests.snippets import PUBLISHED
 from train import plots, readme, sections
 from train.command import CommandError
-from train.report import about_data, confused, limits
+from train.report import about_data, confused_pairs, limits
 
 FOREIGN = {
     "images": 1234,
@@ -228,7 +228,7 @@ def test_an_artifact_without_figures_is_one_clear_line(toy_artifact: Artifact, f
 
 def test_confused_pairs_are_the_largest_off_the_diagonal() -> None:
     figures = {"confusion": [[90, 7, 3], [0, 100, 0], [9, 0, 91]]}
-    assert confused(figures, ("a", "b", "c")) == [
+    assert confused_pairs(figures, ("a", "b", "c")) == [
         "c taken for a (9 of 100)",
         "a taken for b (7 of 100)",
         "a taken for c (3 of 100)",

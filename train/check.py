@@ -24,7 +24,7 @@ from train import command
 from train.data import Data, DataError, Split, load
 
 SPLITS = ("train", "val", "test")
-NAMED = 5
+EXAMPLES = 5
 """How many examples of a finding are named."""
 MEANINGLESS = 0.5
 """Training is refused if a larger share of test images is in training too, or of training images has two labels."""
@@ -33,7 +33,7 @@ NEAR_BITS, NEAR_LEVELS = 6, 32
 """Largest Hamming distance of 64-bit hashes, and mean pixel difference, of near duplicates. Of 8,000 test images of
 CIFAR-10, 121 are this near to a training image, 120 of them to one of their class; at 10 bits and any pixel difference
 only 58 % share the class."""
-COMPARED = 2**22
+PAIRS_AT_ONCE = 2**22
 """Pairs of hashes compared at a time."""
 
 Findings = dict[str, Any]
@@ -56,10 +56,10 @@ def check(data: Data) -> Findings:
 
     Raises ``DataError`` if training would be meaningless.
     """
-    groups = identical(data)
+    groups = exact_duplicates(data)
     leaked = [group for group in groups if len({found.split for found in group}) > 1]
     conflicting = [group for group in groups if len({found.class_name for found in group}) > 1]
-    _require_meaning(data, leaked, conflicting)
+    _refuse_meaningless(data, leaked, conflicting)
     return {
         "images": {split: _counts(data, getattr(data, split)) for split in SPLITS},
         "sizes": _sizes([size for split in SPLITS for size in getattr(data, split).sizes], data.input_size),
@@ -71,7 +71,7 @@ def check(data: Data) -> Findings:
     }
 
 
-def identical(data: Data) -> list[list[Found]]:
+def exact_duplicates(data: Data) -> list[list[Found]]:
     """Groups of two or more images with the same pixels, in any split."""
     groups: dict[bytes, list[Found]] = defaultdict(list)
     for split in SPLITS:
@@ -88,7 +88,7 @@ def near_duplicates(data: Data, split: str) -> list[str]:
     """
     held: Split = getattr(data, split)
     ours, theirs = perceptual_hashes(held.images), perceptual_hashes(data.train.images)
-    step = max(1, COMPARED // len(theirs))
+    step = max(1, PAIRS_AT_ONCE // len(theirs))
     result = []
     for start in range(0, len(ours), step):
         bits = np.bitwise_count(ours[start : start + step, None] ^ theirs)
@@ -146,10 +146,10 @@ def _sizes(sizes: list[tuple[int, int]], input_size: tuple[int, int]) -> dict[st
 
 def _finding(lines: Iterable[str]) -> dict[str, Any]:
     every = list(lines)
-    return {"count": len(every), "examples": every[:NAMED]}
+    return {"count": len(every), "examples": every[:EXAMPLES]}
 
 
-def _require_meaning(data: Data, leaked: list[list[Found]], conflicting: list[list[Found]]) -> None:
+def _refuse_meaningless(data: Data, leaked: list[list[Found]], conflicting: list[list[Found]]) -> None:
     # A test image that is only in validation too is a finding, but was not trained on.
     trained = [group for group in leaked if any(found.split == "train" for found in group)]
     tested = sum(found.split == "test" for group in trained for found in group)

@@ -45,12 +45,12 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """Folder names of each split, in any case."""
-COPIES = 2
+PEAK_COPIES = 2
 """Peak memory as a multiple of the decoded pixels, while the images of a split become one array."""
 DIGEST_BITS = 63
 """Bits of a digest: as many as fit into an int64 tensor."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
-FLAT = 1.0
+MIN_STD = 1.0
 """Least standard deviation assumed of a channel, in units of 0..255, so that dividing by it stays finite."""
 
 
@@ -111,7 +111,7 @@ class Data:
         values, histograms = np.arange(256), counts / counts[0].sum()
         means = [float(h @ values) for h in histograms]
         stds = [float((h @ (values - m) ** 2) ** 0.5) for h, m in zip(histograms, means, strict=True)]
-        return tuple(round(m, 3) for m in means), tuple(round(max(s, FLAT), 3) for s in stds)
+        return tuple(round(m, 3) for m in means), tuple(round(max(s, MIN_STD), 3) for s in stds)
 
     def sha256(self) -> str:
         """Hash of all pixels and labels of all splits: the same data has the same hash whatever its container."""
@@ -225,7 +225,7 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
 
 def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
     """Raise ``DataError`` if so many images need more memory than is available: the kernel would kill this process."""
-    needed, available = COPIES * images * size[0] * size[1] * 3, available_memory()
+    needed, available = PEAK_COPIES * images * size[0] * size[1] * 3, available_memory()
     if needed > available:
         raise DataError(
             f"{source}: {images} images of {size[0]}x{size[1]} pixels take {needed / 2**30:.1f} GiB of memory; "

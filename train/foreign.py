@@ -26,7 +26,7 @@ from train import command
 from train.data import DataError, load, read_photos
 from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
 
-MADE = 500
+SYNTHETIC_IMAGES = 500
 """Number of synthetic images of each kind."""
 Maker = Callable[[np.random.Generator, tuple[int, int]], Pixels]
 
@@ -113,7 +113,9 @@ def main() -> None:
     data = load(options.source, config.input_size)
     require_own_data(artifact, data)
     rng = np.random.default_rng(0)
-    images = {kind: np.stack([make(rng, config.input_size) for _ in range(MADE)]) for kind, make in KINDS.items()}
+    images = {
+        kind: np.stack([make(rng, config.input_size) for _ in range(SYNTHETIC_IMAGES)]) for kind, make in KINDS.items()
+    }
     if options.photos:
         images["photographs"] = foreign_photos(options.photos, config.classes, config.input_size)
     runtime = create(ONNX_INT8, artifact, THREADS)

@@ -56,12 +56,12 @@ def example(artifact: Artifact, root: Path = README.parent) -> str:
         path = '"' + re.sub(r'[\\"]', r"\\\g<0>", path) + '"'
     classifier = Classifier(artifact.config, artifact.reference(ONNX_INT8))
     pixels = preprocess(file.read_bytes(), artifact.config.input_size)
-    (told,) = classifier(create(ONNX_INT8, artifact)(pixels[None]))
-    name, in_distribution = json.dumps(told.class_name, ensure_ascii=False), json.dumps(told.in_distribution)
-    confidence, first = (round(float(value), DIGITS) for value in (told.confidence, told.probabilities[0]))
+    (verdict,) = classifier(create(ONNX_INT8, artifact)(pixels[None]))
+    name, in_distribution = json.dumps(verdict.class_name, ensure_ascii=False), json.dumps(verdict.in_distribution)
+    confidence, first = (round(float(value), DIGITS) for value in (verdict.confidence, verdict.probabilities[0]))
     return (
         f"$ curl -F {shlex.quote(f'image=@{path}')} http://localhost:3000/classify          # in another terminal\n"
-        f'{{"predicted_class":{told.class_index},"class_name":{name},"confidence":{confidence},"all_probabilities":'
+        f'{{"predicted_class":{verdict.class_index},"class_name":{name},"confidence":{confidence},"all_probabilities":'
         f'{{"0":{first},…}},"in_distribution":{in_distribution},"model":"…","request_id":"…"}}'
     )
 

@@ -42,7 +42,7 @@ MISTAKES, MISTAKEN_CLASSES = 5, 10
 CONFUSED_PAIRS = 3
 
 
-def worst(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]]:
+def worst_mistakes(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]]:
     """The most confident mistakes of each true class, each with its verdict, for the classes with the most mistakes."""
     runtime = create(detailed(artifact), artifact, THREADS)
     probabilities = calibrated(run_runtime(runtime, test.images), artifact.config.temperature)
@@ -59,14 +59,14 @@ def worst(artifact: Artifact, test: Split) -> dict[str, list[tuple[Pixels, str]]
 
 
 def mistakes(page: Page, label: str, artifact: Artifact, test: Split) -> str:
-    rows = worst(artifact, test)
+    rows = worst_mistakes(artifact, test)
     if not rows:
         return "### Mistakes\n\nNone on the test images."
     picture = page.picture(plots.mistakes(rows), f"{label}-mistakes", "Confident mistakes of each class")
     return f"### Mistakes\n\nThe most confident mistakes of each class, each under its verdict.\n\n{picture}"
 
 
-def together(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | None:
+def best_ensemble(artifacts: dict[str, Artifact], test: Split) -> dict[str, Any] | None:
     """Accuracy of the best two as an ensemble, measured now, and its speed; None if fewer than two have figures.
 
     The speed is derived from the cards, since one core runs one member after the other: measured now, it could be that
@@ -92,7 +92,7 @@ def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
         f"A convolutional network with {artifact.card['training']['parameters']:,} parameters that tells "
         f"{len(config.classes)} classes apart in images of {width}x{height} pixels: {', '.join(config.classes)}."
     )
-    told = [
+    parts = [
         f"## {label}\n\n{about}",
         sections.accuracy(page, label, artifact),
         sections.calibration(page, label, artifact),
@@ -105,7 +105,7 @@ def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
         sections.training(page, label, artifact),
         sections.provenance(artifact),
     ]
-    return "\n\n".join(filter(None, told))
+    return "\n\n".join(filter(None, parts))
 
 
 def limits(artifact: Artifact) -> list[str]:
@@ -115,7 +115,7 @@ def limits(artifact: Artifact) -> list[str]:
     # From the counts, as in the table of classes: rounding an already rounded share may differ.
     found = dict(zip(config.classes, np.diag(figures["confusion"]) / np.sum(figures["confusion"], axis=1), strict=True))
     weakest = min(found, key=found.__getitem__)
-    pairs = "; ".join(confused(figures, config.classes)) or "none"
+    pairs = "; ".join(confused_pairs(figures, config.classes)) or "none"
     height, width = config.input_size
     return [
         f"Weakest class: {weakest}, {percent(found[weakest])} found. Most often confused: {pairs}.",
@@ -146,7 +146,7 @@ def on_corruptions(metrics: dict[str, Any] | None) -> str:
     )
 
 
-def confused(figures: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
+def confused_pairs(figures: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
     """The most frequent confusions, as ``CONFUSED_PAIRS`` phrases at most."""
     errors = np.asarray(figures["confusion"])
     totals = errors.sum(axis=1)
@@ -229,7 +229,7 @@ def main() -> None:
         for path in options.also
         if (card := json.loads(path.read_text()))["training"]["data_sha256"] == first.card["training"]["data_sha256"]
     }
-    parts = [f"# Model card\n\n{about}", sections.frontier(page, cards, together(artifacts, data.test))]
+    parts = [f"# Model card\n\n{about}", sections.frontier(page, cards, best_ensemble(artifacts, data.test))]
     parts += [model(page, label, artifact, data) for label, artifact in artifacts.items()]
     parts.append(about_data(first, options.data))
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -91,10 +91,10 @@ def read_record(trained: Path) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
     try:
-        told = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
-    record: dict[str, Any] = told if path.name == RUN else told["training"]
+    record: dict[str, Any] = content if path.name == RUN else content["training"]
     return record
 
 

@@ -212,15 +212,15 @@ def provenance(artifact: Artifact) -> str:
     return "\n\n".join(["### Provenance", about, markdown(("file", "bytes", "SHA-256"), rows)])
 
 
-def frontier(page: Page, cards: dict[str, Any], together: dict[str, Any] | None) -> str:
-    """Accuracy against speed of every model, from its card, and of the ensemble ``together``; empty for one model."""
+def frontier(page: Page, cards: dict[str, Any], ensemble: dict[str, Any] | None) -> str:
+    """Accuracy against speed of every model, from its card, and of the ``ensemble``; empty for one model."""
     points = []
     for label, card in cards.items():
         figures = card["metrics"].get(ONNX_INT8, {})
         if "speed" in figures:
             points.append({"name": label, "accuracy": figures["accuracy"], **figures["speed"]})
-    if together:
-        points.append(together)
+    if ensemble:
+        points.append(ensemble)
     if len(points) < 2:
         return ""
     rows = [(point["name"], percent(point["accuracy"]), point["images_per_s"]) for point in points]
