@@ -1109,8 +1109,35 @@ def test_images_that_do_not_fit_into_memory_are_one_clear_line(toy_folder: Path)
 def test_a_start_of_another_shape_is_one_clear_line(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
     recipe = ("--epochs", 1, "--widths", "8,16", "--depth", 2)
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *recipe, "--start", toy_run, code=1)
-    assert "expected classes ['disc', 'frame', 'stripes'], widths [8, 16, 16] and depth 2 (--like takes" in printed
-    assert len(printed.splitlines()[-1]) < 500
+    assert printed.endswith(
+        f"error: {toy_run}: a network of widths [8, 32, 32] and depth 2; expected [8, 16, 16] and 2 "
+        "(--like takes its recipe)\n"
+    )
+
+
+@pytest.mark.parametrize(("zoom", "fresh"), [(1, "head"), (2, "stages.3 and head")])
+def test_a_start_of_other_classes_or_smaller_images_gives_the_layers_that_both_have(
+    zoom: int, fresh: str, toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = toy.make_folder(tmp_path / "other", seed=1, zoom=zoom)
+    (other / "disc").rename(other / "circle")
+    start = Trained.read(toy_run)
+    fit = begin_from(start, data.load(str(other)))
+    assert f"--start {toy_run}: has no weights for {fresh} of this network: they are random" in capsys.readouterr().out
+    weights = fit.network.state_dict()
+    taken = {name for name, tensor in start.weights.items() if torch.equal(tensor, weights[name])}
+    assert taken == start.weights.keys() - {"head.weight"}
+    fit._epoch(tqdm(disable=True))
+
+
+def test_a_start_of_larger_images_gives_its_first_stages(toy_run: Path, tmp_path: Path) -> None:
+    other = data.load(str(toy.make_folder(tmp_path / "other", seed=1)), (12, 12))
+    fit = begin_from(Trained.read(toy_run), other)
+    assert len(fit.config.widths) == 2
+    assert torch.equal(
+        fit.network.state_dict()["stages.1.reduce.0.weight"].cpu(),
+        Trained.read(toy_run).weights["stages.1.reduce.0.weight"],
+    )
 
 
 def test_a_folder_too_small_for_three_splits_is_one_clear_line(toy_folder: Path, tmp_path: Path) -> None:

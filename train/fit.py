@@ -309,20 +309,29 @@ class Fit:
         self.restore(tensors, position)
 
     def take_start(self, start: Trained) -> None:
-        """Begin with the weights of ``start`` instead of random ones.
+        """Begin with the weights of ``start`` where this network has the same layers, and random ones elsewhere.
 
-        Raises ``DataError`` when it has learned from images that are held out here: every figure of them is too good.
+        The head is random for other classes, and so are stages that ``start`` lacks because its images are smaller.
+        Raises ``DataError`` for stages of another shape, and when ``start`` has learned from images that are held out
+        here: every figure of them would be too good.
         """
-        try:
-            self.network.load_state_dict(start.weights)
-        except RuntimeError as error:
-            theirs, ours = (
-                f"classes {list(config.classes)}, widths {list(config.widths)} and depth {config.depth}"
-                for config in (start.config, self.config)
-            )
+        theirs, ours = start.config, self.config
+        shared = min(len(theirs.widths), len(ours.widths))
+        if (theirs.widths[:shared], theirs.depth) != (ours.widths[:shared], ours.depth):
             raise DataError(
-                f"{start.path}: a network of {theirs}; expected {ours} (--like takes its recipe)"
-            ) from error
+                f"{start.path}: a network of widths {list(theirs.widths)} and depth {theirs.depth}; expected "
+                f"{list(ours.widths)} and {ours.depth} (--like takes its recipe)"
+            )
+        fresh = [f"stages.{stage}" for stage in range(shared, len(ours.widths))]
+        if (theirs.classes, theirs.widths) != (ours.classes, ours.widths):
+            fresh.append("head")
+        weights = self.network.state_dict()
+        for name, tensor in start.weights.items():
+            if name in weights and not name.startswith(tuple(f"{layer}." for layer in fresh)):
+                weights[name] = tensor
+        self.network.load_state_dict(weights)
+        if fresh:
+            print(f"--start {start.path}: has no weights for {' and '.join(fresh)} of this network: they are random")
         self.learned_from["start"].append(start.sha256())
         if start.record["data_sha256"] != self.data_sha256:
             self._require_unseen(start)
@@ -413,7 +422,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--name", required=True, help="name of the model in the store")
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--start", type=Path, metavar="RUN", help="start from the weights of a run or an artifact")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="RUN",
+        help="start from the weights of a run or an artifact, of these classes or others",
+    )
     parser.add_argument(
         "--teacher", type=Path, metavar="RUN", action="append", default=[], help="a run or an artifact; repeatable"
     )
