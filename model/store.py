@@ -246,8 +246,9 @@ def _find(tag: str) -> bentoml.Model | None:
 
 
 def listing() -> str:
-    """A table of every version in the store, marking those served, and the last promotions of each name."""
-    models = sorted(bentoml.models.list(), key=lambda model: (model.tag.name, model.creation_time))
+    """A table of every classifier in the store, marking those served, and the last promotions of each name."""
+    found = (model for model in bentoml.models.list() if (Path(model.path) / CARD).exists())  # others' are not ours
+    models = sorted(found, key=lambda model: (model.tag.name, model.creation_time))
     served = {name: _versioned(name) for name in dict.fromkeys(model.tag.name for model in models)}
     rows: list[Row] = [("", "model", "created (UTC)", *comparison.SUMMARY, "MB")]
     for model in models:

@@ -159,6 +159,14 @@ class TestPromotions:
             ["rollback", "toy", vb, "->", va],
         ]
 
+    def test_models_of_others_in_the_store_are_left_alone(self, home: Path, versions: Versions) -> None:
+        create = "import bentoml\nwith bentoml.models.create('churn', metadata={'metrics': [0.9]}): pass"
+        python(home, "-c", create)
+        assert (home / "models" / "churn").is_dir()
+        shown = store(home, "list")
+        assert tag(versions["a"]) in shown
+        assert "churn" not in shown
+
     def test_a_store_without_a_history_goes_on_serving_its_newest(self, home: Path, versions: Versions) -> None:
         (home / "models" / "toy" / promotions.FILE).unlink()
         assert call(home, "store.resolve('toy')") == tag(versions["b"])
