@@ -50,6 +50,8 @@ class Remote:
             raise ClientError(f"{cacert}: {error}") from None
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ClientError(f"{url}: {error}") from None
+        except (ImportError, ValueError) as error:  # of the environment: a SOCKS proxy, or what is no proxy's URL
+            raise ClientError(f"{error}; expected an HTTP proxy or none, in ALL_PROXY and the like") from None
         self._told = ""
         self._was_reached = False
 
