@@ -555,9 +555,8 @@ class TestMistakes:
         assert message in shown
         assert "Traceback" not in shown
 
-    def test_a_proxy_that_cannot_be_used_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-        shown = run("README.md", code=2)
+    def test_a_proxy_that_cannot_be_used_is_one_line(self) -> None:
+        shown = run("README.md", code=2, ALL_PROXY="socks5://127.0.0.1:9")
         assert shown.startswith("error: Using SOCKS proxy")
         assert shown.endswith("expected an HTTP proxy or none, in ALL_PROXY and the like\n")
 
