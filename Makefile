@@ -45,7 +45,7 @@ help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; } # clear: what Ctrl-C left looks complete without pip
 
 # Serving on a CPU needs no torch.
 SERVE_REQUIREMENTS := $(if $(wildcard /proc/driver/nvidia/version),requirements-gpu.txt,requirements-serve.txt)
@@ -225,7 +225,7 @@ e2e-alerts: $(VENV)/.dev ## kill the service and check that the alert arrives; U
 	$(BIN)/python -m pytest tests/monitoring/test_alerts.py
 
 .venv-bench/%/.installed: tests/benchmark/requirements-%.txt
-	$(PYTHON) -m venv $(@D)
+	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
@@ -241,7 +241,7 @@ bench-client: $(VENV)/.dev ## benchmark python -m client on the folder IMAGES ag
 	$(BIN)/python -m tests.benchmark.command_line "$(IMAGES)"
 
 .venv-bench/fuzz/.installed: tests/fuzz/requirements.txt
-	$(PYTHON) -m venv $(@D)
+	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 

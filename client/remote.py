@@ -47,11 +47,11 @@ class Remote:
             verify = ssl.create_default_context(cafile=cacert) if cacert else True
             self._client = httpx.Client(base_url=url, headers=headers, verify=verify, timeout=SECONDS, limits=limits)
         except OSError as error:
-            raise ClientError(f"{cacert}: {error}") from None
+            raise ClientError(f"{cacert or 'SSL_CERT_FILE'}: {error}") from None
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ClientError(f"{url}: {error}") from None
         except (ImportError, ValueError) as error:  # of the environment: a SOCKS proxy, or what is no proxy's URL
-            raise ClientError(f"{error}; expected an HTTP proxy or none, in ALL_PROXY and the like") from None
+            raise ClientError(f"{error}; expected an HTTP proxy in ALL_PROXY and the like, or NO_PROXY=*") from None
         self._told = ""
         self._was_reached = False
 

@@ -108,7 +108,8 @@ class Sandbox:
                 self._command,
                 cwd=ROOT,
                 # numpy and OpenCV bundle an OpenBLAS each, with 90 MB per processor: soon more than a decoder may have.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                # ``-m`` finds its module in ``cwd``, unless the caller's environment forbids that.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": ""},
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -134,6 +134,8 @@ def promote(tag: str, force: bool = False) -> str:
     if ":" not in tag:
         raise StoreError(f"{tag!r} names no version; expected NAME:VERSION")
     model = _require_model(tag)
+    if not (Path(model.path) / CARD).exists():
+        raise StoreError(f"{model.tag} has no {CARD}; expected a classifier")
     name, version = model.tag.name, str(model.tag.version)
     _record_initial_promotion(name)
     served = _promoted(name)

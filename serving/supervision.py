@@ -6,6 +6,7 @@
 - A second server with the same home empties the first one's metrics: here, each has its own folder.
 - Any user of the machine can control it over a TCP port: here, over a socket in a private folder.
 - When killed, it leaves its workers behind, holding the port: here, they stop.
+- It reloads on SIGHUP, so that it outlives its terminal: here, it stops then, or goes on under ``nohup``.
 - It does not start if a GPU's driver does not answer, even if no GPU is needed: here, that counts as no GPU.
 """
 
@@ -30,6 +31,7 @@ from bentoml._internal.resource import NvidiaGpuResource
 from bentoml._internal.utils import circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
+from circus.sighandler import SysHandler
 from circus.watcher import Watcher
 
 from model.runtimes import cuda_devices
@@ -57,9 +59,12 @@ class Supervisor(circus.Arbiter):
             return super().start(*arguments, **options)
         except OSError as error:
             self.exit_stack.close()
-            if error.errno != errno.EADDRINUSE:
-                raise
-            sys.exit(f"error: port {self.sockets[API_SERVER_NAME].port} is in use; expected a free one")
+            port = self.sockets[API_SERVER_NAME].port
+            if error.errno == errno.EADDRINUSE:
+                sys.exit(f"error: port {port} is in use; expected a free one")
+            if error.errno == errno.EACCES:
+                sys.exit(f"error: port {port} is reserved for root; expected one that this user may open")
+            raise
 
     def manage_watchers(self) -> Any:
         """Check for dead workers, unless circus is busy with something else, such as a slow start."""
@@ -120,4 +125,6 @@ def install() -> None:
     """
     BentoMLContainer.prometheus_multiproc_dir.set(str(_metrics_folder()))
     NvidiaGpuResource.from_system = _usable_gpus  # type: ignore[method-assign, assignment]
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    SysHandler.handle_hup = (lambda handler: None) if is_ignored else SysHandler.handle_term  # type: ignore[method-assign]
     circus.Arbiter = Supervisor  # type: ignore[misc]  # the name under which BentoML looks it up

@@ -14,6 +14,8 @@ from tests.live import LIMITS, Server, await_workers, serve
 
 # FP32 on one device is what the tests expect. `make check-gpu` leaves this file out.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# All servers are on this machine, whatever proxy leads out of it.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
 
 @pytest.fixture(scope="session")

@@ -112,16 +112,8 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._servers, self._url = folder / "checkout", ExitStack(), ""
-        listed = subprocess.run(
-            ("git", "ls-files", "--cached", "--others", "--exclude-standard"),
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-        )
-        for name in listed.stdout.splitlines():
-            if (REPOSITORY / name).is_file():
-                (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(REPOSITORY / name, self._folder / name)
+        made_here = (".git", ".venv*", ".bentoml", ".*_cache", "__pycache__", "data", "runs", "secrets", "site")
+        shutil.copytree(REPOSITORY, self._folder, ignore=shutil.ignore_patterns(*made_here))
         (self._folder / ".venv").symlink_to(sys.prefix)
         for requirements in self._folder.glob("requirements*.txt"):
             os.utime(requirements, (0, 0))  # the environment is there: make has nothing to install

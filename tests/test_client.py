@@ -558,7 +558,7 @@ class TestMistakes:
     def test_a_proxy_that_cannot_be_used_is_one_line(self) -> None:
         shown = run("README.md", code=2, ALL_PROXY="socks5://127.0.0.1:9")
         assert shown.startswith("error: Using SOCKS proxy")
-        assert shown.endswith("expected an HTTP proxy or none, in ALL_PROXY and the like\n")
+        assert shown.endswith("expected an HTTP proxy in ALL_PROXY and the like, or NO_PROXY=*\n")
 
     def test_another_service_is_told_from_the_classifier(self, embedded: Server) -> None:
         assert "404 not_found" in run("README.md", "--url", f"{embedded.url}/elsewhere", code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -152,7 +153,10 @@ def test_a_bad_setting_is_one_line(setting: dict[str, object], message: str) -> 
 
 def test_folders_of_what_was_sent_are_for_their_owner_alone(tmp_path: Path) -> None:
     chosen = tmp_path / "chosen"
-    chosen.mkdir(mode=0o750)
+    chosen.mkdir()
+    chosen.chmod(0o750)
+    mask = os.umask(0o022)
     load(audit_directory=tmp_path / "new" / "audit", review_directory=chosen, log_directory=tmp_path / "log")
+    os.umask(mask)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new/audit", chosen, tmp_path / "log")}
     assert list(modes.values()) == [0o700, 0o750, 0o755]

@@ -166,6 +166,9 @@ class TestPromotions:
         shown = store(home, "list")
         assert tag(versions["a"]) in shown
         assert "churn" not in shown
+        (version,) = (path.name for path in (home / "models" / "churn").iterdir() if path.is_dir())
+        refused = store(home, "promote", f"churn:{version}", "--force", code=1)
+        assert refused == f"error: churn:{version} has no card.json; expected a classifier\n"
 
     def test_a_store_without_a_history_goes_on_serving_its_newest(self, home: Path, versions: Versions) -> None:
         (home / "models" / "toy" / promotions.FILE).unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -61,6 +62,32 @@ def test_a_server_that_is_killed_leaves_no_worker_behind(tmp_path: Path) -> None
     with running(command(port), settings, tmp_path / LOG, lambda: is_ready(url), stop=signal.SIGKILL) as server:
         assert len(family(server.pid)) > 3
     # Whatever had outlived it would be an error by now.
+
+
+def test_a_server_stops_with_its_terminal_but_not_under_nohup(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    settings = environment(tmp_path, RUNTIME="onnx-int8", WORKERS=1)
+    with running(["nohup", *command(port)], settings, tmp_path / LOG, lambda: is_ready(url)) as server:
+        server.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert is_ready(url)
+    with running(command(port), settings, tmp_path / LOG, lambda: is_ready(url)) as server:
+        server.send_signal(signal.SIGHUP)
+        assert server.wait(timeout=30) == 0
+
+
+def test_a_port_that_needs_root_is_one_clear_line(tmp_path: Path) -> None:
+    def drop_the_right_to_it() -> None:
+        pr_capbset_drop, cap_net_bind_service = 24, 10
+        ctypes.CDLL(None).prctl(pr_capbset_drop, cap_net_bind_service)  # fails for who has no such right anyway
+
+    done = subprocess.run(
+        command(81), cwd=REPOSITORY, env=environment(tmp_path), capture_output=True, text=True, timeout=60,
+        preexec_fn=drop_the_right_to_it,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: port 81 is reserved for root; expected one that this user may open"
+    assert "Traceback" not in done.stderr
 
 
 def test_a_port_in_use_is_one_clear_line_and_nothing_to_the_server_there(tmp_path: Path) -> None:
