@@ -135,6 +135,12 @@ def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox, mod
     assert sandbox.render(data, SIZE).shape == (*SIZE, 3)
 
 
+def test_a_decoder_finds_its_module_whatever_the_environment_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with closing(Sandbox()) as sandbox:
+        assert sandbox.render(WEBP, SIZE).shape == (*SIZE, 3)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
 def test_a_png_with_more_data_than_pixels_is_none_for_this_process(mode: str) -> None:
     """libpng inflates all of it, 8 MB of 8 KB, while the event loop waits."""
