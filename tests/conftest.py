@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.artifact import Artifact
 from tests import toy
 from tests.live import LIMITS, Server, await_workers, serve
 
-# FP32 on one device is what the tests expect. `make check-gpu` leaves this file out.
+# The tests expect FP32 on one device. `make check-gpu` skips this file.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # All servers are on this machine, whatever proxy leads out of it.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
@@ -33,7 +33,7 @@ def toy_run(toy_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_artifact(toy_folder: Path, toy_run: Path) -> Artifact:
-    """The artifact of ``toy_run``, in every format."""
+    """The artifact exported from ``toy_run``, in every format."""
     path = toy_folder.parent / "artifact"
     toy.run("train.export", toy_run, toy_folder, "--out", path)
     return Artifact.load(path)
@@ -57,6 +57,6 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(params=["embedded", "runner"])
 def server(request: pytest.FixtureRequest) -> Server:
-    """Each topology in turn: what holds of one holds of the other."""
+    """Each topology in turn, for tests that must pass on both."""
     chosen: Server = request.getfixturevalue(request.param)
     return chosen

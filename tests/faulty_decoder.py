@@ -1,4 +1,4 @@
-"""A decoder with faults, at an image's own wish: what comes after the end of the image says which."""
+"""A decoder that fails on demand: the bytes after the end of the image select the fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAULTS = CRASH, HANG, SLEEP, EAT, TALK, OTHER_SHAPE, MORE_AXES, OTHER_ERROR
 
 
 class UnknownError(ImageError):
-    """None that is agreed upon."""
+    """An error that is not part of the protocol between the service and its decoder."""
 
 
 CPU_SECONDS, WALL_SECONDS = 1.0, 3.0

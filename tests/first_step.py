@@ -1,6 +1,6 @@
-"""What test_parallel.py starts in several processes: the gradients of the first batch, a step that overflows, an epoch.
+"""Started by test_parallel.py in several processes: the first batch's gradients, an overflowing step, an epoch.
 
-torchrun --nproc-per-node=2 -m tests.first_step SOURCE OUT     # OUT/<rank>.safetensors, from each process
+torchrun --nproc-per-node=2 -m tests.first_step SOURCE OUT     # each process writes OUT/<rank>.safetensors
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def build(source: str, group: Group) -> Fit:
 
 
 def gradients(fit: Fit) -> dict[str, Tensor]:
-    """Of the first batch, with BatchNorm by its running statistics, which no share of a batch changes."""
+    """Gradients of the first batch, with BatchNorm's running statistics, so that dividing the batch changes nothing."""
     fit.network.eval()
     fit.backward(next(fit.batches.epoch(0)))
     return {name: p.grad.clone().contiguous() for name, p in fit.trained.items() if p.grad is not None}
 
 
 def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
-    """The loss scale after a batch whose gradients overflow in this process, or in another one."""
+    """The loss scale after a batch whose gradients overflow in this process or in another one."""
     fit.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fit.network.zero_grad()
     batch = next(fit.batches.epoch(0))
@@ -46,7 +46,7 @@ def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
 
 
 def running_statistics(fit: Fit) -> dict[str, Tensor]:
-    """Of BatchNorm after an epoch: ``alone.<name>`` of this process, and ``averaged.<name>`` of all."""
+    """BatchNorm's running statistics after an epoch: ``alone.<name>`` in this process, ``averaged.<name>`` over all."""
 
     def copies(prefix: str) -> dict[str, Tensor]:
         return {f"{prefix}.{n}": b.clone() for n, b in fit.network.named_buffers() if "running_" in n}

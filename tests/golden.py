@@ -1,11 +1,11 @@
-"""The predictions that the shipped artifact makes of the pictures in ``tests/images``, and the limits of its figures.
+"""Golden predictions of the shipped artifact for the pictures in ``tests/images``, and limits on its figures.
 
-    python -m tests.golden            # after shipping another model for the same data: the predictions anew
-    python -m tests.golden SOURCE     # after shipping a model for other data: pictures and limits anew as well
+        python -m tests.golden            # after shipping another model for the same data: writes new predictions
+        python -m tests.golden SOURCE     # after shipping a model for other data: also writes new pictures and limits
 
-The pictures are test images of SOURCE, re-encoded as JPEG; each is named after its class. Those here are of CIFAR-10
-(Krizhevsky, 2009). The page at ``/`` offers them as samples. The limits stay where they are when a model is
-retrained, so that no worse one is shipped unnoticed.
+The pictures are test images of SOURCE, re-encoded as JPEG, each named after its class. The committed ones come from
+CIFAR-10 (Krizhevsky, 2009). The page at ``/`` offers them as samples. The limits stay unchanged when a model is
+retrained, so that a worse one is noticed before it ships.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ from train.gate import CALIBRATION_LOSS
 FOLDER = Path(__file__).parent / "images"
 IMAGES = sorted(FOLDER.glob("*.jpg"))
 TYPICAL = IMAGES[len(IMAGES) // 2]
-"""One of them, for tests that need no more."""
+"""One of them, for tests that need a single image."""
 SHIPPED_NAME = ModelConfig.load(SHIPPED / CONFIG).name
 GOLDEN = FOLDER / "golden.json"
 SAMPLES = PAGE / "samples"
 MOST_SAMPLES = 20
-"""The page shows all that it offers: of a thousand classes these are enough."""
+"""The page shows every sample it has: 20 are enough even with a thousand classes."""
 JPEG_QUALITY = 95
 SPARE_BYTES = 1.2
-"""How many times larger than now a later artifact may be."""
+"""A later artifact may be this many times larger."""
 
 
 def predict(artifact: Artifact, runtime_name: str) -> dict[str, Prediction]:
-    """Predictions of every picture by one runtime, by the picture's name."""
+    """Predictions of one runtime for every picture, by the picture's file name."""
     pictures = {path.stem: path.read_bytes() for path in sorted(FOLDER.glob("*.jpg"))}
     return dict(zip(pictures, judge(artifact, runtime_name, list(pictures.values())), strict=True))
 
 
 def judge(artifact: Artifact, runtime_name: str, images: list[bytes]) -> list[Prediction]:
-    """Predictions of image files."""
+    """Predictions for image files."""
     pixels = np.stack([preprocess(image, artifact.config.input_size) for image in images])
     classifier = Classifier(artifact.config, artifact.reference(runtime_name))
     return classifier(run_runtime(create(runtime_name, artifact), pixels))
 
 
 def size(artifact: Artifact) -> int:
-    """Bytes of all its files."""
+    """Bytes of all files of the artifact."""
     return sum(path.stat().st_size for path in artifact.path.iterdir())
 
 
 def choose(artifact: Artifact, source: str) -> None:
-    """A picture for each class: of the test images that both formats tell, and find familiar, the middling one."""
+    """One test image per class: the median by confidence of those that both formats get right and find familiar."""
     data = load(source, artifact.config.input_size)
     require_own_data(artifact, data)
     images = [encode(image) for image in data.test.images]
@@ -92,7 +92,7 @@ def choose(artifact: Artifact, source: str) -> None:
 
 
 def offer() -> None:
-    """The pictures, as samples of the page."""
+    """Copy the pictures to the samples of the page."""
     SAMPLES.mkdir(exist_ok=True)
     for path in SAMPLES.iterdir():
         path.unlink()
@@ -105,7 +105,7 @@ def encode(image: Pixels) -> bytes:
 
 
 def limits(artifact: Artifact) -> Iterator[tuple[str, Any]]:
-    """What a later model must keep to, from the figures of this one."""
+    """Limits for later models, derived from this model's figures."""
     fp32 = artifact.card["metrics"][ONNX]
     yield "images", fp32["images"]
     yield "accuracy", fp32["accuracy_95"][0]

@@ -1,4 +1,4 @@
-"""Hostile requests, thousands of them and the same each time: mutations of small valid ones, and old tricks by hand."""
+"""Thousands of hostile requests, the same ones each run: mutations of small valid inputs, and known tricks by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import seeds
 from tests.live import png_header
 
 PER_SEED = 60
-"""Mutations of each image and of each body."""
+"""Mutations per seed, image or body."""
 EXTREMES = [
     struct.pack(order + code, value)
     for order in "<>"
@@ -39,12 +39,12 @@ class Hostile(NamedTuple):
 
 
 def requests() -> list[Hostile]:
-    """Every hostile request once."""
+    """Every hostile request, once each."""
     return list(dict.fromkeys([*_images(), *_bodies(), *_by_hand()]))
 
 
 def mutate(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
-    """One of the ways in which files go wrong, or are made to."""
+    """Corrupt ``data`` in one of the ways in which files break or are made to."""
     at = rng.randrange(len(data))
     match rng.randrange(8):
         case 0:
@@ -70,7 +70,7 @@ def _overwrite(data: bytes, at: int, what: bytes) -> bytes:
 
 
 def _mended(data: bytes) -> bytes:
-    """A PNG with the right checksum after every chunk, for nothing worse is seen behind a wrong one."""
+    """A PNG with the correct checksum after every chunk: a wrong one would hide any fault behind it."""
     at, mended = 8, bytearray(data)
     while data.startswith(b"\x89PNG") and at + 12 <= len(data):
         end = at + 8 + struct.unpack_from(">I", data, at)[0]
@@ -116,7 +116,7 @@ def _by_hand() -> Iterator[Hostile]:
 
 
 def _bombs() -> Iterator[bytes]:
-    """Headers that announce what no machine has room for, over next to nothing."""
+    """Tiny files whose headers announce more than any machine can hold."""
     for width, height in (
         (60_000, 60_000),
         (2**31 - 1, 2**31 - 1),
@@ -144,7 +144,7 @@ def _bombs() -> Iterator[bytes]:
         yield b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 9, 9, 1, 24, compression) + seeds.images()["jpeg"]
     for compression in (6, 99, 34661, 34676, 34712, 34887, 34925, 50000, 50001, 50002, 65535):
         yield seeds.images()["tiff-raw"].replace(*(struct.pack("<HHII", 259, 3, 1, c) for c in (1, compression)))
-    for length in (2**31 - 1, 2**32 - 1, 2**30, 10**8):  # a chunk that is not there
+    for length in (2**31 - 1, 2**32 - 1, 2**30, 10**8):  # a chunk whose data is missing
         image = seeds.images()["png"]
         for kind in (b"tEXt", b"iCCP", b"eXIf", b"acTL", b"UP8X", b"IDAT", b"IEND"):
             yield image[:33] + struct.pack(">I", length) + kind + image[33:]
@@ -155,7 +155,7 @@ def _bombs() -> Iterator[bytes]:
 
 
 def _polyglots() -> Iterator[bytes]:
-    """What begins like one thing and is another."""
+    """Data that starts as one format and is another."""
     images = seeds.images()
     starts = [image[:size] for image in images.values() for size in (4, 12)]
     rest = [
@@ -171,7 +171,7 @@ def _polyglots() -> Iterator[bytes]:
 
 
 def _other_formats() -> Iterator[bytes]:
-    """Formats with decoders in OpenCV or Pillow that must stay out of reach."""
+    """Formats that OpenCV or Pillow could decode, but that must stay out of reach."""
     yield from (
         magic + bytes(200)
         for magic in (

@@ -1,4 +1,4 @@
-"""The real server as a process of its own, and what the tests need to talk to it."""
+"""Runs the real server in a process of its own, with helpers to talk to it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 START_SECONDS, STOP_SECONDS = 120.0, 30.0
-"""Generous: the tests may share two cores with anything."""
+"""Generous: tests may share two cores with other work."""
 LIMITS = {"MAX_BODY_BYTES": 2_000_000, "MAX_IMAGE_BYTES": 1_000_000, "MAX_REQUEST_IMAGES": 64, "MAX_QUEUE": 1024}
-"""Of the servers that tests share; small enough that a test can exceed them without sending much."""
+"""Settings of the servers that tests share; low enough to exceed without sending much."""
 LOG, PID = "server.log", "server.pid"
-"""Files beside the BentoML home of a server, for tests that look at its log or its processes."""
+"""Files in a server's home, for tests that read its log or look at its processes."""
 
 
 class Server(NamedTuple):
-    """A running server: its base URL, its topology and the folder of its BentoML home and log."""
+    """A running server: its base URL, its topology, and the folder of its BentoML home and log."""
 
     url: str
     topology: str
@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 def environment(home: Path, **settings: Any) -> dict[str, str]:
-    """The caller's environment without any setting of the service in it, and with ``settings``."""
+    """The caller's environment, stripped of all settings of the service, plus ``settings``."""
     kept = {"PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES"}
     inherited = {name: value for name, value in os.environ.items() if name in kept}
     chosen = {name: str(value) for name, value in settings.items()}
@@ -60,7 +60,7 @@ def command(port: int) -> list[str]:
 
 @contextmanager
 def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
-    """Start the server with ``settings`` and an own BentoML home in ``home``; the base URL of it, once it is ready."""
+    """Start the server with ``settings`` and its own BentoML home in ``home``; yields its base URL once it is ready."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = {"TOPOLOGY": topology, "RUNTIME": "onnx-int8", "WORKERS": 2, "MAX_WAIT": START_SECONDS, **settings}
@@ -70,7 +70,7 @@ def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
 
 
 def await_workers(home: Path, count: int = 2) -> None:
-    """Return once each of the API workers of the server with this home has said that it is ready."""
+    """Wait until ``count`` API workers of the server with this home have logged that they are ready."""
     deadline = time.monotonic() + START_SECONDS
     wanted = [f"api-{worker}" for worker in range(1, count + 1)]
     while (told := _ready_workers(home / LOG)) != wanted:
@@ -96,7 +96,7 @@ def running(
     stop: int = signal.SIGTERM,
     cwd: Path = REPOSITORY,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of any server with its output in ``log``, once it ``is_ready``; gone with its children at the end."""
+    """Run any server, logging to ``log``; yields its process once ``is_ready``, then ends it and its children."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -122,7 +122,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], is_ready: Callable[[], b
 
 
 def _stop(process: subprocess.Popen[bytes], how: int) -> None:
-    """Ask nicely, wait, and in any case leave no process behind; one that outlives its server is an error."""
+    """Signal the process and wait; kill whatever remains. A process that outlives its server is an error."""
     started = family(process.pid)
     try:
         process.send_signal(how)
@@ -139,7 +139,7 @@ def _stop(process: subprocess.Popen[bytes], how: int) -> None:
 
 
 def _status(pid: int) -> tuple[str, int]:
-    """State and parent of a process; ``("", 0)`` when there is none."""
+    """State and parent of a process; ``("", 0)`` if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -152,7 +152,7 @@ def _alive(pid: int) -> bool:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants; the server's workers have process groups of their own."""
+    """A process and all its descendants; the server's workers have their own process groups."""
     parents = {
         int(entry.name): _status(int(entry.name))[1] for entry in Path("/proc").iterdir() if entry.name.isdigit()
     }
@@ -167,12 +167,12 @@ def tail(log: Path, lines: int = 40) -> str:
 
 
 def processes(home: Path) -> list[int]:
-    """Every process of the server with this home."""
+    """All processes of the server with this home."""
     return family(int((home / PID).read_text()))
 
 
 def picture(seed: int = 0, height: int = 32, width: int = 32) -> Image.Image:
-    """A smooth random picture: pure noise would look the same to any classifier."""
+    """A smooth random picture: any classifier would see pure noise as all the same."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -184,7 +184,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces a size and holds next to nothing of it."""
+    """A PNG whose header announces a size, with almost no data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -197,13 +197,13 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)$")
 
 
 def samples(url: str) -> dict[str, float]:
-    """Every series of ``/metrics`` with its value; a series is its name and its labels as they are written."""
+    """Every series of ``/metrics`` with its value, keyed by name and labels as written there."""
     matches = (_SAMPLE.match(line) for line in requests.get(f"{url}/metrics", timeout=30).text.splitlines())
     return {match[1] + (match[2] or ""): float(match[3]) for match in matches if match}
 
 
 def total(values: dict[str, float], name: str, **labels: str) -> float:
-    """The sum of all series of ``name`` that carry ``labels``."""
+    """The sum over all series of ``name`` that carry ``labels``."""
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
     return sum(
         value

@@ -1,4 +1,4 @@
-"""deploy/nginx for whichever Nginx runs the tests."""
+"""Adapts deploy/nginx to the Nginx that runs the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import live
 
 SOURCE = Path(__file__).parents[1] / "deploy/nginx"
 RESOLVES = (1, 27, 3)
-"""The first version that asks again for the addresses of an upstream."""
+"""The first version that re-resolves the addresses of an upstream."""
 
 
 def version(printed: str) -> tuple[int, ...]:
@@ -25,9 +25,9 @@ def version(printed: str) -> tuple[int, ...]:
 
 
 def configuration(target: Path, version: tuple[int, ...]) -> Path:
-    """A copy of deploy/nginx, less what an older Nginx, such as Debian 12's 1.22, does not know.
+    """A copy of deploy/nginx without what an older Nginx, such as Debian 12's 1.22, does not know.
 
-    That one keeps the replicas' addresses of its start until it is told to reload, and speaks HTTP/1.1 only.
+    Such a version keeps the replicas' addresses from its start until it is reloaded, and only speaks HTTP/1.1 to them.
     """
     shutil.copytree(SOURCE, target)
     if version < RESOLVES:
@@ -37,7 +37,7 @@ def configuration(target: Path, version: tuple[int, ...]) -> Path:
 
 
 def write_into(folder: Path, config: Path) -> None:
-    """What a container's Nginx writes into a tmpfs or a volume goes into ``folder``."""
+    """Redirect into ``folder`` what a container's Nginx writes to a tmpfs or volume."""
     for file in config.rglob("*.conf"):
         text = file.read_text()
         for inside in (" /tmp/", " /var/tmp/"):
@@ -53,15 +53,15 @@ def replace(file: Path, old: str, new: str) -> None:
 
 @contextmanager
 def before(replicas: Sequence[int], port: int, scratch: Path) -> Iterator[str]:
-    """The URL of an Nginx on ``port`` before replicas on these ports of this machine, once it answers.
+    """Start an Nginx on ``port`` in front of local replicas on these ports; yields its URL once it answers.
 
-    As in production, but for TLS and the limits per address.
+    Configured as in production, except for TLS and the limits per address.
     """
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     printed = subprocess.run(["nginx", "-v"], capture_output=True, text=True, env=environment)
     folder = configuration(scratch / "nginx", version(printed.stderr))
     _localise(folder, scratch, port, replicas)
-    # Started by root, its workers would be of a user who may not enter the scratch folder; others are only warned.
+    # Started by root, workers would switch to a user who cannot enter the scratch folder. Others only get a warning.
     command = ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off; user root;"]
     url = f"http://127.0.0.1:{port}"
     log = scratch / "nginx.log"

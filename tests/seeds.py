@@ -1,4 +1,4 @@
-"""Small valid images of every format and kind, and small valid request bodies: what hostile input is made from."""
+"""Small valid images of every format and kind, and small valid request bodies: the seeds of hostile input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORM, JSON = f"multipart/form-data; boundary={BOUNDARY}", "application/json"
 
 
 def images() -> dict[str, bytes]:
-    """Each kind that decoders treat in their own way."""
+    """One image of each kind that decoders treat differently."""
     colour = picture(0, SIDE, SIDE)
     clear, palette = colour.copy(), colour.quantize(16)
     clear.putalpha(128)
@@ -62,12 +62,12 @@ def images() -> dict[str, bytes]:
 
 
 def _frames() -> dict[str, Any]:
-    """New pictures each time: Pillow leaves the settings of one encoder in them for the next."""
+    """New images each time: Pillow leaves the settings of one encoder in them for the next."""
     return {"save_all": True, "append_images": [picture(1, SIDE, SIDE), picture(2, SIDE, SIDE)]}
 
 
 def bodies(image: bytes) -> dict[str, tuple[str, bytes]]:
-    """Content type and body of each form of a request, for one image and for several."""
+    """Content type and body of each request form, for one image and for several."""
     text = base64.b64encode(image).decode()
     single, several = (_form(name, image, count) for name, count in (("image", 1), ("images", 3)))
     return {

@@ -1,8 +1,8 @@
-"""The examples of the documentation, as a reader would run them: in a copy of the checkout, in order, page by page.
+"""The examples of the documentation, run as a reader would: in a copy of the checkout, in order, page by page.
 
-Every fenced block of ``console``, ``python``, ``javascript`` or ``go`` is run. Commands are the lines after ``$ ``, and
-what follows one is its output; that of a program is the ``text`` block after it. ``…`` stands for anything.
-``<!-- not run: WHY -->`` before a block leaves it to ``named_in``; ``<!-- file: NAME -->`` only saves it.
+Every fenced block of ``console``, ``python``, ``javascript`` or ``go`` is run. In a console, lines after ``$ `` are
+commands, and the lines that follow are their output; a program's output is the ``text`` block after it. ``…`` matches
+anything. ``<!-- not run: WHY -->`` before a block leaves it to ``named_in``; ``<!-- file: NAME -->`` only saves it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tests.live import REPOSITORY, environment, free_port, running
 
 DOCS = REPOSITORY / "docs"
 GENERATED = ("benchmarks.md", "capacity.md", "model-card.md")
-"""Written by commands; what they quote are the commands of another machine."""
+"""Written by commands; the commands they quote belong to another machine."""
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.relative_to(DOCS).as_posix() not in GENERATED)
 PYTHON = ("console", "python")
-"""Languages that need nothing but the virtual environment."""
+"""Languages that need only the virtual environment."""
 OTHERS = ("javascript", "go")
 PROGRAMS = {
     "python": ("example.py", [sys.executable]),
@@ -37,14 +37,14 @@ PROGRAMS = {
     "go": ("example.go", ["go", "run"]),
 }
 PUBLISHED = "http://localhost:3000"
-"""Where the pages say that the service is."""
+"""The address of the service on the pages."""
 SECONDS = 600
 EXAMPLE = "cifar10_cnn"
-"""The model of whose pictures and verdicts the pages tell. Where another is shipped, those pages stay the manual of the
-bundle, and cannot be followed to the letter."""
+"""The model whose pictures and verdicts the pages describe. If another is shipped, those pages remain the bundle's
+manual, but cannot be followed to the letter."""
 SHIPPED = json.loads((REPOSITORY / "model/pretrained/config.json").read_text())["name"]
 of_the_example = pytest.mark.skipif(SHIPPED != EXAMPLE, reason=f"its bound is that of {EXAMPLE}")
-"""For tests of speed, of maps that a network of a few epochs does not come up to, and of what few images allow."""
+"""For tests of speed, of evidence maps that a network of a few epochs misses, and of what few images allow."""
 _FENCE = re.compile(
     r"(?:^<!-- (not run|file): (.+?) -->\n)?^```(\w+)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.M | re.S
 )
@@ -68,7 +68,7 @@ class Snippet(NamedTuple):
         return self.directive != "not run" and self.language in PYTHON + OTHERS
 
     def commands(self) -> list[tuple[str, str]]:
-        """What is typed, each with what it answers."""
+        """Each command with its expected output."""
         return _COMMAND.findall(self.text) if self.language == "console" else []
 
 
@@ -89,7 +89,7 @@ def can_be_followed(page: Path) -> bool:
 
 
 def matches(expected: str, found: str) -> bool:
-    """Whether ``found`` is ``expected``, in which ``…`` is anything and the ends of lines do not count."""
+    """Whether ``found`` equals ``expected``, where ``…`` matches anything and trailing white space is ignored."""
     pattern = ".*?".join(
         re.escape(part) for part in "\n".join(map(str.rstrip, expected.strip().splitlines())).split("…")
     )
@@ -116,7 +116,7 @@ class Reader:
         shutil.copytree(REPOSITORY, self._folder, ignore=shutil.ignore_patterns(*made_here))
         (self._folder / ".venv").symlink_to(sys.prefix)
         for requirements in self._folder.glob("requirements*.txt"):
-            os.utime(requirements, (0, 0))  # the environment is there: make has nothing to install
+            os.utime(requirements, (0, 0))  # the environment exists: make has nothing to install
         self._environment = environment(self._folder / ".bentoml", WORKERS=1, OMP_NUM_THREADS=1)
 
     def __enter__(self) -> Reader:
@@ -126,7 +126,7 @@ class Reader:
         self._servers.close()
 
     def serve(self, settings: str = "") -> None:
-        """Start a server as ``make serve`` does, in place of the one before."""
+        """Start a server as ``make serve`` does, replacing the previous one."""
         self._servers.close()
         port = free_port()
         self._url = f"http://localhost:{port}"
@@ -138,13 +138,13 @@ class Reader:
         return requests.get(f"{self._url}/readyz", timeout=20).status_code == HTTPStatus.OK
 
     def _here(self, text: str) -> str:
-        """``text`` with the address of the server, which is started when the page takes it for granted."""
+        """``text`` with the address of the server; starts one if the page takes it for granted."""
         if PUBLISHED in text and not self._url:
             self.serve()
         return text.replace(PUBLISHED, self._url)
 
     def follow(self, snippet: Snippet) -> None:
-        """Run a block and compare what it prints with what the page says."""
+        """Run a block and compare its output with the page."""
         where = f"{snippet.page.relative_to(DOCS)}:{snippet.line}"
         if snippet.directive == "file":
             (self._folder / snippet.argument).write_text(snippet.text)

@@ -1,11 +1,11 @@
-"""Ordinary load for an hour, to see what grows: `make soak`.
+"""An hour of ordinary load, to see what grows: `make soak`.
 
 python -m tests.soak --seconds 3600
 
-The service as shipped, at 70 % of the rate that wrk has just measured, with one broken image among 50. After each
-window of load, with no connection left open: resident memory and file descriptors of every process. Fails when after
-the warm-up memory has grown by more than 5 % or descriptors by any, when a process was replaced, and when anything but
-200 and 4xx was answered.
+The service as shipped, at 70 % of the rate that wrk has just measured, with one broken image in 50. After each window
+of load, once all connections are closed, it records resident memory and file descriptors of every process. Fails if,
+after the warm-up, memory has grown by more than 5 % or descriptors at all; if a process was replaced; or if any answer
+was neither 200 nor 4xx.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from tests.benchmark.workloads import Body
 SHARE, GROWTH = 0.7, 0.05
 WINDOW_SECONDS, DEADLINE = 10.0, 5.0
 WARM_UP = 0.1
-"""Of the time; what is compared are the first and the last fifth of the rest."""
+"""Share of the run. Of the rest, the first and the last fifth are compared."""
 CONNECTIONS, CAPACITY_SECONDS = 64, 8
 RESULTS, PLOT = live.REPOSITORY / "docs/soak.json", live.REPOSITORY / "docs/images/soak.png"
 
 
 def bodies() -> list[Body]:
-    """A hundred requests, two of them broken: cut short, and no image at all."""
+    """A hundred requests, two of them broken: one truncated, one no image."""
     images = [path.read_bytes() for path in workloads.IMAGES]
     good = [Body("image/jpeg", images[i % len(images)]) for i in range(98)]
     return [*good[:49], Body("image/jpeg", images[0][:-200]), *good[49:], Body("image/jpeg", b"no image")]
 
 
 def capacity(running: servers.Running, home: Path) -> float:
-    """Requests a second with one image each, in the closed loop of the benchmark."""
+    """Requests per second with one image each, in the benchmark's closed loop."""
     target = loads.Target(f"{running.url}/classify", workloads.small(), workloads.multipart("image"), home / "bodies")
     loads.closed(target, CONNECTIONS, 3)
     return float(loads.closed(target, CONNECTIONS, CAPACITY_SECONDS)["rate"])
 
 
 def window(url: str, rate: float, sent: int, number: int) -> dict[str, Any]:
-    """One window of load, which goes on among the bodies where the ones before, of ``sent`` requests, ended.
+    """One window of load; continues through the bodies where the previous windows, of ``sent`` requests, ended.
 
-    Each has moments of its own: those of one, again and again, would be no Poisson process.
+    Each window has its own arrival times: the same ones repeated would not be a Poisson process.
     """
     turn = deque(bodies())
     turn.rotate(-sent)
@@ -65,7 +65,7 @@ def window(url: str, rate: float, sent: int, number: int) -> dict[str, Any]:
 
 
 def processes(pid: int) -> dict[str, dict[str, float]]:
-    """Resident MiB and open descriptors of a server's processes, by their number."""
+    """Resident MiB and open descriptors of each process of a server, by process id."""
     return {
         str(member): {
             "mib": int(Path(f"/proc/{member}/statm").read_text().split()[1]) * 4096 / 2**20,
@@ -101,7 +101,7 @@ def _total(sample: dict[str, Any], what: str) -> float:
 
 
 def growth(samples: list[dict[str, Any]], what: str) -> float:
-    """Of the median over the first and the last fifth after the warm-up, as a share."""
+    """Relative growth of the median from the first to the last fifth after the warm-up."""
     rest = samples[int(WARM_UP * len(samples)) :]
     fifth = max(1, len(rest) // 5)
     first, last = (median(_total(sample, what) for sample in part) for part in (rest[:fifth], rest[-fifth:]))
@@ -109,7 +109,7 @@ def growth(samples: list[dict[str, Any]], what: str) -> float:
 
 
 def objections(samples: list[dict[str, Any]]) -> Iterator[str]:
-    """What speaks against a server with these samples."""
+    """Reasons to fail a server with these samples."""
     if (grown := growth(samples, "mib")) > GROWTH:
         yield f"memory has grown by {grown:.1%}"
     if (grown := growth(samples, "descriptors")) > 0:

@@ -1,4 +1,4 @@
-"""Who may call: keys, limits and their file, on the real server with two workers."""
+"""API keys, their limits and their file, on the real server with two workers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 class Guarded(NamedTuple):
-    """A server that asks for keys, the file of them, and each by its name."""
+    """A server that requires keys, the file they are in, and each key by its name."""
 
     url: str
     home: Path
@@ -59,7 +59,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def call(url: str, path: str = "/classify", key: str | None = None, images: int = 1) -> requests.Response:
-    """A request as its endpoint takes it, on a connection of its own, which either worker may accept."""
+    """One request in the form its endpoint expects, on a new connection, which either worker may accept."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if path not in ("/classify", "/classify/batch", "/explain"):
         return requests.get(url + path, headers=headers, timeout=60)
@@ -76,7 +76,7 @@ def assert_refused(response: requests.Response, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("path", access.GUARDED)
-def test_the_api_asks_for_a_key(guarded: Guarded, path: str) -> None:
+def test_the_api_requires_a_key(guarded: Guarded, path: str) -> None:
     for wrong in (None, "unknown", guarded.keys["free"][:-1], "free", access.sha256(guarded.keys["free"])):
         response = call(guarded.url, path, wrong)
         assert_refused(response, 401, "unauthorized")
@@ -95,15 +95,15 @@ def test_a_key_may_come_in_either_header(guarded: Guarded) -> None:
 
 
 @pytest.mark.parametrize("path", OPEN)
-def test_probes_and_metrics_ask_for_none(guarded: Guarded, path: str) -> None:
+def test_probes_and_metrics_need_no_key(guarded: Guarded, path: str) -> None:
     assert call(guarded.url, path).status_code == 200
 
 
-def test_an_unknown_path_is_unknown_to_everyone(guarded: Guarded) -> None:
+def test_an_unknown_path_is_404_without_a_key(guarded: Guarded) -> None:
     assert_refused(requests.get(f"{guarded.url}/nowhere", timeout=60), 404, "not_found")
 
 
-def test_what_a_key_may_not_do_is_forbidden(guarded: Guarded) -> None:
+def test_an_expired_key_or_a_path_not_granted_is_forbidden(guarded: Guarded) -> None:
     response = call(guarded.url, key=guarded.keys["expired"])
     assert_refused(response, 403, "forbidden")
     assert "2020-01-01" in response.json()["error"]["message"]
@@ -112,12 +112,12 @@ def test_what_a_key_may_not_do_is_forbidden(guarded: Guarded) -> None:
 
 
 def lines(guarded: Guarded, name: str) -> list[int]:
-    """Of each worker's audit log, how many are about the key called ``name``."""
+    """Lines about the key called ``name`` in each worker's audit log."""
     return [path.read_text().count(f'"{name}"') for path in sorted((guarded.home / "audit").glob("*.jsonl"))]
 
 
 def connections_to_both_workers(guarded: Guarded, each: int) -> list[requests.Session]:
-    """``each`` of them to each worker. Whoever is awake first accepts: on a busy machine it may be the same again."""
+    """``each`` connections to each worker. The first worker awake accepts: on a busy machine, often the same one."""
     found: dict[int, list[requests.Session]] = {0: [], 1: []}
     deadline = time.monotonic() + 60
     while min(map(len, found.values())) < each:
@@ -132,7 +132,7 @@ def connections_to_both_workers(guarded: Guarded, each: int) -> list[requests.Se
     return [session for sessions in found.values() for session in sessions[:each]]
 
 
-def test_a_quota_holds_over_both_workers(guarded: Guarded) -> None:
+def test_a_quota_holds_across_both_workers(guarded: Guarded) -> None:
     def ask(session: requests.Session) -> list[requests.Response]:
         headers, url = {"X-API-Key": guarded.keys["frugal"]}, f"{guarded.url}/classify"
         return [session.post(url, files={"image": IMAGE}, headers=headers, timeout=60) for _ in range(5)]
@@ -151,20 +151,20 @@ def test_a_quota_holds_over_both_workers(guarded: Guarded) -> None:
     assert total(values, "classifier_rejected_total", reason="quota_exceeded") == 20
 
 
-def test_a_rate_holds_over_both_workers_and_a_batch_counts_its_images(guarded: Guarded) -> None:
+def test_a_rate_holds_across_both_workers_and_counts_each_image_of_a_batch(guarded: Guarded) -> None:
     assert call(guarded.url, "/classify/batch", guarded.keys["slow"], images=3).status_code == 200
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: call(guarded.url, key=guarded.keys["slow"]), range(16)))
     for reply in replies:
         assert_refused(reply, 429, "rate_limited")
-        # Two images are owed and one is wanted, at one in twenty seconds.
+        # Two images are owed and one is requested, at one per twenty seconds.
         assert 20 < int(reply.headers["Retry-After"]) <= 60
     values = samples(guarded.url)
     assert total(values, "classifier_key_images_total", key="slow") == 3
     assert total(values, "classifier_rejected_total", reason="rate_limited") == 16
 
 
-def test_refusals_are_counted_by_their_codes(guarded: Guarded) -> None:
+def test_refusals_are_counted_by_code(guarded: Guarded) -> None:
     before = samples(guarded.url)
     call(guarded.url)
     call(guarded.url, key=guarded.keys["expired"])
@@ -176,7 +176,7 @@ def test_refusals_are_counted_by_their_codes(guarded: Guarded) -> None:
     assert not [series for series in after if "classifier_key_images" in series and 'key="expired"' in series]
 
 
-def test_the_api_is_described_with_its_keys(guarded: Guarded) -> None:
+def test_the_api_description_includes_keys(guarded: Guarded) -> None:
     document = call(guarded.url, "/docs.json", guarded.keys["free"]).json()
     schemes = document["components"]["securitySchemes"]
     assert {(scheme["type"], scheme.get("scheme") or scheme["name"]) for scheme in schemes.values()} == {
@@ -194,14 +194,14 @@ def test_the_api_is_described_with_its_keys(guarded: Guarded) -> None:
 
 
 def until(url: str, key: str, status: int, seconds: float = 10.0) -> None:
-    """Wait until ten requests in a row, to whichever worker, are answered with ``status``."""
+    """Wait until ten requests in a row, to whichever worker, return ``status``."""
     deadline = time.monotonic() + seconds
     while [call(url, "/model", key).status_code for _ in range(10)] != [status] * 10:
         assert time.monotonic() < deadline
 
 
 def replace(file: Path, text: str | None) -> None:
-    """At one stroke; None removes it."""
+    """Replace the file atomically; None removes it."""
     other = file.with_name("other")
     other.write_text(text or "")
     other.replace(file)
@@ -209,7 +209,7 @@ def replace(file: Path, text: str | None) -> None:
         file.unlink()
 
 
-def test_keys_come_and_go_without_a_restart(guarded: Guarded) -> None:
+def test_keys_are_added_and_revoked_without_a_restart(guarded: Guarded) -> None:
     new = access.add(guarded.file, "new")
     until(guarded.url, new, 200)
     access.remove(guarded.file, "new")
@@ -217,7 +217,7 @@ def test_keys_come_and_go_without_a_restart(guarded: Guarded) -> None:
     assert call(guarded.url, "/model", guarded.keys["free"]).status_code == 200
 
 
-def test_a_file_that_breaks_changes_nothing_and_is_logged(guarded: Guarded) -> None:
+def test_a_broken_key_file_changes_nothing_and_is_logged(guarded: Guarded) -> None:
     good = guarded.file.read_text()
     for broken in (good + "[free]\n", good + f'[leak]\nsha256 = "{guarded.keys["other"]}"\n', None):
         replace(guarded.file, broken)
@@ -226,17 +226,17 @@ def test_a_file_that_breaks_changes_nothing_and_is_logged(guarded: Guarded) -> N
         assert call(guarded.url, "/model", "unknown").status_code == 401
     log = (guarded.home / LOG).read_text()
     errors = [json.loads(line) for line in log.splitlines() if "the API keys stay as they were" in line]
-    assert 3 <= len(errors) <= 6  # each change once a worker, and not with every request
+    assert 3 <= len(errors) <= 6  # once per change and worker, not per request
     assert {error["level"] for error in errors} == {"ERROR"}
     assert guarded.keys["other"] not in log
     replace(guarded.file, good)
     until(guarded.url, guarded.keys["other"], 200)
 
 
-def test_what_would_wait_too_long_for_a_decoder_is_not_charged(tmp_path: Path) -> None:
+def test_images_refused_before_decoding_are_not_charged(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     key = access.add(file, "alice", images_per_day=1000)
-    large = encode(Image.new("RGB", (4000, 3000)), "JPEG", progressive=True)  # sooner sent than decoded
+    large = encode(Image.new("RGB", (4000, 3000)), "JPEG", progressive=True)  # faster to send than to decode
     with serve("embedded", tmp_path, API_KEYS=file, WORKERS=1, MAX_WAIT=0.01) as url, ThreadPoolExecutor(16) as pool:
 
         def ask(_: int) -> int:
@@ -248,7 +248,7 @@ def test_what_would_wait_too_long_for_a_decoder_is_not_charged(tmp_path: Path) -
         assert total(samples(url), "classifier_key_images_total") == statuses[200]
 
 
-# --- the file ---
+# --- the key file ---
 
 
 @pytest.mark.parametrize(
@@ -265,9 +265,7 @@ def test_what_would_wait_too_long_for_a_decoder_is_not_charged(tmp_path: Path) -
         (f'[a]\nsha256 = "{"0" * 64}"\n[b]\nsha256 = "{"0" * 64}"\n', "two names have the same sha256"),
     ],
 )
-def test_a_file_that_makes_no_sense_is_refused_without_telling_its_values(
-    tmp_path: Path, text: str, reason: str
-) -> None:
+def test_an_invalid_key_file_is_refused_without_revealing_its_values(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(text)
     with pytest.raises(access.AccessError) as caught:
@@ -287,9 +285,7 @@ def test_a_file_that_makes_no_sense_is_refused_without_telling_its_values(
         ({"AUDIT_DIRECTORY": "good.toml"}, "AUDIT_DIRECTORY=.*good.toml'; expected a directory that can be written"),
     ],
 )
-def test_what_cannot_be_used_stops_the_start_with_one_line(
-    tmp_path: Path, settings: dict[str, str], expected: str
-) -> None:
+def test_unusable_files_stop_the_start_with_one_line(tmp_path: Path, settings: dict[str, str], expected: str) -> None:
     (tmp_path / "broken.toml").write_text("[a]\n" + "# far from a database\n" * 100)
     access.add(tmp_path / "good.toml", "a")
     chosen = {name: tmp_path / value for name, value in settings.items()}
@@ -314,7 +310,7 @@ def test_what_cannot_be_used_stops_the_start_with_one_line(
         ("bob", "nowhere/keys.toml", "nowhere/keys.toml: the folder is not there"),
     ],
 )
-def test_what_cannot_be_added_is_told(tmp_path: Path, name: str, file: str, reason: str) -> None:
+def test_adding_a_key_fails_with_the_reason(tmp_path: Path, name: str, file: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         access.add(tmp_path / file, name)
     assert not list(tmp_path.iterdir())
@@ -346,8 +342,8 @@ def test_the_command_adds_lists_and_removes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["keys.toml"]
 
 
-def test_the_file_stays_that_of_who_serves(tmp_path: Path) -> None:
-    """Only root gives files away; anybody else has only files of their own."""
+def test_the_key_file_keeps_its_owner_and_mode(tmp_path: Path) -> None:
+    """Only root can give files away; other users only have their own."""
     owner, group = (1034, 1034) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
     file = tmp_path / "keys.toml"
     access.add(file, "alice")
@@ -358,7 +354,7 @@ def test_the_file_stays_that_of_who_serves(tmp_path: Path) -> None:
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (owner, group, 0o600)
 
 
-def test_a_worker_that_is_started_again_survives_a_broken_file(tmp_path: Path) -> None:
+def test_a_restarted_worker_survives_a_broken_key_file(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     key = access.add(file, "alice")
     good = file.read_text()

@@ -1,6 +1,7 @@
-"""``/docs.json`` against the server that it describes, by schemathesis: requests made from it are answered as it says.
+"""``/docs.json`` against the server that it describes, by schemathesis: it generates requests and checks the replies.
 
-Made of whatever the document allows and forbids; each reply is checked against it in status, type, headers and content.
+Requests are made both from what the document allows and from what it forbids; status, type, headers and content of each
+reply must conform to it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.live import Server
 
 IMAGES = st.sampled_from(list(seeds.images().values()))
 EXAMPLES = 40
-"""Requests to each endpoint."""
+"""Requests per endpoint."""
 
 schemathesis.openapi.format("binary", IMAGES)
 schemathesis.openapi.format("base64-image", IMAGES.map(lambda image: base64.b64encode(image).decode()))
@@ -34,16 +35,16 @@ api = schemathesis.openapi.from_dict(DOCUMENT)
 
 @api.parametrize()
 @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
-def test_the_server_does_what_its_document_says(case: schemathesis.Case, embedded: Server) -> None:
+def test_the_server_conforms_to_its_api_document(case: schemathesis.Case, embedded: Server) -> None:
     response = case.call(base_url=embedded.url)
     forgiven = []
-    if response.status_code == HTTPStatus.GATEWAY_TIMEOUT:  # a deadline that nobody could meet, missed as documented
+    if response.status_code == HTTPStatus.GATEWAY_TIMEOUT:  # a deadline too short to meet, missed as documented
         forgiven.append(not_a_server_error)
-    if (case.path, response.status_code) == ("/classify/batch", HTTPStatus.OK):  # what is no image fails in its place
+    if (case.path, response.status_code) == ("/classify/batch", HTTPStatus.OK):  # invalid images fail singly
         forgiven.append(negative_data_rejection)
     case.validate_response(response, excluded_checks=forgiven)
 
 
-def test_the_document_is_the_servers_own(embedded: Server) -> None:
+def test_the_document_is_the_one_the_server_sends(embedded: Server) -> None:
     served = requests.get(f"{embedded.url}/docs.json", timeout=60).json()
     assert {**served, "info": DOCUMENT["info"]} == orjson.loads(orjson.dumps(DOCUMENT))

@@ -1,4 +1,4 @@
-"""The artifact on disk, its runtimes and its proof of correctness."""
+"""The artifact on disk, its runtimes, and their verification."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def copied(toy_artifact: Artifact, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", HASHED)
-def test_one_flipped_byte_in_any_file_is_refused_by_name(name: str, copied: Path) -> None:
+def test_one_flipped_byte_in_any_file_is_detected_and_the_file_named(name: str, copied: Path) -> None:
     content = bytearray((copied / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copied / name).write_bytes(content)
@@ -45,8 +45,8 @@ def test_the_version_follows_from_the_content(toy_artifact: Artifact, copied: Pa
     assert seal(copied, {**toy_artifact.card, "note": "another"}).version != toy_artifact.version
 
 
-def test_images_that_are_all_alike_are_still_ranked(toy_artifact: Artifact, copied: Path) -> None:
-    """By a fixed camera the familiarity of all is 1, but for the fifth digit."""
+def test_nearly_identical_familiarities_keep_their_order(toy_artifact: Artifact, copied: Path) -> None:
+    """With a fixed camera, all familiarities are 1 up to the fifth digit."""
     full = toy_artifact.reference(ONNX)
     validation = full.validation.copy()
     validation[:, -1] = np.linspace(0.9999, 1.0001, len(validation))
@@ -92,18 +92,18 @@ def test_tolerances_are_far_below_what_separates_classes(toy_artifact: Artifact)
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_the_evidence_of_all_places_sums_to_the_logits(name: str, toy_artifact: Artifact) -> None:
+def test_the_evidence_sums_to_the_logits(name: str, toy_artifact: Artifact) -> None:
     runtime = create(name, toy_artifact)
     images = toy_artifact.reference(ONNX).images
     evidence = runtime.evidence(images)
     assert evidence.shape[0] == len(images)
     assert evidence.shape[3] == 3
     assert np.abs(evidence.sum(axis=(1, 2)) - runtime(images)[:, :-1]).max() < 1e-3
-    assert np.abs(evidence).std(axis=(1, 2)).min() > 0  # it tells places apart
+    assert np.abs(evidence).std(axis=(1, 2)).min() > 0  # evidence varies over the image
 
 
-def test_an_error_of_cuda_is_a_lost_engine_and_want_of_memory_is_none(toy_artifact: Artifact) -> None:
-    """As they come out of a network on a GPU."""
+def test_a_cuda_error_loses_the_engine_and_lack_of_memory_does_not(toy_artifact: Artifact) -> None:
+    """Raised inside the network, as they would be on a GPU."""
     runtime = TorchRuntime(toy_artifact)
 
     def fail(error: Exception) -> Callable[..., None]:
@@ -136,7 +136,7 @@ def test_a_config_error_names_file_and_field(tmp_path: Path, toy_artifact: Artif
         ModelConfig.load(path)
 
 
-def test_an_artifact_of_a_wrong_config_is_none(toy_artifact: Artifact, copied: Path) -> None:
+def test_an_artifact_with_an_invalid_config_is_refused(toy_artifact: Artifact, copied: Path) -> None:
     toy_artifact.config.model_copy(update={"temperature": -1.0}).save(copied / CONFIG)
     seal_anyway = {name: {"sha256": hashlib.sha256((copied / name).read_bytes()).hexdigest()} for name in HASHED}
     (copied / CARD).write_text(json.dumps({**toy_artifact.card, "files": seal_anyway}))

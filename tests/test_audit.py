@@ -1,4 +1,4 @@
-"""The audit log: complete, free of contents, bounded, and never in the way."""
+"""The audit log: complete, free of contents, bounded, and never an obstacle to requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIELDS = {"time", "request_id", "key", "client", "path", "status", "code", "mode
 
 class Audited(NamedTuple):
     lines: dict[str, dict[str, Any]]
-    """By request id."""
+    """Keyed by request id."""
     replies: dict[str, requests.Response]
     files: list[Path]
     log: str
@@ -34,7 +34,7 @@ class Audited(NamedTuple):
 
 @pytest.fixture(scope="module", params=["with keys", "without"])
 def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Audited:
-    """What a server left behind after some requests."""
+    """Everything that a server left behind after some requests."""
     home, replies = tmp_path_factory.mktemp("audited"), {}
     key = access.add(home / "keys.toml", "alice", images_per_day=1000, paths=[*access.GUARDED[:4]])
     asking = {"API_KEYS": home / "keys.toml"} if request.param == "with keys" else {}
@@ -65,13 +65,13 @@ def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Audited({line["request_id"]: line for line in lines}, replies, files, (home / LOG).read_text(), key)
 
 
-def test_there_is_a_line_for_each_request_to_the_api_and_for_no_other(audited: Audited) -> None:
+def test_every_api_request_has_a_line_and_no_other_request_has(audited: Audited) -> None:
     assert set(audited.lines) == set(audited.replies) - {"ready", "elsewhere"}
     assert {file.name for file in audited.files} == {"audit-api-1.jsonl", "audit-api-2.jsonl"}
     assert sum(file.read_text().count("\n") for file in audited.files) == len(audited.lines)
 
 
-def test_a_line_says_who_when_and_what_came_of_it(audited: Audited) -> None:
+def test_a_line_says_who_called_when_and_with_what_outcome(audited: Audited) -> None:
     asks_for_keys = audited.replies["unknown"].status_code == 401
     for name, line in audited.lines.items():
         reply = audited.replies[name]
@@ -85,7 +85,7 @@ def test_a_line_says_who_when_and_what_came_of_it(audited: Audited) -> None:
     assert audited.lines["batch"]["path"] == "/classify/batch"
 
 
-def test_a_line_names_each_image_by_its_hash_with_its_verdict(audited: Audited) -> None:
+def test_a_line_identifies_each_image_by_hash_and_verdict(audited: Audited) -> None:
     def entry(data: bytes, reply: dict[str, Any]) -> dict[str, Any]:
         verdict = (
             {"code": reply["error"]["code"]}
@@ -107,7 +107,7 @@ def test_a_line_names_each_image_by_its_hash_with_its_verdict(audited: Audited) 
         assert audited.lines[name]["images"] == []
 
 
-def test_nothing_of_the_contents_nor_of_the_keys_is_written(audited: Audited) -> None:
+def test_neither_contents_nor_keys_are_logged(audited: Audited) -> None:
     written = audited.log + "".join(file.read_text() for file in audited.files)
     for secret in ("secret", audited.key, base64.b64encode(PNG).decode()[20:60], "\\x89PNG"):
         assert secret not in written
@@ -142,21 +142,21 @@ for number in range({count}):
     assert lines == [{"start": "second", "number": number} for number in range(1000 - len(lines), 1000)]
 
 
-def test_replicas_that_share_the_folder_have_files_of_their_own(tmp_path: Path) -> None:
+def test_replicas_that_share_a_folder_write_separate_files(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
 from serving.audit import Audit
 for replica in [Audit(Path({str(tmp_path)!r}), "api-1") for _ in range(2)]:
     replica.write(replica=replica._lock.name)
 """
-    for _ in range(2):  # after a restart the same files go on
+    for _ in range(2):  # a restart continues the same files
         run(program, tmp_path)
     lines = {file.name: file.read_text().splitlines() for file in tmp_path.glob("audit-*")}
     assert lines.keys() == {"audit-api-1.jsonl", "audit-api-1-2.jsonl"}
     assert [(len(written), len(set(written))) for written in lines.values()] == [(2, 1)] * 2
 
 
-def test_a_full_disk_stops_nothing_and_is_said_once(tmp_path: Path) -> None:
+def test_a_full_disk_stops_nothing_and_is_logged_once(tmp_path: Path) -> None:
     (tmp_path / "audit-api-1.jsonl").symlink_to("/dev/full")
     program = f"""
 from pathlib import Path

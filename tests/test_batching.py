@@ -1,4 +1,4 @@
-"""The batcher in front of fake engines that are controlled by hand: no clock decides an outcome."""
+"""The batcher in front of fake engines controlled by hand: no outcome depends on the clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model.batching import Batcher, Engine, GoneError, QueueFullError, Results
 from model.preprocess import Pixels
 
 PATIENCE = 10.0
-"""Seconds after which a caller counts as forgotten; nothing here takes more than milliseconds."""
+"""Seconds after which a caller counts as forgotten; nothing here takes longer than milliseconds."""
 
 
 def images(*values: int) -> Pixels:
@@ -25,7 +25,7 @@ def images(*values: int) -> Pixels:
 
 
 def answer(batch: Pixels) -> Results:
-    """Two outputs an image, from which the image can be told."""
+    """Two outputs per image, from which the image can be identified."""
     value = batch[:, 0, 0, 0].astype(np.float32)
     return np.stack([value, -value], axis=1)
 
@@ -37,7 +37,7 @@ def values(outputs: Results) -> list[int]:
 
 
 class HeldEngine:
-    """Takes a batch and keeps it until the test lets it go, by its number in order of arrival."""
+    """Holds each batch until the test releases it by its number in order of arrival."""
 
     def __init__(self) -> None:
         self.batches: list[Pixels] = []
@@ -62,7 +62,7 @@ class HeldEngine:
 
 
 def slow_at_first(seconds: float) -> Engine:
-    """An engine that takes so long for its first batch, and next to nothing for all others."""
+    """An engine that takes ``seconds`` for its first batch and almost no time for all others."""
     delays = chain([seconds], repeat(0.001))
 
     async def engine(batch: Pixels) -> Results:
@@ -81,7 +81,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 async def settle() -> None:
-    """Let everything run that can run."""
+    """Let every task run until it waits."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -125,7 +125,7 @@ def test_batches_grow_while_the_engine_is_busy() -> None:
     run(scenario())
 
 
-def test_every_caller_gets_its_own_images_in_order() -> None:
+def test_every_caller_gets_the_results_of_its_own_images_in_order() -> None:
     async def scenario() -> None:
         async def engine(batch: Pixels) -> Results:
             await asyncio.sleep(0)
@@ -211,7 +211,7 @@ def test_one_large_request_keeps_every_free_engine_busy() -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_no_caller_is_forgotten_whenever_it_arrives(concurrency: int) -> None:
-    """A caller may arrive in the very moment in which a drain has found the queue empty and is about to end."""
+    """A caller may arrive at the very moment when a drain has found the queue empty and is about to end."""
 
     async def scenario() -> None:
         async def engine(batch: Pixels) -> Results:
@@ -238,7 +238,7 @@ def test_no_caller_is_forgotten_whenever_it_arrives(concurrency: int) -> None:
     run(scenario())
 
 
-def test_a_full_queue_refuses_with_a_retry_after_and_harms_nobody() -> None:
+def test_a_full_queue_refuses_with_a_retry_after_and_keeps_what_waits() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=2, max_queue=4)
@@ -280,7 +280,7 @@ def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
             return answer(batch)
 
         batcher = Batcher(engine, max_batch=1, max_queue=50)
-        # One image in 0.1 s while others wait: at most ten a second.
+        # One image per 0.1 s while others wait: at most ten per second.
         await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
         callers = [asyncio.create_task(batcher(images(1)))]
         await asyncio.sleep(0.01)
@@ -300,12 +300,12 @@ def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
     run(scenario())
 
 
-def test_a_single_image_is_not_told_to_be_fewer() -> None:
+def test_the_refusal_of_a_single_image_does_not_ask_for_fewer_images() -> None:
     assert "fewer" not in str(QueueFullError(waiting=1, limit=0, retry_after=1))
     assert "fewer" in str(QueueFullError(waiting=0, limit=4, retry_after=1, count=5))
 
 
-def test_a_request_that_can_never_fit_is_refused_by_an_idle_batcher() -> None:
+def test_a_request_that_can_never_fit_is_refused_even_when_idle() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=2, max_queue=4)
@@ -318,7 +318,7 @@ def test_a_request_that_can_never_fit_is_refused_by_an_idle_batcher() -> None:
     run(scenario())
 
 
-def test_images_that_nobody_waits_for_any_more_are_never_computed() -> None:
+def test_images_that_nobody_waits_for_are_not_computed() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=4, max_queue=64)
@@ -342,7 +342,7 @@ def test_images_that_nobody_waits_for_any_more_are_never_computed() -> None:
     run(scenario())
 
 
-def test_a_smaller_limit_holds_at_once_and_loses_nothing_that_waits() -> None:
+def test_a_lowered_limit_applies_at_once_and_drops_nothing_that_waits() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=4, max_queue=64)
@@ -360,7 +360,7 @@ def test_a_smaller_limit_holds_at_once_and_loses_nothing_that_waits() -> None:
     run(scenario())
 
 
-def test_a_cancelled_caller_is_never_computed() -> None:
+def test_a_cancelled_request_is_not_computed() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=4, max_queue=64)
@@ -371,7 +371,7 @@ def test_a_cancelled_caller_is_never_computed() -> None:
         await settle()
         gone.cancel()
         await settle()
-        assert batcher.waiting == 1  # its place in the queue is free at once
+        assert batcher.waiting == 1  # its place in the queue is freed at once
         engine.release(0)
         await settle()
         assert engine.seen == [[1], [2]]
@@ -385,7 +385,7 @@ def test_a_cancelled_caller_is_never_computed() -> None:
     run(scenario())
 
 
-def test_a_caller_cancelled_in_the_moment_the_engine_is_free_is_not_computed() -> None:
+def test_a_request_cancelled_just_as_the_engine_becomes_free_is_not_computed() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=4, max_queue=64)
@@ -403,7 +403,7 @@ def test_a_caller_cancelled_in_the_moment_the_engine_is_free_is_not_computed() -
     run(scenario())
 
 
-def test_a_caller_cancelled_while_its_batch_runs_harms_nobody_in_it() -> None:
+def test_a_request_cancelled_in_a_running_batch_does_not_affect_the_others() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=4, max_queue=64)
@@ -424,7 +424,7 @@ def test_a_caller_cancelled_while_its_batch_runs_harms_nobody_in_it() -> None:
     run(scenario())
 
 
-def test_an_engine_error_reaches_exactly_the_callers_of_its_batch() -> None:
+def test_an_engine_error_reaches_only_the_callers_of_its_batch() -> None:
     async def scenario() -> None:
         engine = HeldEngine()
         batcher = Batcher(engine, max_batch=2, max_queue=64)
@@ -453,7 +453,7 @@ def test_an_engine_error_reaches_exactly_the_callers_of_its_batch() -> None:
 
 
 def test_an_engine_error_in_one_part_of_a_split_request_fails_it_once() -> None:
-    """The other parts must neither hang nor complain of an exception that nobody retrieved."""
+    """The other parts must neither hang nor warn of an exception that was never retrieved."""
 
     async def scenario() -> None:
         complaints: list[dict[str, Any]] = []
@@ -480,8 +480,8 @@ def test_an_engine_error_in_one_part_of_a_split_request_fails_it_once() -> None:
     run(scenario())
 
 
-def test_a_slow_start_refuses_nobody() -> None:
-    """The first batch takes its time and is alone, so that it does not tell how fast a queue would drain."""
+def test_a_slow_first_batch_causes_no_refusals() -> None:
+    """The first batch is slow and alone, so it says nothing about how fast a queue would drain."""
 
     async def scenario() -> None:
         batcher = Batcher(slow_at_first(0.3), max_batch=8, max_queue=100, max_wait=0.5)
@@ -491,14 +491,14 @@ def test_a_slow_start_refuses_nobody() -> None:
     run(scenario())
 
 
-def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
+def test_a_request_that_would_wait_too_long_is_refused_despite_free_places() -> None:
     async def scenario() -> None:
         async def engine(batch: Pixels) -> Results:
             await asyncio.sleep(0.05)
             return answer(batch)
 
         batcher = Batcher(engine, max_batch=1, max_queue=1000, max_wait=0.5)
-        # One image in 0.05 s while others wait: at most ten in the half second that they may wait.
+        # One image per 0.05 s while others wait: at most ten in the half second that they may wait.
         await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
         callers = [asyncio.create_task(batcher(images(1))) for _ in range(30)]
         answers = await asyncio.gather(*callers, return_exceptions=True)
@@ -506,13 +506,13 @@ def test_who_would_wait_too_long_is_refused_though_the_queue_has_room() -> None:
         assert 15 <= len(refused) <= 25
         assert refused[0].retry_after == 1
         assert batcher.waiting == 0
-        await batcher(np.concatenate([images(2)] * 12))  # to an empty queue any number may come
+        await batcher(np.concatenate([images(2)] * 12))  # an empty queue accepts any number
 
     run(scenario())
 
 
-def test_many_at_once_have_the_chance_of_one() -> None:
-    """Their own number is no wait: a queue that is hardly ever empty would never take them."""
+def test_a_large_request_is_admitted_as_readily_as_a_single_image() -> None:
+    """Its own images do not count as a wait: a queue that is hardly ever empty would otherwise never admit it."""
 
     async def scenario() -> None:
         engine = OneAfterAnother(200)
@@ -520,7 +520,7 @@ def test_many_at_once_have_the_chance_of_one() -> None:
         await asyncio.gather(*(batcher(images(0)) for _ in range(80)))
         busy = [asyncio.create_task(batcher(images(1))) for _ in range(40)]
         await settle()
-        many = asyncio.create_task(batcher(np.concatenate([images(2)] * 300)))  # behind 40, of the 100 that may wait
+        many = asyncio.create_task(batcher(np.concatenate([images(2)] * 300)))  # behind 40; up to 100 may wait
         await settle()
         with pytest.raises(QueueFullError, match=r"^3\d\d images are waiting; expected at most \d+: try again in 2 s$"):
             await batcher(images(3))
@@ -531,7 +531,7 @@ def test_many_at_once_have_the_chance_of_one() -> None:
 
 
 class OneAfterAnother:
-    """An engine that works on one batch at a time, however many it has been sent; by its clock just as fast as told."""
+    """An engine that processes one batch at a time, however many it is sent, at an exact rate by its own clock."""
 
     def __init__(self, images_per_second: float) -> None:
         self._images_per_second = images_per_second
@@ -549,24 +549,24 @@ class OneAfterAnother:
         return self._worked
 
 
-def test_images_at_a_remote_engine_count_as_waiting_for_it() -> None:
-    """Which works on one batch after another, however many it has been sent: 400 images a second."""
+def test_images_sent_to_a_remote_engine_still_count_as_waiting() -> None:
+    """It processes one batch at a time, however many it is sent: 400 images per second."""
 
     async def scenario() -> None:
         batcher = Batcher(OneAfterAnother(400), max_batch=20, max_queue=1000, max_wait=0.4, concurrency=4)
         await asyncio.gather(*(batcher(images(0)) for _ in range(600)))
         busy = [asyncio.create_task(batcher(images(1))) for _ in range(90)]
-        await asyncio.sleep(0.01)  # 80 are under way, and ten wait
+        await asyncio.sleep(0.01)  # 80 are in flight and ten wait
         late = await asyncio.gather(*(batcher(images(2)) for _ in range(200)), return_exceptions=True)
         await asyncio.gather(*busy)
         taken = sum(not isinstance(one, QueueFullError) for one in late)
-        assert 0 < taken < 130  # 70 by the engine's rate, which it learns in time; without those at the engine, 160
+        assert 0 < taken < 130  # 70 by the engine's rate, once learned; 160 if images at the engine did not count
 
     run(scenario())
 
 
-def test_a_remote_engine_that_has_become_slow_is_noticed_though_none_waits() -> None:
-    """As many batches are under way as may be: it is busy, and its rate is what it can do."""
+def test_a_remote_engine_that_slows_down_is_noticed_with_an_empty_queue() -> None:
+    """The maximum number of batches is in flight: the engine is busy, so its current rate is its capacity."""
 
     async def scenario() -> None:
         in_use, seconds = asyncio.Lock(), 0.0
@@ -591,8 +591,8 @@ def test_a_remote_engine_that_has_become_slow_is_noticed_though_none_waits() -> 
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
-def test_lone_batches_teach_no_rate_that_is_not_there(concurrency: int) -> None:
-    """Each has all of an engine that several at once would share: 500 images a second."""
+def test_lone_batches_do_not_overstate_the_rate(concurrency: int) -> None:
+    """Each has the whole engine, which concurrent batches would share: 500 images per second."""
 
     async def scenario() -> None:
         batcher = Batcher(OneAfterAnother(500), max_batch=10, max_queue=10_000, max_wait=0.2, concurrency=concurrency)
@@ -600,14 +600,14 @@ def test_lone_batches_teach_no_rate_that_is_not_there(concurrency: int) -> None:
         for _ in range(40):
             await batcher(np.concatenate([images(1)] * 10))
         late = await asyncio.gather(*(batcher(images(2)) for _ in range(1000)), return_exceptions=True)
-        # 100 by the rate; with a rate for each of several batches under way twice or four times as many.
+        # 100 by the true rate; two or four times as many if each concurrent batch were credited with the lone rate.
         assert sum(not isinstance(one, QueueFullError) for one in late) < 150
 
     run(scenario())
 
 
-def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
-    """So few may wait after it that no batch is ever full again, and a full one is what a rate is learned from."""
+def test_a_rate_measured_at_a_bad_moment_is_unlearned() -> None:
+    """Rates are learned from full batches, but so few images may wait after it that no batch would ever fill again."""
 
     async def scenario() -> None:
         batcher = Batcher(slow_at_first(0.6), max_batch=32, max_queue=1000, max_wait=0.5)
@@ -620,7 +620,7 @@ def test_a_rate_that_was_measured_in_a_bad_moment_is_unlearned() -> None:
     run(scenario())
 
 
-def test_an_engine_that_answers_at_once_leaves_the_event_loop_its_turns() -> None:
+def test_an_engine_that_returns_at_once_still_yields_to_the_event_loop() -> None:
     async def scenario() -> None:
         async def engine(batch: Pixels) -> Results:
             batches.append(len(batch))
@@ -638,7 +638,7 @@ def test_an_engine_that_answers_at_once_leaves_the_event_loop_its_turns() -> Non
     run(scenario())
 
 
-def test_what_an_engine_does_is_done_in_nobodys_name() -> None:
+def test_an_engine_runs_outside_the_callers_context() -> None:
     name: ContextVar[str] = ContextVar("name", default="nobody")
 
     async def scenario() -> None:

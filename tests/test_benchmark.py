@@ -1,4 +1,4 @@
-"""The parts of the benchmark that must not lie: the open loop counts every reply, and the bars judge by the numbers."""
+"""The parts of the benchmark that must not lie: the open loop counts every reply, and verdicts follow the numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class EveryFourthIsRefused(Silent):
 
 
 class Overloaded(Silent):
-    """Answers when the queue of an earlier load is done with."""
+    """Answers only once the queue of an earlier load is drained."""
 
     until = 0.0
 
@@ -78,25 +78,25 @@ def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
-def test_the_open_loop_offers_what_it_is_told_and_counts_every_reply(refusing: str) -> None:
+def test_the_open_loop_offers_the_requested_rate_and_counts_every_reply(refusing: str) -> None:
     done = run("openloop", refusing, SAMPLE, "image/jpeg", "--rate", 30, "--seconds", 6, "--deadline", 5)
     measured = json.loads(done.stdout)
     refused, accepted = measured["outcomes"].pop("429"), measured["outcomes"].pop("200")
     assert measured["outcomes"] == {}
-    assert measured["offered"] == pytest.approx(30, rel=0.3)  # Poisson: 180 expected, standard deviation 13
+    assert measured["offered"] == pytest.approx(30, rel=0.3)  # Poisson: 180 expected, with a standard deviation of 13
     assert refused + accepted == round(6 * measured["offered"])
     assert refused == -(-(refused + accepted) // 4)
     assert measured["p50"] <= measured["p99"]
 
 
-def test_the_open_loop_says_when_nobody_answers() -> None:
+def test_the_open_loop_reports_lost_connections() -> None:
     done = run("openloop", "http://127.0.0.1:9/", SAMPLE, "image/jpeg", "--rate", 20, "--seconds", 2)
     measured = json.loads(done.stdout)
     assert set(measured["outcomes"]) == {"connection lost"}
     assert measured["good"] == 0
 
 
-def test_every_overload_begins_without_the_queue_of_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_overload_starts_without_the_previous_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun_with_a_queue = []
 
     def opened(*arguments: object) -> dict[str, Any]:
@@ -116,15 +116,15 @@ def test_every_overload_begins_without_the_queue_of_the_last(monkeypatch: pytest
     assert len(record["open"]) == 2
 
 
-def test_a_server_that_never_settles_is_waited_for_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_server_to_settle_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "SETTLE_SECONDS", 1.0)
     started = time.monotonic()
     servers.settle(servers.ALL[0], "http://127.0.0.1:9", 0.2)
     assert 1 <= time.monotonic() - started < 10
 
 
-def test_replicas_stop_when_told(tmp_path: Path) -> None:
-    """The replica, which a plain server stands in for, must not inherit a blocked signal; Nginx is left out."""
+def test_replicas_stop_on_sigterm(tmp_path: Path) -> None:
+    """A plain server stands in for the replica, which must not inherit a blocked signal. Nginx is left out."""
     code = """
 import contextlib, sys
 from tests import live, nginx
@@ -147,7 +147,7 @@ replicas.main()
         assert process.wait(60) == 0
 
 
-def test_every_peer_has_a_worker_for_each_core_and_no_access_log() -> None:
+def test_every_peer_has_one_worker_per_core_and_no_access_log() -> None:
     code = """
 import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
@@ -191,15 +191,15 @@ def record(name: str, kind: str, rate: float, p99: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("rate", "met"), [(1600, "yes"), (1400, "**no**")])
-def test_a_bar_is_judged_by_the_medians_of_all_rounds(rate: float, met: str) -> None:
+def test_a_target_is_judged_by_the_medians_of_all_rounds(rate: float, met: str) -> None:
     rounds = [record(EMBEDDED, "bundle", r, 0.02) for r in (1, rate, 9999)]
     peers = [record("peer", "peer", 1000, 0.03), record("slow", "peer", 10, 0.5)]
-    behind_nginx = record(TWO_REPLICAS, "stack", 5000, 0.01)  # ours as well, and no peer
+    behind_nginx = record(TWO_REPLICAS, "stack", 5000, 0.01)  # also ours, so not a peer
     raw = {"records": [*rounds, *peers, behind_nginx], "options": {"deadline": "1"}, "ceiling": {"small": {"1": 2000}}}
     verdicts = {what: (measured, met) for what, measured, _, met in bars.judge(Results(raw))}
     assert verdicts["small, 64 connections, requests/s against peer"] == (f"{rate / 1000:.2f} x", met)
 
 
-def test_paths_of_the_machine_are_not_published() -> None:
+def test_paths_of_the_machine_are_removed() -> None:
     problem = "Command '['/home/me/.venv/bin/python', '-m', 'a.b:C', '.']' of http://127.0.0.1:9/v2/models took 1/2 s"
     assert without_folders(problem) == problem.replace("/home/me/.venv/bin/", "")

@@ -1,4 +1,4 @@
-"""The limit on what a worker holds of request bodies, without a server."""
+"""The limit on the request bodies that a worker holds, tested without a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def take(receive: Receive, times: int) -> None:
     asyncio.run(work())
 
 
-def test_bodies_of_all_requests_together_are_bounded() -> None:
+def test_the_bodies_of_all_requests_together_are_bounded() -> None:
     bodies = Bodies(LIMIT)
     with bodies.meter(endless) as first, bodies.meter(endless) as second:
         take(first, 1)
@@ -41,7 +41,7 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
     assert int(refusal.value.headers["retry-after"]) >= 1
 
 
-def test_what_was_held_is_free_again_after_the_request() -> None:
+def test_body_memory_is_released_after_the_request() -> None:
     bodies = Bodies(LIMIT)
     for _ in range(5):
         with pytest.raises(ApiError), bodies.meter(endless) as receive:
@@ -50,7 +50,7 @@ def test_what_was_held_is_free_again_after_the_request() -> None:
         take(receive, 2)
 
 
-def test_a_message_without_a_body_is_free() -> None:
+def test_a_message_without_a_body_costs_nothing() -> None:
     async def gone() -> Message:
         return {"type": "http.disconnect"}
 
@@ -58,7 +58,7 @@ def test_a_message_without_a_body_is_free() -> None:
         take(receive, 9)
 
 
-def test_large_bodies_that_never_end_do_not_keep_small_ones_out() -> None:
+def test_endless_large_bodies_do_not_keep_small_ones_out() -> None:
     bodies = Bodies(LIMIT)
     with bodies.meter(endless) as large, bodies.meter(small) as image:
         take(large, 2)

@@ -1,4 +1,4 @@
-"""The queueing model behind docs/capacity.md against what is known in closed form."""
+"""The queueing model behind docs/capacity.md, compared with closed-form results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def draws(seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("utilisation", [0.3, 0.7, 0.9])
-def test_the_simulation_agrees_with_pollaczek_and_khinchine(utilisation: float) -> None:
+def test_the_simulation_agrees_with_pollaczek_khinchine(utilisation: float) -> None:
     simulated = waits(utilisation, np.ones(ARRIVALS), draws(1)).mean()
     assert simulated == pytest.approx(utilisation / (2 * (1 - utilisation)), rel=0.05)
 
 
 @pytest.mark.parametrize("utilisation", [0.5, 0.8])
-def test_with_random_service_times_it_agrees_with_m_m_1(utilisation: float) -> None:
+def test_with_exponential_service_times_it_agrees_with_m_m_1(utilisation: float) -> None:
     """P(W > t) = utilisation * exp(-(1 - utilisation) t)."""
     waited = waits(utilisation, draws(1), draws(2))
     assert (waited > 1e-9).mean() == pytest.approx(utilisation, rel=0.02)
@@ -32,14 +32,14 @@ def test_with_random_service_times_it_agrees_with_m_m_1(utilisation: float) -> N
 
 
 def test_the_highest_utilisation_just_meets_its_limit() -> None:
-    assert highest_utilisation(0.5) == 0  # the service alone takes longer
+    assert highest_utilisation(0.5) == 0  # a service alone takes longer
     found = highest_utilisation(20.0)
     assert 0.8 < found < 1
     assert response(found) <= 20 < response(found + 0.01)
 
 
 def record(name: str, rate: float, p99: float) -> dict[str, Any]:
-    """``p99`` is of the open loop, at half the best rate."""
+    """``p99`` is that of the open loop at half the best rate."""
     run = {"workload": "small", "replies": 100, "errors": 0, "p50": 0.002, "p95": 0.003, "p99": 0.004}
     closed = [run | {"connections": c, "rate": r, "images_per_second": r} for c, r in ((1, rate / 3), (64, rate))]
     closed.append(closed[-1] | {"workload": "photographs", "images_per_second": rate / 19})
@@ -52,37 +52,37 @@ def results(p99: float = 0.01) -> Results:
     return Results({"records": records, "options": {"deadline": "1"}, "ceiling": {}, "cores": 2, "processor": "a"})
 
 
-def test_replicas_and_cost_follow_from_the_rate_of_one() -> None:
+def test_replicas_and_cost_follow_from_one_workers_rate() -> None:
     worker = capacity.Worker.of(results(), 1900)
-    assert worker.rate == pytest.approx(950)  # beside its neighbour, which costs a little
+    assert worker.rate == pytest.approx(950)  # its neighbour costs it a little
     wanted = 10_000 / (worker.utilisation * 950)
-    assert worker.replicas(10_000) == int(wanted) + 2  # rounded up, and one to spare
+    assert worker.replicas(10_000) == int(wanted) + 2  # rounded up, plus one spare
     assert capacity.cost_per_million(12, 10_000, price=0.036) == pytest.approx(12 * 0.036 / 3600 / 10_000 * 1e6)
 
 
-def test_no_worker_is_busier_than_was_measured() -> None:
-    """The model alone would allow more than 90 %."""
+def test_no_worker_is_planned_busier_than_was_measured() -> None:
+    """The model alone would allow more than 90 % utilisation."""
     assert capacity.Worker.of(results(), 1900).utilisation == 0.5
     assert capacity.Worker.of(results(p99=0.101), 1900).utilisation == 0
 
 
-def test_larger_images_are_held_to_the_corrected_model_at_their_own_rate() -> None:
+def test_larger_images_use_the_corrected_model_at_their_own_rate() -> None:
     large = capacity.Worker.of(results(), 100)
     assert large.rate == 50
     assert 0 < large.utilisation < 0.5
     predicted = large.elsewhere + response(large.utilisation) / 50
-    corrected = predicted * 0.01 / (0.002 - 1 / 1000 + response(0.5) / 1000)  # measured, and the model's, of one worker
+    corrected = predicted * 0.01 / (0.002 - 1 / 1000 + response(0.5) / 1000)  # measured p99 / modelled p99
     assert corrected == pytest.approx(capacity.OBJECTIVE, rel=0.01)
 
 
-def test_what_no_utilisation_allows_has_no_replicas() -> None:
-    assert capacity.Worker.of(results(), 10).replicas(100) is None  # an idle worker takes 200 ms
+def test_an_objective_that_no_utilisation_meets_has_no_replicas() -> None:
+    assert capacity.Worker.of(results(), 10).replicas(100) is None  # even an idle worker takes 200 ms
     assert "| 1,000,000 | - | - |" in capacity.page(results(p99=0.101), price=0.05)
 
 
-def test_the_page_has_the_figures_and_the_check_against_what_was_measured() -> None:
+def test_the_page_shows_the_figures_and_the_check_of_the_model() -> None:
     page = capacity.page(results(), price=0.05)
     assert "1,000,000" in page
     assert "| 1 | 50% | 500 |" in page
     assert "| 2 | 50% | 950 |" in page
-    assert "1.90" in page  # of two workers against one
+    assert "1.90" in page  # two workers compared with one

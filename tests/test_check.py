@@ -1,4 +1,4 @@
-"""What is wrong with labelled images is found before they are trained on."""
+"""Problems with labelled images are found before training on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.runs import RUN
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train/`` and ``test/``; one file of each is no image."""
+    """``train/`` and ``test/``, each with one file that is no image."""
     root = tmp_path_factory.mktemp("clean")
     toy.make_folder(root / "train", per_class=30, seed=1)
     toy.make_folder(root / "test", per_class=8, seed=2)
@@ -43,15 +43,15 @@ def flawed(clean: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clean, tmp_path / "flawed")
 
 
-def test_a_test_image_that_was_trained_on_is_named_with_its_copy(flawed: Path) -> None:
+def test_a_test_image_that_is_also_a_training_image_is_named_with_its_copy(flawed: Path) -> None:
     trained = load(str(flawed)).train.names[0]
     image = cv2.imread(str(flawed / trained))
-    cv2.imwrite(str(flawed / "test" / "disc" / "copy.bmp"), image)  # other bytes, the same pixels
+    cv2.imwrite(str(flawed / "test" / "disc" / "copy.bmp"), image)  # different bytes, same pixels
     (finding,) = check(load(str(flawed)))["same_pixels_in_two_splits"]["examples"]
     assert finding == f"train {trained} (disc) = test test/disc/copy.bmp (disc)"
 
 
-def test_a_recompressed_brighter_copy_is_a_near_duplicate(flawed: Path) -> None:
+def test_a_recompressed_brighter_copy_is_reported_as_a_near_duplicate(flawed: Path) -> None:
     trained = load(str(flawed)).train.names[0]
     image = np.clip(cv2.imread(str(flawed / trained)).astype(int) + 6, 0, 255).astype(np.uint8)
     cv2.imwrite(str(flawed / "test" / "disc" / "near.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 80])
@@ -60,14 +60,14 @@ def test_a_recompressed_brighter_copy_is_a_near_duplicate(flawed: Path) -> None:
     assert check(data)["same_pixels_in_two_splits"]["count"] == 0
 
 
-def test_one_image_in_two_classes_is_named(flawed: Path) -> None:
+def test_an_image_in_two_classes_is_named(flawed: Path) -> None:
     shutil.copyfile(flawed / "train" / "frame" / "000.png", flawed / "train" / "stripes" / "wrong.png")
     (finding,) = check(load(str(flawed)))["same_pixels_two_classes"]["examples"]
     assert "train/frame/000.png (frame)" in finding
     assert "train/stripes/wrong.png (stripes)" in finding
 
 
-def test_copies_sizes_and_imbalance_are_told(flawed: Path) -> None:
+def test_copies_sizes_and_imbalance_are_reported(flawed: Path) -> None:
     for index in range(3):
         shutil.copyfile(flawed / "test" / "disc" / "000.png", flawed / "test" / "disc" / f"copy{index}.png")
     cv2.imwrite(str(flawed / "train" / "disc" / "small.png"), np.full((9, 50, 3), 7, np.uint8))
@@ -77,7 +77,7 @@ def test_copies_sizes_and_imbalance_are_told(flawed: Path) -> None:
     assert findings["sizes"] == {"width": [24, 24, 50], "height": [9, 24, 24], "enlarged": 1}
 
 
-def test_only_what_is_meaningless_is_refused(clean: Path) -> None:
+def test_only_data_that_makes_results_meaningless_is_refused(clean: Path) -> None:
     data = load(str(clean))
     with pytest.raises(DataError, match="24 of 24 test images are training images as well"):
         check(replace(data, test=replace(data.train, **{k: v[:24] for k, v in vars(data.train).items()})))
@@ -87,14 +87,14 @@ def test_only_what_is_meaningless_is_refused(clean: Path) -> None:
         check(replace(data, train=replace(data.train, **doubled, labels=labels)))
 
 
-def test_test_images_that_repeat_validation_images_alone_are_only_a_finding(clean: Path) -> None:
+def test_test_images_that_repeat_only_validation_images_are_just_a_finding(clean: Path) -> None:
     data = load(str(clean))
     findings = check(replace(data, test=data.val))
     assert findings["same_pixels_in_two_splits"]["count"] == len(data.val)
 
 
-def test_of_equally_near_hashes_the_nearest_pixels_count() -> None:
-    """A hash tells nothing of brightness: the first training image is far away in its pixels."""
+def test_among_equal_hashes_the_nearest_pixels_win() -> None:
+    """The hash ignores brightness: the first training image has very different pixels."""
     image = np.random.default_rng(0).integers(0, 150, (32, 32, 3), np.uint8)
     images = np.stack([image + 100, image + 2])
     train = Split(images, np.array([0, 1]), ("far", "near"), ((32, 32),) * 2)
@@ -104,7 +104,7 @@ def test_of_equally_near_hashes_the_nearest_pixels_count() -> None:
     assert near_duplicates(data, "test") == ["test test (b) ~ train near (b)"]
 
 
-def test_training_prints_and_keeps_what_the_command_prints(toy_folder: Path, toy_run: Path) -> None:
+def test_training_records_the_findings_that_the_command_prints(toy_folder: Path, toy_run: Path) -> None:
     printed = toy.run("train.check", toy_folder)
     assert "broken files: 1\n    disc/broken.png: " in printed
     assert json.loads((toy_run / RUN).read_text())["check"] == check(load(str(toy_folder)))

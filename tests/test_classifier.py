@@ -1,4 +1,4 @@
-"""What is concluded from outputs: probabilities, sets with a promised coverage, foreign images, ensembles."""
+"""What is derived from outputs: probabilities, sets with a guaranteed coverage, foreign images, ensembles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
 
 
 def sample(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs of a classifier whose calibrated probabilities are true, and labels drawn from them."""
+    """Outputs of a perfectly calibrated classifier, and labels drawn from its probabilities."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 4, (count, 3))
     outputs = np.concatenate([logits, rng.uniform(0, 1, (count, 1))], axis=1).astype(np.float32)
@@ -38,14 +38,14 @@ def made() -> Classifier:
     return Classifier(CONFIG, Reference(images, outputs[:1], outputs, labels, edges(images)), 0.1)
 
 
-def test_probabilities_are_a_stable_tempered_softmax_of_all_but_the_last() -> None:
+def test_probabilities_are_a_stable_tempered_softmax_of_all_outputs_but_the_last() -> None:
     outputs = np.array([[1000.0, 1001.0, 7.0], [0.0, 0.0, 9.0]], np.float32)
     assert calibrated(outputs, 1.0)[0] == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e)], rel=1e-5)
     assert calibrated(outputs, 1.0)[1].tolist() == [0.5, 0.5]
     assert calibrated(outputs, 2.0)[0, 1] == pytest.approx(1 / (1 + np.exp(-0.5)), rel=1e-5)
 
 
-def test_predictions_name_the_class_and_foreign_images(made: Classifier) -> None:
+def test_predictions_name_the_class_and_flag_foreign_images(made: Classifier) -> None:
     first, second = made(np.array([[0, 5, 0, 0.9], [5, 0, 0, 0.05]], np.float32))
     assert (first.class_index, first.class_name, first.in_distribution) == (1, "b", True)
     assert (second.class_name, second.in_distribution) == ("a", False)
@@ -57,7 +57,7 @@ def test_the_promised_share_of_ordinary_images_is_called_foreign(made: Classifie
     assert np.mean([not p.in_distribution for p in made(outputs)]) == pytest.approx(0.1, abs=0.02)
 
 
-def test_no_more_ordinary_images_than_promised_are_called_foreign_however_few_were_seen() -> None:
+def test_few_validation_images_do_not_raise_the_share_called_foreign() -> None:
     rng = np.random.default_rng(0)
     for count in (3, 15, 19, 100):
         shares = [
@@ -68,9 +68,7 @@ def test_no_more_ordinary_images_than_promised_are_called_foreign_however_few_we
 
 
 @pytest.mark.parametrize(("images", "rate", "needed"), [(18, 0.05, 19), (19, 0.05, 0), (98, 0.01, 99), (99, 0.01, 0)])
-def test_whoever_has_too_few_images_to_tell_foreign_ones_is_told_how_many_are_needed(
-    images: int, rate: float, needed: int
-) -> None:
+def test_the_foreign_warning_says_how_many_images_are_needed(images: int, rate: float, needed: int) -> None:
     warning = foreign_warning(images, rate)
     assert warning.endswith(f"expected at least {needed}") if needed else warning == ""
     outputs = np.zeros((images, 1), np.float32)
@@ -78,7 +76,7 @@ def test_whoever_has_too_few_images_to_tell_foreign_ones_is_told_how_many_are_ne
 
 
 @pytest.mark.parametrize("images", [8, 19, 98, 99])
-def test_whoever_has_too_few_images_for_a_set_of_99_percent_is_told_which_level_they_allow(images: int) -> None:
+def test_the_prediction_set_warning_names_the_highest_usable_level(images: int) -> None:
     outputs, labels = sample(images, seed=1)
     blank = np.zeros((1, 8, 8, 3), np.uint8)
     few = Classifier(CONFIG, Reference(blank, outputs[:1], outputs, labels, edges(blank)))
@@ -90,18 +88,18 @@ def test_whoever_has_too_few_images_for_a_set_of_99_percent_is_told_which_level_
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])
-def test_sets_hold_the_true_class_as_often_as_promised(level: float, made: Classifier) -> None:
+def test_sets_contain_the_true_class_as_often_as_promised(level: float, made: Classifier) -> None:
     outputs, labels = sample(4000, seed=2)
     predictions = made(outputs)
     sets = [made.prediction_set(p.probabilities, level) for p in predictions]
     coverage = np.mean([label in s for label, s in zip(labels.tolist(), sets, strict=True)])
     assert all(p.class_index in s for p, s in zip(predictions, sets, strict=True))
-    # The likeliest class is kept even where it makes more than is needed.
+    # The likeliest class is always included, even if that exceeds the level.
     right = np.mean([p.class_index == label for p, label in zip(predictions, labels.tolist(), strict=True)])
     assert coverage == pytest.approx(max(level, right), abs=0.02)
 
 
-def test_more_certainty_takes_more_classes_and_too_much_takes_all(made: Classifier) -> None:
+def test_higher_levels_give_larger_sets_up_to_every_class(made: Classifier) -> None:
     probabilities = np.array([0.6, 0.3, 0.1], np.float32)
     sizes = [len(made.prediction_set(probabilities, level)) for level in (0.5, 0.9, 0.97, 0.99999)]
     assert sizes == sorted(sizes)
@@ -113,14 +111,14 @@ class TestEnsemble:
     @pytest.fixture(scope="class")
     @staticmethod
     def other(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-        """The same network under another name, less sure of itself."""
+        """The same network under another name, with lower confidence."""
         path = shutil.copytree(toy_artifact.path, tmp_path_factory.mktemp("other") / "artifact")
         changes = {"name": "other", "temperature": 10 * toy_artifact.config.temperature}
         toy_artifact.config.model_copy(update=changes).save(path / "config.json")
         return seal(path, {key: value for key, value in toy_artifact.card.items() if key != "files"})
 
     @pytest.mark.parametrize("name", [ONNX, ONNX_INT8])
-    def test_its_outputs_are_the_mean_of_its_members_as_logarithms(
+    def test_its_probabilities_are_the_mean_of_its_members(
         self, name: str, toy_artifact: Artifact, other: Artifact
     ) -> None:
         ensemble = Ensemble([toy_artifact, other])
@@ -130,8 +128,8 @@ class TestEnsemble:
         assert np.abs(alone[0] - alone[1]).max() > 0.1
         assert np.abs(together - np.mean(alone, axis=0)).max() < 1e-4
 
-    def test_its_mean_is_calibrated_again(self, toy_artifact: Artifact, other: Artifact) -> None:
-        """One member is far less sure than it is right, and so is the mean."""
+    def test_the_mean_is_recalibrated(self, toy_artifact: Artifact, other: Artifact) -> None:
+        """One member is far less confident than it is accurate, and so is the mean."""
         ensemble = Ensemble([toy_artifact, other])
         reference = ensemble.reference(ONNX)
         alone = calibrated(reference.validation, 1.0).max(axis=1).mean()
@@ -141,22 +139,22 @@ class TestEnsemble:
         assert abs(together - right) < abs(alone - right) / 2
         assert Ensemble([toy_artifact]).config == toy_artifact.config
 
-    def test_it_is_verified_and_calibrated_as_one(self, toy_artifact: Artifact, other: Artifact) -> None:
+    def test_it_is_verified_and_calibrated_as_one_model(self, toy_artifact: Artifact, other: Artifact) -> None:
         ensemble = Ensemble([toy_artifact, other])
         reference = ensemble.reference(ONNX)
         assert np.abs(ensemble.engine(ONNX)(reference.images) - reference.outputs).max() < 0.01
         assert reference.validation.shape == (len(reference.labels), 4)
         maps = [Ensemble(a).engine(ONNX).evidence(reference.images) for a in ([toy_artifact], [toy_artifact, other])]
-        assert np.abs(maps[0] - maps[1]).max() < 1e-5  # the same network twice
+        assert np.abs(maps[0] - maps[1]).max() < 1e-5  # two copies of the same network
 
-    def test_members_of_other_data_are_refused(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+    def test_members_trained_on_other_data_are_refused(self, toy_artifact: Artifact, tmp_path: Path) -> None:
         path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
         training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
         stranger = seal(path, {"training": training})
         with pytest.raises(EnsembleError, match="trained on other data"):
             Ensemble([toy_artifact, stranger])
 
-    def test_a_shadow_must_take_and_give_the_same(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+    def test_a_shadow_must_have_the_same_inputs_and_classes(self, toy_artifact: Artifact, tmp_path: Path) -> None:
         path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
         toy_artifact.config.model_copy(update={"classes": ("x", "y", "z")}).save(path / "config.json")
         stranger = Ensemble([seal(path, {"training": toy_artifact.card["training"]})])

@@ -1,4 +1,4 @@
-"""The command line against the real server, in this process, and against a server in trouble."""
+"""The command line against the real server, with ``--local``, and against a server in trouble."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def begin(*arguments: object, home: Path | None = None, **variables: str) -> sub
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what it puts into the background with this signal ignored.
+        # A shell starts background jobs with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def run(*arguments: object, code: int = 0, **variables: Any) -> str:
-    """What the command printed, errors too, after checking its exit status."""
+    """Run the command, check its exit status, and return its output including errors."""
     process = begin(*arguments, **variables)
     shown, errors = process.communicate(timeout=300)
     assert process.returncode == code, shown + errors
@@ -96,16 +96,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def paths(folder: Path) -> list[str]:
-    """As a folder is walked: its own files, then those of its folders."""
+    """In the order in which a folder is walked: its own files first, then those of its subfolders."""
     return [str(folder / f"{i:03}.png") for i in range(PICTURES)] + [str(folder / name) for name in BROKEN]
 
 
-def test_a_folder_gives_every_file_of_a_known_format() -> None:
+def test_a_folder_yields_every_file_of_a_known_format() -> None:
     assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS} == SUFFIXES
 
 
 class Trouble(ThreadingHTTPServer):
-    """Answers each request as the next of ``script`` says, and every further one with verdicts, after ``seconds``."""
+    """Answers each request as the next entry of ``script`` says, and later ones with verdicts, after ``seconds``."""
 
     daemon_threads = True
 
@@ -145,12 +145,12 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 # the name is the library's
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 # the library's name
         pass
 
 
 def answer(status: int | None, retry_after: str | None = None) -> Callable[[], tuple[int | None, dict[str, str]]]:
-    """Of a script; without a status the connection is closed."""
+    """An entry of a script; without a status the connection is closed."""
     return lambda: (status, {"Retry-After": retry_after} if retry_after else {})
 
 
@@ -159,7 +159,7 @@ def saying(status: int, document: Any) -> Callable[[], tuple[int, dict[str, str]
 
 
 def taking(server: Trouble, seconds: float, status: int) -> Callable[[], tuple[int, dict[str, str]]]:
-    """Of a script: what is asked from now on takes ``seconds``."""
+    """An entry of a script: from now on, requests take ``seconds``."""
 
     def taken() -> tuple[int, dict[str, str]]:
         server.seconds = seconds
@@ -201,7 +201,7 @@ class TestRows:
             assert row["probabilities"] == pytest.approx(list(reply["all_probabilities"].values()), abs=1e-4)
             assert row["confidence"] == max(row["probabilities"])
 
-    def test_formats_hold_the_same(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
+    def test_all_formats_hold_the_same_rows(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
         options = ("--url", embedded.url, "--prediction-set", 0.9, "--probabilities", "--batch", 16, "--in-flight", 2)
         for suffix in ("jsonl", "csv", "parquet"):
             run(folder, *options, "--out", tmp_path / f"out.{suffix}", code=1)
@@ -214,15 +214,13 @@ class TestRows:
             assert cells["error_code"] == (row["error_code"] or "")
             assert cells["in_distribution"] == ("" if row["error_code"] else json.dumps(row["in_distribution"]))
             assert row["error_code"] or json.loads(cells["prediction_set"]) == row["prediction_set"]
-        # A batch of another size may round the last digit otherwise.
+        # A batch of another size may round the last digit differently.
         for row, other in zip(rows, pq.read_table(tmp_path / "out.parquet").to_pylist(), strict=True):
             assert row.keys() == other.keys()
             for column in row:
                 assert other[column] == (pytest.approx(row[column], abs=1e-4) if column in NUMBERS else row[column])
 
-    def test_in_this_process_it_says_what_the_service_says(
-        self, embedded: Server, folder: Path, tmp_path: Path
-    ) -> None:
+    def test_local_classification_agrees_with_the_service(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
         wanted = (folder, "--prediction-set", 0.99, "--probabilities")
         run(*wanted, "--url", embedded.url, "--out", tmp_path / "service.jsonl", code=1)
         run(*wanted, "--local", "--out", tmp_path / "local.jsonl", code=1, home=embedded.home, RUNTIME="onnx-int8")
@@ -232,17 +230,17 @@ class TestRows:
             for column in row:
                 assert other[column] == (pytest.approx(row[column], abs=1e-4) if column in NUMBERS else row[column])
 
-    def test_a_table_for_people(self, embedded: Server, folder: Path) -> None:
+    def test_a_table_is_printed_for_people(self, embedded: Server, folder: Path) -> None:
         shown = run(folder / "00[01].png", folder / "broken", folder / "000.png", "--url", embedded.url, code=1)
         header, *lines = shown.splitlines()[:-1]
         assert header.split() == ["path", "class_name", "confidence", "in_distribution", "error"]
         assert [line.split()[0] for line in lines] == [str(folder / name) for name in ("000.png", "001.png", *BROKEN)]
         assert "unsupported_media_type: not an image of a known format" in lines[-1]
 
-    def test_all_well_is_status_0(self, embedded: Server, folder: Path) -> None:
+    def test_the_exit_status_is_0_if_every_image_was_classified(self, embedded: Server, folder: Path) -> None:
         assert "1 images, 0 of them not classified" in run(folder / "000.png", "--url", embedded.url)
 
-    def test_a_file_that_cannot_be_read_is_a_row(self, folder: Path, tmp_path: Path) -> None:
+    def test_an_unreadable_file_is_a_row(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "images").mkdir()
         (tmp_path / "images" / "gone.png").symlink_to("nowhere")
         (tmp_path / os.fsdecode(b"images/\xff.png")).write_bytes(encode(picture()))
@@ -256,7 +254,7 @@ class TestRows:
         assert told["huge.png"]["error_code"] == "too_large"
         assert told["\\xff.png"]["class_name"] == "frame"
 
-    def test_what_is_no_file_is_a_row_and_is_not_waited_for(self, tmp_path: Path) -> None:
+    def test_a_path_that_is_no_regular_file_is_a_row_and_does_not_block(self, tmp_path: Path) -> None:
         images = tmp_path / "images"
         (images / "folder.png").mkdir(parents=True)
         (images / "folder.png" / "inside.png").write_bytes(encode(picture()))
@@ -272,8 +270,8 @@ class TestRows:
         refused = "a pipe, a socket or a device; expected a file"
         assert told == dict.fromkeys(("endless.png", "pipe.png", "socket.png"), refused)
 
-    def test_links_to_folders_are_followed_and_never_round_and_round(self, tmp_path: Path) -> None:
-        """With glob's own ``**``, two links that lead back are 2 to the 40th paths."""
+    def test_links_to_folders_are_followed_without_loops(self, tmp_path: Path) -> None:
+        """With glob's own ``**``, two links that lead back would yield 2 to the power of 40 paths."""
         root, other = tmp_path / "root", tmp_path / "other"
         for file in (root / "a" / "1.png", root / "b" / "2.png", root / ".hidden" / "4.png", other / "3.png"):
             file.parent.mkdir(parents=True)
@@ -294,7 +292,7 @@ class TestRows:
                 rows = read_jsonl(tmp_path / f"{number}.jsonl")
                 assert [row["path"] for row in rows] == [str(root / name) for name in names]
 
-    def test_names_are_shown_in_any_encoding(self, tmp_path: Path) -> None:
+    def test_names_are_printed_in_any_encoding(self, tmp_path: Path) -> None:
         images = tmp_path / "images"
         images.mkdir()
         for name in (b"1\xff.png", "2\u00e9.png".encode(), b"3\n\x1b[7m.png"):
@@ -313,7 +311,7 @@ class TestRows:
                 assert out.exists()
 
     def test_a_batch_that_is_too_large_is_halved(self, embedded: Server, folder: Path, tmp_path: Path) -> None:
-        """The server takes 64 images in a request, and no image above 1 MB."""
+        """The server takes at most 64 images per request and 1 MB per image."""
         images = tmp_path / "images"
         images.mkdir()
         (images / "large.bmp").write_bytes(encode(picture(0, 900, 900), "BMP"))
@@ -335,30 +333,30 @@ class TestTrouble:
             first, second = server.asked
         assert 2 <= second - first < 20
 
-    def test_retry_after_may_be_a_time(self, folder: Path) -> None:
+    def test_retry_after_may_be_a_date(self, folder: Path) -> None:
         with trouble(in_three_seconds) as (server, url):
             run(folder / "000.png", "--url", url)
             first, second = server.asked
         assert 1 <= second - first < 20
 
-    def test_lost_connections_and_failures_are_tried_again(self, folder: Path, tmp_path: Path) -> None:
+    def test_lost_connections_and_failures_are_retried(self, folder: Path, tmp_path: Path) -> None:
         well, lost, failed = answer(200), answer(None), answer(503)
         with trouble(well, lost, failed, lost, failed) as (server, url):
             run(folder / "0*.png", "--url", url, "--batch", 10, "--out", tmp_path / "out.jsonl")
             assert server.images == 100
         assert [row["class_name"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["frame"] * 100
 
-    def test_a_batch_that_takes_longer_than_a_request_may_is_halved(self, folder: Path) -> None:
+    def test_a_batch_that_times_out_is_halved(self, folder: Path) -> None:
         with trouble(answer(504)) as (server, url):
             run(folder / "00?.png", "--url", url, "--batch", 10)
             assert len(server.asked) == 3
-        with trouble(answer(504)) as (server, url):  # which one image alone cannot be
+        with trouble(answer(504)) as (server, url):  # a single image cannot be halved
             assert "trouble 504; trying again" in run(folder / "000.png", "--url", url)
 
-    def test_an_image_that_takes_too_long_each_time_is_a_row_and_ends_nothing(
+    def test_an_image_that_always_times_out_is_a_row_and_does_not_end_the_run(
         self, folder: Path, tmp_path: Path
     ) -> None:
-        """One of ten, which is all that its batch is divided into after six."""
+        """One of four: its batch is halved twice, then the image alone is tried three times."""
         late = [answer(504)] * 3
         with trouble(*late[:1], answer(200), *late[:1], *late, seconds=0) as (server, url):
             out = tmp_path / "out.jsonl"
@@ -366,7 +364,7 @@ class TestTrouble:
             assert len(server.asked) == 7
         assert [row["error_code"] for row in read_jsonl(out)] == [None, None, "trouble", None]
 
-    def test_a_status_of_no_standard_is_told(self, folder: Path) -> None:
+    def test_a_nonstandard_status_is_reported(self, folder: Path) -> None:
         with trouble(saying(524, "a page of Cloudflare's")) as (_, url):
             shown = run(folder / "000.png", "--url", url, "--patience", 0, code=2)
         assert "error: " + url + ": HTTP status 524; given up" in shown
@@ -381,30 +379,30 @@ class TestTrouble:
             (401, {"error": {"code": 16, "message": None}}, "401 16: None"),
         ],
     )
-    def test_a_reply_of_another_form_is_one_line(self, folder: Path, status: int, document: Any, message: str) -> None:
+    def test_a_malformed_reply_is_one_line(self, folder: Path, status: int, document: Any, message: str) -> None:
         with trouble(saying(status, document)) as (_, url):
             shown = run(folder / "000.png", "--url", url, code=2)
         assert f"error: {url}: {message}" in shown
         assert "Traceback" not in shown
 
-    def test_an_error_in_the_form_of_others_is_a_row(self, folder: Path, tmp_path: Path) -> None:
+    def test_an_error_in_another_format_is_a_row(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.parquet"
         with trouble(saying(413, {"error": {"code": 413, "message": "too much"}})) as (_, url):
             run(folder / "000.png", "--url", url, "--out", out, code=1)
         assert pq.read_table(out).to_pylist()[0]["error_code"] == "413"
 
-    def test_a_reply_that_cannot_be_decoded_is_asked_for_again(self, folder: Path) -> None:
+    def test_a_reply_that_cannot_be_decoded_is_requested_again(self, folder: Path) -> None:
         with trouble(lambda: (200, {"Content-Encoding": "gzip"})) as (server, url):
             assert "; trying again" in run(folder / "000.png", "--url", url)
             assert len(server.asked) == 2
 
     @pytest.mark.parametrize("told", ["0", formatdate(0, usegmt=True)], ids=["0", "a time that is over"])
-    def test_a_service_that_says_at_once_is_not_asked_without_end(self, folder: Path, told: str) -> None:
+    def test_a_retry_after_of_zero_does_not_cause_a_busy_loop(self, folder: Path, told: str) -> None:
         with trouble(*[answer(503, told)] * 1000) as (server, url):
             run(folder / "000.png", "--url", url, "--patience", 2, code=2)
             assert 2 <= len(server.asked) <= 6
 
-    def test_patience_ends_and_what_was_answered_stays(self, folder: Path, tmp_path: Path) -> None:
+    def test_patience_ends_and_results_are_kept(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
         options = (folder / "0*.png", "--batch", 10, "--in-flight", 1, "--out", out)
         with trouble(answer(200), *[answer(503, "1")] * 50) as (_, url):
@@ -417,7 +415,7 @@ class TestTrouble:
             run(*options, "--url", url, "--resume")
             assert server.images == 90
 
-    def test_a_kill_loses_what_was_in_flight_at_most(self, folder: Path, tmp_path: Path) -> None:
+    def test_a_kill_loses_at_most_what_was_in_flight(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.parquet"
         options = (folder / "*.png", "--batch", 4, "--in-flight", 2, "--out", out)
         with trouble(seconds=0.2) as (server, url):
@@ -434,19 +432,19 @@ class TestTrouble:
             run(*options, "--url", url, "--resume")
             again = server.images - PICTURES
         assert 40 <= sent < PICTURES
-        assert 0 <= again <= 4 * 2 * 2  # under way, and answered while they were written
+        assert 0 <= again <= 4 * 2 * 2  # in flight, or answered while earlier ones were being written
         rows = pq.read_table(out).to_pylist()
         assert [row["path"] for row in rows] == paths(folder)[:PICTURES]
         assert not beside(out).exists()
 
-    def test_an_interrupt_ends_it_at_once_and_says_how_to_go_on(self, folder: Path, tmp_path: Path) -> None:
+    def test_an_interrupt_ends_the_run_at_once_and_explains_how_to_resume(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.jsonl"
         options = (folder / "*.png", "--batch", 4, "--out", out)
         with trouble(seconds=0.2) as (server, url):
             process = begin(*options, "--url", url)
             while server.images < 20:
                 time.sleep(0.01)
-            server.seconds = 50  # of which nobody knows how much is over
+            server.seconds = 50  # longer than anyone would wait
             time.sleep(1)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=10)
@@ -459,7 +457,7 @@ class TestTrouble:
             assert server.images == PICTURES - kept
         assert [row["path"] for row in read_jsonl(out)] == paths(folder)[:PICTURES]
 
-    def test_what_was_answered_is_kept_beside_what_failed(self) -> None:
+    def test_results_that_arrive_beside_a_failure_are_kept(self) -> None:
         failed, answered, later, waiting = (Future[list[Any]]() for _ in range(4))
         failed.set_exception(ClientError("401"))
         answered.set_result(["answered"])
@@ -479,7 +477,7 @@ class TestTrouble:
         assert process.returncode == 2, errors
         assert "401 trouble" in errors
 
-    def test_a_journal_of_other_columns_is_refused(self, folder: Path, tmp_path: Path) -> None:
+    def test_a_journal_with_other_columns_is_refused(self, folder: Path, tmp_path: Path) -> None:
         options = (folder / "00*.png", "--out", tmp_path / "out.csv", "--batch", 1, "--in-flight", 1, "--patience", 0)
         with trouble(answer(200), answer(503)) as (_, url):
             run(*options, "--url", url, code=2)
@@ -487,7 +485,7 @@ class TestTrouble:
             beside(tmp_path / "out.csv").write_text("something else\n")
             assert "is no journal of this command" in run(*options, "--url", url, "--resume", code=2)
 
-    def test_two_at_once_are_refused(self, folder: Path, tmp_path: Path) -> None:
+    def test_two_runs_with_the_same_output_are_refused(self, folder: Path, tmp_path: Path) -> None:
         options = (folder / "000.png", "--out", tmp_path / "out.csv")
         with trouble(seconds=20) as (server, url):
             first = begin(*options, "--url", url)
@@ -500,7 +498,7 @@ class TestTrouble:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A server with one worker and a queue that one batch fills, and a key that may do nothing but classify."""
+    """A server with one worker, a queue that one batch fills, and a key that only allows classifying batches."""
     home = tmp_path_factory.mktemp("guarded")
     key = access.add(home / "keys.toml", "batches", paths=["/classify/batch"])
     small = {"WORKERS": 1, "MAX_QUEUE": 32, "MAX_REQUEST_IMAGES": 32}
@@ -510,7 +508,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
 
 class TestKeysAndOverload:
     @of_the_example
-    def test_overload_is_waited_for(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+    def test_the_client_waits_out_overload(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
         url, key = guarded
         options = ("--url", url, "--batch", 32, "--in-flight", 8, "--out", tmp_path / "out.jsonl")
         run(folder, *options, code=1, **{API_KEY: key})
@@ -518,7 +516,7 @@ class TestKeysAndOverload:
         assert sum(row["error_code"] is None for row in rows) == PICTURES
         assert total(samples(url), "classifier_rejected_total", reason="overloaded") > 0
 
-    def test_without_a_key_it_cannot_work(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+    def test_a_missing_or_wrong_key_is_reported(self, guarded: tuple[str, str], folder: Path, tmp_path: Path) -> None:
         url, key = guarded
         for variables in ({}, {API_KEY: key[:-1]}):
             shown = run(folder, "--url", url, "--out", tmp_path / "out.csv", code=2, **variables)
@@ -526,7 +524,7 @@ class TestKeysAndOverload:
             assert API_KEY in shown
             assert not list(tmp_path.iterdir())
 
-    def test_a_key_that_is_none_is_one_line_without_it(self, folder: Path) -> None:
+    def test_a_malformed_key_is_one_line_that_does_not_show_it(self, folder: Path) -> None:
         shown = run(folder, code=2, **{API_KEY: "pass\u00e9"})
         assert f"error: {API_KEY}: has characters that no key has" in shown
         assert "pass" not in shown
@@ -560,13 +558,13 @@ class TestMistakes:
         assert shown.startswith("error: Using SOCKS proxy")
         assert shown.endswith("expected an HTTP proxy in ALL_PROXY and the like, or NO_PROXY=*\n")
 
-    def test_another_service_is_told_from_the_classifier(self, embedded: Server) -> None:
+    def test_an_address_that_is_not_the_classifiers_is_reported(self, embedded: Server) -> None:
         assert "404 not_found" in run("README.md", "--url", f"{embedded.url}/elsewhere", code=2)
 
-    def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    def test_an_unreadable_folder_is_an_error_and_not_empty(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """By its path, which is too long; permissions would not keep root out."""
+        """Unreadable because its path is too long: permissions would not stop root."""
         (tmp_path / "seen.png").write_bytes(encode(picture()))
         monkeypatch.chdir(tmp_path)
         for _ in range(17):
@@ -577,7 +575,7 @@ class TestMistakes:
         assert "error: [Errno 36] File name too long" in shown
         assert "Traceback" not in shown
 
-    def test_files_of_the_same_name_in_the_output_are_refused(self, tmp_path: Path) -> None:
+    def test_files_with_the_same_name_in_the_output_are_refused(self, tmp_path: Path) -> None:
         for name in (b"\xff.png", b"\\xff.png"):
             (tmp_path / os.fsdecode(name)).write_bytes(encode(picture()))
         with trouble() as (_, url):

@@ -1,4 +1,4 @@
-"""A client that takes its time is cut off; one that does not is not. Under load: tests/faults/test_slow_clients.py."""
+"""Slow clients are cut off, and patient ones are not. Under load: tests/faults/test_slow_clients.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE, KEEP_ALIVE = 0.5, 0.3
 REPLY = 64 * 2**20
 """Bytes; more than an operating system buffers for one connection."""
 PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", memoryview(b"g"))
-"""As any ASGI application may send them."""
+"""Types that any ASGI application may send."""
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 FULL = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\n"
 LENGTH = b"Content-Length: 5\r\n"
@@ -41,7 +41,7 @@ class Hasty(Connection):
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers GET with a large reply or with pieces, and POST at once, before any of its body, but for two paths."""
+    """Answers GET with a large reply or with pieces, and POST at once, before any of its body, except on two paths."""
     if scope["path"] == "/read":
         while (await receive()).get("more_body", False):
             pass
@@ -62,7 +62,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Shedding:
-    """Refuses what asks for it, and holds up the event loop for what asks for that."""
+    """Refuses requests to one path, and blocks the event loop for requests to another."""
 
     is_shedding = True
 
@@ -86,7 +86,7 @@ def serving(loop: str, connection: type[Connection] = Hasty) -> Iterator[int]:
         loop=loop,
         lifespan="off",
         log_config=None,
-        timeout_keep_alive=KEEP_ALIVE,  # type: ignore[arg-type]  # any number will do
+        timeout_keep_alive=KEEP_ALIVE,  # type: ignore[arg-type]  # any number works
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -182,7 +182,7 @@ def a_reply_that_nobody_reads(client: socket.socket) -> None:
         a_reply_that_nobody_reads,
     ],
 )
-def test_who_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None], loop: str) -> None:
+def test_a_client_that_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None], loop: str) -> None:
     with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         started = time.monotonic()
         with pytest.raises((ConnectionError, BrokenPipeError)):
@@ -194,17 +194,17 @@ class Patient(Hasty):
     send_seconds = 10 * PATIENCE
 
 
-def test_who_does_not_gets_everything() -> None:
+def test_a_slow_but_steady_client_gets_everything() -> None:
     with serving("uvloop", Patient) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         received = 0
         while chunk := client.recv(2**20):
             received += len(chunk)
-            time.sleep(0.001)  # slower than the server, yet going on
+            time.sleep(0.001)  # slower than the server, but steady
         assert received > REPLY
 
 
-def test_the_time_for_a_reply_is_not_that_of_the_one_before() -> None:
+def test_each_reply_has_its_own_timeout() -> None:
     class Pipe(asyncio.Transport):
         unread, is_aborted = 0, False
 
@@ -226,12 +226,12 @@ def test_the_time_for_a_reply_is_not_that_of_the_one_before() -> None:
         connection, pipe = Hasty(server, ServerState(), {}), Pipe()
         connection.connection_made(pipe)
         connection.on_message_begin()
-        connection._receiving.cancel()  # a request was received
+        connection._receiving.cancel()  # as after receiving a request
         reply = connection.transport
         reply.write(b"x" * 100)
         connection.pause_writing()
         await asyncio.sleep(0.8 * PATIENCE)
-        reply.write(b"y" * 50)  # the first reply was read, and this is another
+        reply.write(b"y" * 50)  # the first reply was read; this is another one
         await asyncio.sleep(0.4 * PATIENCE)
         assert not pipe.is_aborted
         await asyncio.sleep(PATIENCE)
@@ -240,7 +240,7 @@ def test_the_time_for_a_reply_is_not_that_of_the_one_before() -> None:
     asyncio.run(read())
 
 
-def test_what_is_no_http_is_told_so_in_the_form_of_every_error() -> None:
+def test_malformed_http_gets_the_common_error_format() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(b"\x16\x03\x01\x02\x00\r\n\r\n")
         response = http.client.HTTPResponse(client)
@@ -252,16 +252,16 @@ def test_what_is_no_http_is_told_so_in_the_form_of_every_error() -> None:
 
 
 def read_all(client: socket.socket) -> bytes:
-    """What comes until the connection ends, if only for its idleness."""
+    """All bytes until the connection ends, even if only by its idle timeout."""
     received = b""
-    with suppress(ConnectionError):  # reset, for not all that was sent has been read
+    with suppress(ConnectionError):  # a reset: not everything sent was read
         while chunk := client.recv(2**16):
             received += chunk
     return received
 
 
 def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]:
-    """What is answered to ``start`` and ``more`` without end, and how many bytes went there until then."""
+    """Send ``start`` and then ``more`` endlessly; returns the reply and the number of bytes sent until it came."""
     client.sendall(start)
     sent = len(start)
     try:
@@ -274,13 +274,13 @@ def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]
 
 
 @pytest.mark.parametrize("more", [b"a:b\r\n" * 1000, b"X: " + b"y" * 5000], ids=["many", "long"])
-def test_headers_are_not_read_without_end(more: bytes) -> None:
+def test_endless_headers_are_cut_off(more: bytes) -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         _, sent = flood(client, HEAD, more)
     assert sent < 2**23, "what the two systems hold on the way, and no more"
 
 
-def test_too_many_headers_are_told_so() -> None:
+def test_too_many_headers_are_refused() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(HEAD + b"X: " + b"y" * MAX_HEAD_BYTES)
         response = http.client.HTTPResponse(client)
@@ -289,7 +289,7 @@ def test_too_many_headers_are_told_so() -> None:
         assert client.recv(1) == b""
 
 
-def test_what_is_no_http_is_refused_once_however_much_of_it_comes() -> None:
+def test_malformed_http_is_refused_once_however_long_it_goes_on() -> None:
     def refused() -> float:
         return REGISTRY.get_sample_value("classifier_rejected_total", {"reason": "invalid_request"}) or 0.0
 
@@ -300,14 +300,14 @@ def test_what_is_no_http_is_refused_once_however_much_of_it_comes() -> None:
     assert refused() - before == 1
 
 
-def test_many_headers_that_are_few_enough_are_heard() -> None:
+def test_many_headers_within_the_limit_are_accepted() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         for _ in range(4):
             client.sendall(HEAD + b"X: y\r\n" * 5000 + b"Content-Length: 0\r\n\r\n")
             expect_reply(client)
 
 
-def test_what_follows_a_chunked_body_is_no_header_and_ends() -> None:
+def test_endless_trailers_of_a_chunked_body_are_cut_off() -> None:
     start = HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
     with serving("uvloop") as port:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -319,7 +319,7 @@ def test_what_follows_a_chunked_body_is_no_header_and_ends() -> None:
     assert sent < 2**23
 
 
-def test_many_small_chunks_are_a_body() -> None:
+def test_many_small_chunks_form_one_body() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
         expect_reply(client)
@@ -338,8 +338,8 @@ def test_no_connection_becomes_a_websocket() -> None:
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 @pytest.mark.parametrize("pause", [0.0, 0.1], ids=["at once", "in parts"])
-def test_who_asks_for_another_protocol_is_heard_in_this_one(method: bytes, pause: float) -> None:
-    """With its body, of which nothing is taken for a request."""
+def test_a_request_to_upgrade_the_protocol_is_answered_in_http_1_1(method: bytes, pause: float) -> None:
+    """Including its body, no part of which is taken for a request."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
     body = b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n"
     length = f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -351,35 +351,35 @@ def test_who_asks_for_another_protocol_is_heard_in_this_one(method: bytes, pause
         assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200 OK") == received.count(b"abcdefg") == 2
 
 
-def test_many_may_ask_for_another_protocol_at_once() -> None:
+def test_many_upgrade_requests_at_once_are_answered() -> None:
     asks = b"GET /pieces HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
-        client.sendall(asks * 700)  # what one reading may hold
+        client.sendall(asks * 700)  # as many as one read may return
         assert read_all(client).count(b"abcdefg") == 700
 
 
-def test_only_so_many_requests_wait_for_the_reply_before_theirs() -> None:
+def test_pipelined_requests_are_limited() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(b"GET /pieces HTTP/1.1\r\n\r\n" * 2 * MAX_PIPELINED)
         received = read_all(client)
     assert received.count(b"HTTP/1.1 200") == received.count(b"abcdefg") == 1 + MAX_PIPELINED
 
 
-def test_http_1_0_knows_of_no_upgrade_and_ends_with_its_reply() -> None:
+def test_http_1_0_ignores_upgrades_and_closes_after_its_reply() -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(b"GET /pieces HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
         assert b"connection: close" in read_all(client)
 
 
 @pytest.mark.parametrize("requests_", [1, 3])
-def test_what_is_no_http_is_no_reply_to_the_requests_before_it(requests_: int) -> None:
+def test_malformed_http_does_not_answer_the_requests_before_it(requests_: int) -> None:
     with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n" * requests_ + b"garbage\r\n\r\n")
         received = read_all(client)
     assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200") == received.count(b"abcdefg") == requests_
 
 
-def test_a_body_that_is_none_is_told_so_in_its_own_reply_alone() -> None:
+def test_a_malformed_body_only_fails_its_own_request() -> None:
     broken = HEAD.replace(b"/ ", b"/read ") + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n"
     with serving("uvloop") as port:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -391,11 +391,13 @@ def test_a_body_that_is_none_is_told_so_in_its_own_reply_alone() -> None:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_a_client_that_hangs_up_on_several_requests_is_no_failure(loop: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_hanging_up_on_pipelined_requests_is_not_logged_as_an_error(
+    loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(loop) as port:
         for _ in range(10):
             client = socket.create_connection(("127.0.0.1", port), timeout=20)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets instead of closing
             client.sendall(HEAD.replace(b"/ ", b"/slow ") + LENGTH + b"\r\nbody." + b"GET /pieces HTTP/1.1\r\n\r\n")
             time.sleep(0.01)
             client.close()
@@ -404,7 +406,7 @@ def test_a_client_that_hangs_up_on_several_requests_is_no_failure(loop: str, cap
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
+def test_pieces_arrive_in_order_on_a_persistent_connection(loop: str) -> None:
     with serving(loop) as port, requests.Session() as session:
         for method, path, body in (
             ("GET", "/pieces", b"abcdefg"),
@@ -415,8 +417,8 @@ def test_pieces_arrive_in_order_on_a_connection_that_is_kept(loop: str) -> None:
             assert session.request(method, f"http://127.0.0.1:{port}{path}", timeout=10).content == body
 
 
-def test_a_load_shedder_answers_from_the_headers_and_the_connection_goes_on() -> None:
-    """With a body still to come, and many at once: behind one that is admitted the load shedder is not asked."""
+def test_a_load_shedder_answers_from_the_headers_and_keeps_the_connection() -> None:
+    """Even with a body still to come, and for pipelined requests: it is not asked for those behind an admitted one."""
     full = FULL + LENGTH + b"\r\n"
     heard = HEAD + LENGTH + b"\r\nbody."
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -436,8 +438,8 @@ def test_a_load_shedder_answers_from_the_headers_and_the_connection_goes_on() ->
         assert [reply[:3] for reply in received.split(b"HTTP/1.1 ")[1:]] == [b"429"] + [b"200"] * 39
 
 
-def test_a_load_shedder_is_asked_once_by_a_request_that_comes_whole_and_is_admitted() -> None:
-    """Asked again it would count the request among those that are before it."""
+def test_a_load_shedder_is_asked_only_once_per_request() -> None:
+    """If asked again, it would count the request among those ahead of it."""
     asked = []
 
     class Counting(Shedding):
@@ -458,7 +460,7 @@ def test_a_load_shedder_is_asked_once_by_a_request_that_comes_whole_and_is_admit
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_who_is_refused_hears_it_in_a_moment_and_what_came_meanwhile_is_answered_after_it(loop: str) -> None:
+def test_a_refusal_is_delayed_and_later_requests_are_answered_after_it(loop: str) -> None:
     with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         started = time.monotonic()
@@ -471,7 +473,7 @@ def test_who_is_refused_hears_it_in_a_moment_and_what_came_meanwhile_is_answered
     assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"429", b"200"]
 
 
-def test_who_hangs_up_before_a_refusal_is_sent_is_no_error() -> None:
+def test_hanging_up_before_a_refusal_is_sent_is_no_error() -> None:
     with serving("uvloop", Guarded) as port:
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -482,7 +484,7 @@ def test_who_hangs_up_before_a_refusal_is_sent_is_no_error() -> None:
             expect_reply(client)
 
 
-def test_who_is_refused_when_the_server_stops_hears_it() -> None:
+def test_pending_refusals_are_sent_when_the_server_stops() -> None:
     made: list[Connection] = []
 
     class Stopped(Guarded):
@@ -499,7 +501,7 @@ def test_who_is_refused_when_the_server_stops_hears_it() -> None:
         assert time.monotonic() - started < REFUSAL_SECONDS
 
 
-def test_a_body_that_looks_like_a_request_is_not_refused_at_a_shut_door() -> None:
+def test_a_body_that_looks_like_a_request_is_not_shed() -> None:
     request = FULL + LENGTH + b"\r\nbody."
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(HEAD.replace(b"/ ", b"/read ") + f"Content-Length: {len(request)}\r\n\r\n".encode())
@@ -511,11 +513,11 @@ def test_a_body_that_looks_like_a_request_is_not_refused_at_a_shut_door() -> Non
 
 
 @pytest.mark.parametrize("head", [b"POST /full HTTP/1.0", b"POST /full HTTP/1.1\r\nConnection: close"])
-def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: bytes) -> None:
+def test_requests_that_close_the_connection_are_not_shed(head: bytes) -> None:
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(head + b"\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
         received = read_all(client)
-        assert received.startswith(b"HTTP/1.1 200")  # by the application, which says the same less cheaply
+        assert received.startswith(b"HTTP/1.1 200")  # by the application, which would refuse at a higher cost
 
 
 @pytest.mark.parametrize(
@@ -542,8 +544,8 @@ def test_a_connection_that_ends_with_its_reply_does_so_at_a_shut_door_too(head: 
         b"PUT /full HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
 )
-def test_a_request_that_comes_whole_is_answered_as_one_that_comes_in_pieces(request_: bytes) -> None:
-    """The load shedder refuses the first without its parser: what that would judge otherwise must not be refused so."""
+def test_a_request_gets_the_same_reply_in_one_piece_or_several(request_: bytes) -> None:
+    """The load shedder refuses whole requests without parsing them, but only where the parser would agree."""
     replies = set()
     with serving("uvloop", Guarded) as port:
         for cut in (len(request_), 30, 5):
@@ -558,7 +560,7 @@ def test_a_request_that_comes_whole_is_answered_as_one_that_comes_in_pieces(requ
     assert replies != {b""}
 
 
-def test_blanks_in_a_header_hold_nobody_up_while_load_is_shed() -> None:
+def test_blanks_in_a_header_do_not_slow_down_shedding() -> None:
     with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         started = time.monotonic()
         client.sendall(FULL + b"X: a" + b" " * 60_000 + b"b\r\n\r\n")
@@ -569,7 +571,7 @@ def test_blanks_in_a_header_hold_nobody_up_while_load_is_shed() -> None:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_a_request_that_has_come_in_time_is_answered_however_busy_the_server_was(loop: str) -> None:
+def test_a_request_that_arrived_in_time_is_answered_however_busy_the_server_was(loop: str) -> None:
     with serving(loop, Guarded) as port:
         idle, other = (socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(2))
         with idle, other:

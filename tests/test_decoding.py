@@ -1,4 +1,4 @@
-"""The queue before the decoder, with decoders that wait for the test."""
+"""The queue in front of the decoder, with decoders that wait for the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIXELS = np.zeros((1, 1, 3), np.uint8)
 
 
 class Clock:
-    """Ten milliseconds later whenever it is asked."""
+    """Advances by ten milliseconds at every reading."""
 
     now = 0.0
 
@@ -33,7 +33,7 @@ def here() -> bool:
 
 
 class Slow(Clock):
-    """The first image takes an hour."""
+    """Makes the first image appear to take an hour."""
 
     def __call__(self) -> float:
         self.now += 3600 if self.now == 0.01 else 0.01
@@ -50,7 +50,7 @@ def held(release: threading.Event, done: list[bytes]) -> Callable[[bytes], Pixel
 
 
 async def begin(queue: DecodeQueue, decode: Callable[[bytes], Pixels], count: int) -> list[asyncio.Task[Pixels]]:
-    """So many images, each let in and waiting."""
+    """Admit ``count`` images, and return the waiting tasks."""
     waiting = []
     for number in range(count):
         queue.admit()
@@ -59,7 +59,7 @@ async def begin(queue: DecodeQueue, decode: Callable[[bytes], Pixels], count: in
     return waiting
 
 
-def test_who_would_wait_too_long_is_refused_and_the_others_are_answered() -> None:
+def test_an_image_that_would_wait_too_long_is_refused_and_the_others_are_decoded() -> None:
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
@@ -81,7 +81,7 @@ def test_who_would_wait_too_long_is_refused_and_the_others_are_answered() -> Non
     asyncio.run(scenario())
 
 
-def test_nothing_is_decoded_for_who_has_hung_up_or_given_up() -> None:
+def test_nothing_is_decoded_for_a_client_that_hung_up_or_timed_out() -> None:
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
@@ -103,7 +103,7 @@ def test_nothing_is_decoded_for_who_has_hung_up_or_given_up() -> None:
     asyncio.run(scenario())
 
 
-def test_who_gave_up_leaves_nothing_behind_and_a_busy_decoder_is_no_free_one() -> None:
+def test_a_timeout_leaves_nothing_behind_and_does_not_free_a_busy_decoder() -> None:
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)
@@ -125,14 +125,14 @@ def test_who_gave_up_leaves_nothing_behind_and_a_busy_decoder_is_no_free_one() -
         await asyncio.sleep(0)
         assert queue.waiting == 1, "the thread is still at it"
         release.set()
-        while queue.waiting:  # noqa: ASYNC110  # what would tell is the thing under test
+        while queue.waiting:  # noqa: ASYNC110  # an event would come from the code under test
             await asyncio.sleep(0.01)
         assert done == [b"running"]
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_an_image_that_cannot_be_decoded_keeps_no_place() -> None:
+def test_an_undecodable_image_keeps_no_place() -> None:
     def broken(data: bytes) -> Pixels:
         raise ValueError
 
@@ -145,7 +145,7 @@ def test_an_image_that_cannot_be_decoded_keeps_no_place() -> None:
     asyncio.run(scenario())
 
 
-def test_an_image_that_takes_very_long_does_not_shut_out_others_for_long() -> None:
+def test_one_very_slow_image_does_not_shut_out_others_for_long() -> None:
     async def scenario() -> None:
         release, done = threading.Event(), list[bytes]()
         decode = held(release, done)

@@ -1,4 +1,4 @@
-"""Settings that several files of deploy/ hold agree with each other and with the service's own."""
+"""Settings that several files of deploy/ repeat agree with each other and with the service's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVICES = COMPOSE["services"] | {"dcgm-exporter": GPU["services"]["dcgm-exporte
 
 
 def nginx(name: str, pattern: str) -> str:
-    """The one thing that ``pattern``'s group matches in a file of deploy/nginx."""
+    """The single match of ``pattern``'s group in a file of deploy/nginx."""
     (found,) = set(re.findall(pattern, (DEPLOY / "nginx" / name).read_text(), re.MULTILINE))
     return str(found)
 
@@ -36,37 +36,37 @@ def default(setting: str) -> Any:
     return Settings.model_fields[setting].default
 
 
-def test_what_runbooks_ask_to_change_reaches_the_service() -> None:
+def test_settings_that_runbooks_change_reach_the_service() -> None:
     pages = "".join(page.read_text() for page in (DEPLOY.parent / "monitoring/runbooks").glob("*.md"))
     asked = {name for name in map(str.upper, Settings.model_fields) if re.search(rf"`{name}\b", pages)}
-    asked -= {"MODEL"}  # a matter of the image
+    asked -= {"MODEL"}  # set when the image is built
     assert {"MAX_PIXELS", "RUNTIME"} < asked
     assert {name: f"${{{name}:-}}" for name in asked - {"WORKERS"}}.items() <= SERVICES["classifier"][
         "environment"
     ].items()
 
 
-def test_nginx_and_the_service_take_bodies_of_the_same_size() -> None:
+def test_nginx_and_the_service_have_the_same_body_limit() -> None:
     mebibytes = int(nginx("snippets/body.conf", r"^client_max_body_size (\d+)m;"))
     assert mebibytes * 2**20 == default("max_body_bytes")
     assert nginx("snippets/error_form.conf", r"larger than (\d+) MiB") == str(mebibytes)
 
 
-def test_each_layer_waits_longer_than_the_one_inside() -> None:
+def test_each_layer_times_out_later_than_the_one_inside_it() -> None:
     advised = float(nginx("snippets/proxy.conf", r"caller, (\d+) s advised"))
     read, retry = proxy_seconds("proxy_read_timeout"), proxy_seconds("proxy_next_upstream_timeout")
     assert advised > retry + read
     assert read > default("request_timeout")
-    assert retry < read  # a slow reply is not asked for again
+    assert retry < read  # a slow reply is not retried
     assert proxy_seconds("proxy_connect_timeout") < retry
 
 
-def test_nginx_gives_up_idle_connections_before_the_service_does() -> None:
+def test_nginx_closes_idle_connections_before_the_service_does() -> None:
     kept = uvicorn.Config("").timeout_keep_alive
     assert int(nginx("snippets/upstream.conf", r"keepalive_timeout (\d+)s;")) < kept
 
 
-def test_metrics_are_kept_for_as_long_as_rules_look_back() -> None:
+def test_metrics_are_kept_as_long_as_rules_look_back() -> None:
     (kept,) = (
         re.search(r"\$\{METRICS_RETENTION:-(\d+)d\}", argument)[1]
         for argument in SERVICES["prometheus"]["command"]
@@ -76,8 +76,8 @@ def test_metrics_are_kept_for_as_long_as_rules_look_back() -> None:
     assert int(kept) > max(map(int, re.findall(r"\[(\d+)d\]", rules)))
 
 
-def test_nginx_writes_where_it_may_and_bodies_to_disk() -> None:
-    """A tmpfs is memory: the bodies of one address alone would fill it."""
+def test_nginx_writes_only_where_it_may_and_buffers_bodies_on_disk() -> None:
+    """A tmpfs is memory: the bodies of a single address could fill it."""
     written = {
         Path(path)
         for file in (DEPLOY / "nginx").rglob("*.conf")
@@ -96,12 +96,12 @@ def test_draining_ends_before_the_container_is_killed() -> None:
     assert int(SERVICES["nginx"]["stop_grace_period"].rstrip("s")) > draining
 
 
-def test_request_ids_are_judged_alike() -> None:
+def test_nginx_and_the_service_accept_the_same_request_ids() -> None:
     rule = nginx("snippets/request_id.conf", r'"~\^(.+)\$"')
     assert rule == context._ACCEPTABLE.pattern
 
 
-def test_ports_and_addresses() -> None:
+def test_ports_and_addresses_agree() -> None:
     port = nginx("snippets/upstream.conf", r"server classifier:(\d+) ")
     assert f":{port}/readyz" in " ".join(SERVICES["classifier"]["healthcheck"]["test"])
     status = nginx("nginx.conf", r"listen (\d+);")
@@ -111,8 +111,8 @@ def test_ports_and_addresses() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_hardening(name: str) -> None:
-    """What tests/e2e sees in the containers, also of those that it cannot start."""
+def test_containers_are_hardened(name: str) -> None:
+    """What tests/e2e checks in running containers, also for those it cannot start."""
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -137,8 +137,8 @@ def test_hardening(name: str) -> None:
         (("CLASSIFIER_IMAGE=x;touch ran", "OVERLAYS=gpu"), None),
     ],
 )
-def test_up_builds_only_what_it_would_then_run(variables: tuple[str, ...], built: str | None, tmp_path: Path) -> None:
-    """With a Docker that has no image. Of a dry run make still runs the line with $(MAKE), and writes the others."""
+def test_up_builds_only_the_image_it_will_run(variables: tuple[str, ...], built: str | None, tmp_path: Path) -> None:
+    """With a Docker that has no images. Even in a dry run, make runs lines with $(MAKE); it prints the others."""
     (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
     kept = {
@@ -159,7 +159,7 @@ def test_up_builds_only_what_it_would_then_run(variables: tuple[str, ...], built
         assert done.stderr.splitlines()[0].startswith(f"error: no image {name} here; ")
 
 
-def test_secrets_sh_makes_every_secret(tmp_path: Path) -> None:
+def test_secrets_sh_creates_every_secret(tmp_path: Path) -> None:
     script = tmp_path / "secrets.sh"
     script.write_bytes((DEPLOY / "secrets.sh").read_bytes())
     subprocess.run(("sh", script), check=True)

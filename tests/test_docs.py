@@ -1,4 +1,4 @@
-"""What the documentation says is so: its examples run, what they name exists, and its site builds without a warning."""
+"""The documentation is true: its examples run, what they name exists, and its site builds without warnings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_examples_run_and_print_what_the_page_says(page: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=identity)
-def test_blocks_name_targets_and_modules_that_exist(snippet: Snippet) -> None:
+def test_commands_name_existing_targets_and_modules(snippet: Snippet) -> None:
     assert snippet.language in LANGUAGES
     for kind, name in named_in(snippet):
         if kind == "target":
@@ -66,7 +66,7 @@ def test_blocks_name_targets_and_modules_that_exist(snippet: Snippet) -> None:
             assert importlib.util.find_spec(name), f"python -m {name}"
 
 
-def test_files_that_pages_name_exist() -> None:
+def test_files_named_on_pages_exist() -> None:
     named = re.compile(r"`((?:deploy|docs|model|monitoring|serving|tests|train)/[\w./-]+)`")
     missing = [
         f"{page.relative_to(DOCS)}: {name}"
@@ -78,7 +78,7 @@ def test_files_that_pages_name_exist() -> None:
     assert missing == []
 
 
-def test_pages_that_stay_of_the_example_are_told_where_it_is_replaced() -> None:
+def test_pages_about_the_example_model_are_listed_where_it_is_replaced() -> None:
     page = DOCS / "your-data.md"
     assert not tells_of_the_example(page)
     (section,) = re.findall(r"^## Make it the bundle's own model\n(.*?)^## ", page.read_text(), re.M | re.S)
@@ -86,8 +86,8 @@ def test_pages_that_stay_of_the_example_are_told_where_it_is_replaced() -> None:
     assert linked >= {other for other in PAGES if tells_of_the_example(other)}
 
 
-def test_the_first_example_of_the_readme_is_answered_so(embedded: Server) -> None:
-    """By any processor: INT8 differs by a rounding step a layer."""
+def test_the_readmes_first_example_gets_its_answer(embedded: Server) -> None:
+    """On any processor: INT8 results may differ by one rounding step per layer."""
     (line, answer), *_ = re.findall(r"^\$ (curl .+?) +# .+\n(\{.+\})$", README.read_text(), re.M)
     assert f"tests/images/{TYPICAL.name}" in line
     command = shlex.split(line.replace(PUBLISHED, embedded.url))
@@ -102,20 +102,20 @@ def test_the_first_example_of_the_readme_is_answered_so(embedded: Server) -> Non
     assert first == pytest.approx(told["all_probabilities"]["0"], abs=MAX_DIFFERENCE[ONNX_INT8])
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+def test_links_in_the_readme_are_not_broken() -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text())
     assert links
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
-def test_ellipsis_stands_for_anything_and_nothing_else_does() -> None:
+def test_only_the_ellipsis_matches_anything() -> None:
     assert matches('{"class_name":"dog",…}\n', '{"class_name":"dog","confidence":0.9}')
     assert not matches('{"class_name":"dog",…}', '{"class_name":"cat","confidence":0.9}')
     assert not matches("200", "2000")
 
 
 class Resources(HTMLParser):
-    """What a browser fetches by itself to show a page."""
+    """Collects what a browser fetches by itself to display a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_site_fetches_nothing_from_elsewhere(site: Path) -> None:
         assert [one for one in resources.found if re.match(r"(https?:)?//", one)] == [], page.relative_to(site)
 
 
-def test_reference_is_written_from_what_runs(site: Path) -> None:
+def test_the_reference_is_generated_from_the_code(site: Path) -> None:
     from settings import Settings
 
     api, settings = ((site / f"reference/{name}/index.html").read_text() for name in ("api", "settings"))
@@ -157,7 +157,7 @@ def test_reference_is_written_from_what_runs(site: Path) -> None:
     assert "Images that may wait in one API worker" in settings
 
 
-def test_every_runbook_is_a_page(site: Path) -> None:
+def test_every_runbook_has_a_page(site: Path) -> None:
     for runbook in (REPOSITORY / "monitoring/runbooks").glob("*.md"):
         assert (site / "runbooks" / runbook.stem / "index.html").exists()
         assert f"runbooks/{runbook.stem}/" in (site / "operations/runbooks/index.html").read_text()

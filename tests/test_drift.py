@@ -1,4 +1,4 @@
-"""What is counted so that a change in what users send, or in what they are told, can be seen without labels."""
+"""Counts that reveal, without labels, a change in what users send or in what they are answered."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def draw(count: int, seed: int) -> Pixels:
     return np.stack([toy.draw(str(rng.choice(toy.CLASSES)), rng) for _ in range(count)])
 
 
-def test_images_like_the_reference_fill_every_bin_alike_and_others_do_not() -> None:
+def test_images_like_the_reference_fill_all_bins_evenly_and_others_do_not() -> None:
     limits = edges(draw(600, seed=0))
     same, darker = histogram(draw(600, seed=1), limits), histogram((draw(600, seed=2) * 0.3).astype(np.uint8), limits)
     assert same.sum(axis=1).tolist() == darker.sum(axis=1).tolist() == [600] * 4
     assert (np.abs(same - 600 / BINS) < 50).all()
-    assert darker[0, 0] > 300  # brightness: most lie in the lowest tenth
+    assert darker[0, 0] > 300  # brightness: most are in the lowest tenth
 
 
 def stability_index(values: dict[str, float], feature: str) -> float:
-    """The population stability index of a feature, from the metrics of a server."""
+    """The population stability index of a feature, computed from a server's metrics."""
     expected = {
         k: v for k, v in values.items() if k.startswith("classifier_drift_expected_share{") and f'"{feature}"' in k
     }
@@ -59,7 +59,7 @@ def stability_index(values: dict[str, float], feature: str) -> float:
 
 
 @of_the_example
-def test_a_server_counts_what_it_sees_and_says(server: Server) -> None:
+def test_a_server_counts_what_it_sees_and_answers(server: Server) -> None:
     before = samples(server.url)
     dark = [encode(picture(seed).point(lambda v: v // 6)) for seed in range(40)]
     requests.post(f"{server.url}/classify/batch", files=[("images", i) for i in dark], timeout=60).raise_for_status()
@@ -74,12 +74,12 @@ def test_a_server_counts_what_it_sees_and_says(server: Server) -> None:
 
 
 def test_ordinary_images_do_not_look_drifted(toy_artifact: Artifact, toy_folder: Path) -> None:
-    """The training images make the bins; of the twelve validation images those would be chance."""
+    """The bins come from the training images: with only twelve validation images, they would be left to chance."""
     limits = toy_artifact.reference(ONNX_INT8).edges
     assert np.array_equal(limits, edges(data.load(str(toy_folder)).train.images))
     shares = histogram(draw(600, seed=1), limits) / 600
     indices = ((shares - 1 / BINS) * np.log(shares * BINS)).sum(axis=1)
-    assert indices.max() < 0.25  # of the alert
+    assert indices.max() < 0.25  # the alert's threshold
 
 
 def expected_of(reference: Reference) -> set[str]:
@@ -90,27 +90,27 @@ def expected_of(reference: Reference) -> set[str]:
 
 
 def reference_of(images: int) -> Reference:
-    """The shipped model's, of as many validation images."""
+    """The shipped model's reference, resized to ``images`` validation images."""
     whole = Artifact.load(SHIPPED).reference(ONNX_INT8)
     outputs = np.resize(whole.validation, (images, whole.validation.shape[1]))
     return whole._replace(labels=np.resize(whole.labels, images), validation=outputs)
 
 
-def test_of_few_validation_images_nothing_is_expected_that_chance_decides() -> None:
+def test_few_validation_images_give_no_expectation_left_to_chance() -> None:
     for count, expected in ((9, {"class"}), (99, {"class", *STATISTICS}), (100, {"class", "confidence", *STATISTICS})):
         assert expected_of(reference_of(count)) == expected
 
 
-def test_a_share_of_gray_images_is_not_taken_for_a_tenth() -> None:
-    """Of training images of which 18 % are gray: a tenth is expected without colour, and 18 % would come."""
+def test_a_feature_with_many_ties_has_no_expected_share() -> None:
+    """18 % of the training images are gray: the lowest bin of colour expects a tenth, but 18 % would fall into it."""
     gray = draw(600, seed=0)
     gray[:108] = gray[:108, ..., :1]
     assert (np.diff(edges(gray)) > 0).all()
     assert expected_of(reference_of(100)._replace(edges=edges(gray))) == {"class", "confidence", *STATISTICS[:-1]}
 
 
-def test_what_gray_images_cannot_differ_in_is_neither_expected_nor_counted() -> None:
-    """Their colour is 0: nine edges tie, and all images would for ever fall into a bin meant for a tenth of them."""
+def test_a_constant_feature_is_neither_expected_nor_counted() -> None:
+    """The colour of gray images is 0: nine edges tie, and every image would land in a bin meant for a tenth of them."""
     gray = np.repeat(draw(100, seed=0)[..., :1], 3, axis=-1)
     shipped = Artifact.load(SHIPPED)
 

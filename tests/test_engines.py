@@ -1,4 +1,4 @@
-"""Where a worker's own engine computes: few images at once, others in its thread, never two calls together."""
+"""Where a worker's own engine computes: small batches at once, others in its thread, and never two calls at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGE = np.zeros((1, 4, 4, 3), np.uint8)
 
 
 class Engine:
-    """Takes ``seconds`` an image and remembers in which thread; complains of company."""
+    """Takes ``seconds`` per image, records the calling threads, and fails if called concurrently."""
 
     name = "fake"
 
@@ -48,8 +48,8 @@ class Engine:
         return self(images)
 
 
-def test_few_images_are_computed_at_once_when_it_is_known_that_they_are_few() -> None:
-    """Tried again where the machine itself stood still meanwhile: the few then took long indeed."""
+def test_small_batches_run_on_the_event_loop_once_known_to_be_fast() -> None:
+    """Repeated, because a stall of the machine makes even a small batch slow."""
 
     async def ask(engine: Engine) -> None:
         local = LocalEngine(engine, engine)
@@ -64,7 +64,7 @@ def test_few_images_are_computed_at_once_when_it_is_known_that_they_are_few() ->
     assert ["engine_0", "MainThread", "engine_0", "MainThread"] in seen
 
 
-def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
+def test_a_slow_engine_never_blocks_the_event_loop() -> None:
     engine = Engine(2 * MAX_BLOCKING_SECONDS)
 
     async def ask() -> None:
@@ -76,7 +76,7 @@ def test_a_slow_engine_never_holds_up_the_event_loop() -> None:
     assert set(engine.threads) == {"engine_0"}
 
 
-def test_the_time_of_inference_is_the_engine_s_and_not_that_of_waiting_for_it() -> None:
+def test_inference_time_excludes_waiting_for_the_engine() -> None:
     engine = Engine(MAX_BLOCKING_SECONDS)
 
     def inferred() -> float:
@@ -91,21 +91,21 @@ def test_the_time_of_inference_is_the_engine_s_and_not_that_of_waiting_for_it() 
     assert 24 * MAX_BLOCKING_SECONDS <= inferred() - before <= time.perf_counter() - started
 
 
-def test_an_engine_at_work_is_waited_for() -> None:
+def test_calls_wait_for_an_engine_that_is_busy() -> None:
     engine = Engine(MAX_BLOCKING_SECONDS / 4)
 
     async def ask() -> None:
         local = LocalEngine(engine, engine)
         await local.infer(IMAGE)
         busy = asyncio.create_task(local.evidence(np.repeat(IMAGE, 20, axis=0)))
-        await asyncio.sleep(MAX_BLOCKING_SECONDS)  # until the thread has begun
+        await asyncio.sleep(MAX_BLOCKING_SECONDS)  # until the thread has started
         await asyncio.gather(busy, *(local.infer(IMAGE) for _ in range(3)))
 
     asyncio.run(ask())
     assert engine.threads == ["engine_0"] * 5
 
 
-def test_the_next_batch_waits_at_the_engine_where_two_may_be_under_way() -> None:
+def test_with_two_batches_in_flight_the_next_one_waits_at_the_engine() -> None:
     async def left_waiting(concurrency: int) -> int:
         engine = Engine(seconds=0.1)
         local = LocalEngine(engine, engine, concurrency)
@@ -121,7 +121,7 @@ def test_the_next_batch_waits_at_the_engine_where_two_may_be_under_way() -> None
 
 
 class Broken:
-    """A GPU after an error from which its process does not recover."""
+    """A GPU after an error from which its process cannot recover."""
 
     name = "broken"
 
@@ -132,7 +132,7 @@ class Broken:
         return self(images)
 
 
-def test_a_lost_engine_is_503_and_its_process_gives_up_once() -> None:
+def test_a_lost_engine_gives_503_and_its_process_gives_up_once() -> None:
     reasons: list[str] = []
 
     async def ask() -> None:
@@ -146,7 +146,7 @@ def test_a_lost_engine_is_503_and_its_process_gives_up_once() -> None:
     assert reasons == ["CUDA error: an illegal memory access was encountered"]
 
 
-def test_an_engine_that_hangs_is_given_up_and_one_that_is_busy_is_not() -> None:
+def test_a_hanging_engine_is_given_up_but_a_busy_one_is_not() -> None:
     reasons: list[str] = []
 
     async def ask(seconds: float, times: int) -> None:
@@ -178,8 +178,8 @@ except End:
 """
 
 
-def test_a_process_that_gives_up_ends_although_a_thread_hangs() -> None:
-    """Told to stop first: what it holds is answered, and a mail is sent."""
+def test_a_process_that_gives_up_ends_even_if_a_thread_hangs() -> None:
+    """It is told to stop first, so that requests in progress are answered and a mail is sent."""
     done = subprocess.run([sys.executable, "-c", HANGING], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (1, "told to stop\n")
     assert "the engine is lost" in done.stderr
@@ -202,14 +202,14 @@ print("told to stop", flush=True)
 """
 
 
-def test_a_process_without_an_engine_drains_nothing() -> None:
-    """It would go on to take requests that others can answer."""
+def test_a_process_without_an_engine_does_not_drain() -> None:
+    """Draining, it would keep accepting requests that other processes can answer."""
     done = subprocess.run([sys.executable, "-c", HOPELESS], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (0, "told to stop\n"), done.stderr
 
 
 async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
-    """Of one that hangs up on its first callers, and answers each later one with a row of zeros."""
+    """Ask a runner that closes its first ``hang_ups`` connections, and answers each later one with a row of zeros."""
     left = hang_ups
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -233,18 +233,16 @@ async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
         return await RunnerClient(SimpleNamespace(to_async=client)).infer(IMAGE)
 
 
-def test_a_runner_that_hangs_up_is_asked_once_more(tmp_path: Path) -> None:
+def test_a_runner_that_hangs_up_is_asked_again_once(tmp_path: Path) -> None:
     assert asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=1)).tolist() == [[0, 0, 0]]
 
 
-def test_a_runner_that_is_gone_is_503(tmp_path: Path) -> None:
+def test_an_unreachable_runner_gives_503(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="cannot be reached"):
         asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=2))
 
 
-def test_a_runner_that_is_not_ready_is_told_once_for_many_probes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unready_runner_is_logged_once_for_many_probes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def probe() -> list[bool]:
         async with aiohttp.ClientSession(
             "http://runner", connector=aiohttp.UnixConnector(str(tmp_path / "s"))
@@ -259,4 +257,4 @@ def test_a_runner_that_is_not_ready_is_told_once_for_many_probes(
 
     assert asyncio.run(probe()) == [False, False, False]
     (told,) = caplog.records
-    assert told.reason.startswith("the engine cannot be reached: ")  # type: ignore[attr-defined]  # as it was logged
+    assert told.reason.startswith("the engine cannot be reached: ")  # type: ignore[attr-defined]  # as logged

@@ -1,4 +1,4 @@
-"""What an error leaves behind. The form of every one over HTTP: test_service.py."""
+"""What an error leaves behind. test_service.py checks the format of errors over HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.errors import ApiError, from_exception
 
 
 class Body:
-    """Of a request, megabytes maybe."""
+    """Of a request; it may be megabytes."""
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-def test_an_error_that_was_answered_holds_nothing_of_its_request() -> None:
-    """As pipeline.py raises the one that the header of an image gave: by the name that its frame knows it by."""
+def test_an_error_that_was_answered_keeps_nothing_of_its_request_alive() -> None:
+    """Raised as in pipeline.py, from an error found in an image's header: through a name that its frame still holds."""
 
     def refuse(body: Body) -> None:
         found = ApiError(HTTPStatus.BAD_REQUEST, "invalid_image", "what is wrong with it")

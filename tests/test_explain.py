@@ -1,4 +1,4 @@
-"""The map of evidence, on an engine whose evidence is known."""
+"""The evidence map, for an engine whose evidence is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.snippets import of_the_example
 
 
 def brightness(images: np.ndarray) -> np.ndarray:
-    """Evidence (N, 3, 3, 2) for "bright", how bright each cell of 8 pixels is, and none for another class.
+    """Evidence (N, 3, 3, 2): the brightness of each 8-pixel cell for class "bright", and none for the other class.
 
     As in a network that pools an odd number of pixels, the last rows and columns belong to no cell.
     """
@@ -26,18 +26,18 @@ def brightness(images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("row", "column"), [(3, 4), (16, 16), (28, 2), (20, 30)])
-def test_the_evidence_lies_where_the_object_is(row: int, column: int) -> None:
+def test_evidence_peaks_where_the_object_is(row: int, column: int) -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     cv2.circle(image, (column, row), 3, (255, 255, 255), -1)
     heat = explain.evidence_map(brightness(explain.views(image)), 0, (32, 32), stride=8)
     assert heat.shape == (32, 32)
     assert heat.sum() == pytest.approx(1, abs=1e-4)
     peak = np.unravel_index(heat.argmax(), heat.shape)
-    assert np.hypot(peak[0] - row, peak[1] - column) <= 4  # finer than the 8 pixels of the grid
+    assert np.hypot(peak[0] - row, peak[1] - column) <= 4  # finer than the grid of 8 pixels
     assert heat[np.hypot(*(np.indices(heat.shape) - [[[row]], [[column]]])) <= 11].sum() > 0.5
 
 
-def test_no_evidence_is_an_empty_map_not_an_error() -> None:
+def test_no_evidence_gives_an_empty_map() -> None:
     evidence = np.zeros((explain.VIEWS, 3, 3, 2), np.float32)
     assert explain.evidence_map(evidence, 0, (16, 24), stride=8).sum() == 0
 
@@ -54,13 +54,13 @@ def test_an_overlay_is_large_enough_to_see_and_small_enough_to_send(
     shown = cv2.imdecode(np.frombuffer(explain.overlay(image, heat), np.uint8), cv2.IMREAD_COLOR_RGB)
     assert shown.shape[:2] == expected
     hot, cold = shown[0, 0].astype(int), shown[-1, -1].astype(int)
-    assert cold[0] > 2 * cold[1:].max()  # the image is still seen
+    assert cold[0] > 2 * cold[1:].max()  # the image remains visible
     assert np.abs(hot - cold).sum() > 100
 
 
 @of_the_example
-def test_the_shipped_network_explains_a_picture_by_where_it_is() -> None:
-    """Half as large, to the left and to the right of the middle: by chance half of the heat would be there."""
+def test_the_shipped_networks_evidence_lies_on_the_picture() -> None:
+    """Shrunk to half and placed left or right of the middle: by chance, half of the heat would fall on that side."""
     artifact = Artifact.load(SHIPPED)
     engine = create(ONNX_INT8, artifact)
     height, width = size = artifact.config.input_size

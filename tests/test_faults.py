@@ -1,4 +1,4 @@
-"""What goes wrong inside: an altered model, an engine that raises, a clock that jumps, processes that were killed.
+"""Internal faults: an altered model, an engine that raises, a clock that jumps, processes that were killed.
 
 Processes under load, disks, slow clients and replicas are in tests/faults: `make check-faults`.
 """
@@ -30,13 +30,13 @@ from tests.live import REPOSITORY, command, encode, environment, free_port, pict
 
 
 def models(home: Path) -> Path:
-    """The folder of the one version in the store of a server."""
+    """Folder of the only version in a server's store."""
     (folder,) = (path for path in (home / "models" / SHIPPED_NAME).iterdir() if path.is_dir())
     return folder
 
 
 def flip(file: Path) -> None:
-    """Alter one bit in the middle of a file, in place."""
+    """Flip one bit in the middle of a file, in place."""
     with file.open("r+b") as opened:
         opened.seek(file.stat().st_size // 2)
         byte = opened.read(1)[0]
@@ -45,13 +45,13 @@ def flip(file: Path) -> None:
 
 
 def started(home: Path) -> subprocess.CompletedProcess[str]:
-    """A server that is not expected to start."""
+    """The result of starting a server that should fail to start."""
     return subprocess.run(
         command(free_port()), cwd=REPOSITORY, env=environment(home), capture_output=True, text=True, timeout=120
     )
 
 
-def test_one_altered_byte_harms_no_running_server_and_stops_the_next_start(tmp_path: Path) -> None:
+def test_an_altered_model_does_not_affect_a_running_server_but_stops_the_next_start(tmp_path: Path) -> None:
     photograph = encode(picture(), "JPEG")
 
     def ask(url: str) -> object:
@@ -79,7 +79,7 @@ def test_one_altered_byte_harms_no_running_server_and_stops_the_next_start(tmp_p
 
 
 class Fragile:
-    """An engine that raises for a batch that holds a black image, and else answers with the mean of each image."""
+    """An engine that raises for any batch with a black image, and otherwise returns the mean of each image."""
 
     name = "fragile"
 
@@ -92,8 +92,8 @@ class Fragile:
         raise NotImplementedError
 
 
-def test_an_engine_that_raises_costs_the_requests_of_that_batch_alone() -> None:
-    """128 sent, one black among them: its batch of 8 fails, 120 are answered."""
+def test_an_engine_that_raises_fails_only_the_requests_of_that_batch() -> None:
+    """128 sent, one of them black: its batch of 8 fails, the other 120 are answered."""
     images = np.arange(1, 129, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
     images[77] = 0
 
@@ -121,7 +121,7 @@ NOON = 20_000 * DAY_SECONDS + DAY_SECONDS / 2
 
 
 @pytest.mark.parametrize("jump", [-DAY_SECONDS / 4, -3600.0, 3600.0, DAY_SECONDS / 4])
-def test_a_clock_that_jumps_gives_at_most_one_second_of_images(jump: float) -> None:
+def test_a_clock_that_jumps_grants_at_most_one_second_of_images(jump: float) -> None:
     account = Account(tokens=10).charge(LIMITED, 10, NOON)
     with pytest.raises(ApiError, match="10 images a second"):
         account.charge(LIMITED, 10, NOON)
@@ -137,8 +137,8 @@ WALL_CLOCK = {
 }
 
 
-def test_durations_are_of_a_clock_that_never_jumps() -> None:
-    """``time.time`` only where the date itself is meant."""
+def test_durations_use_a_monotonic_clock() -> None:
+    """``time.time`` is used only where the date itself is needed."""
     for file in [
         REPOSITORY / "service.py",
         *(REPOSITORY / "serving").glob("*.py"),
@@ -163,7 +163,7 @@ os._exit(0)  # as if killed
 """
 
 
-def test_gauges_of_the_dead_do_not_count_but_what_they_counted_does(tmp_path: Path) -> None:
+def test_counters_of_dead_processes_count_and_their_gauges_do_not(tmp_path: Path) -> None:
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for lives in (1, 2):
         text = subprocess.check_output([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, text=True)
@@ -171,7 +171,7 @@ def test_gauges_of_the_dead_do_not_count_but_what_they_counted_does(tmp_path: Pa
         assert f'classifier_rejected_total{{reason="internal"}} {lives}.0' in text
 
 
-def test_what_ends_in_its_start_leaves_no_files(tmp_path: Path) -> None:
+def test_processes_that_die_while_starting_leave_no_files_behind(tmp_path: Path) -> None:
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(3):
         ends = "import os; from serving import metrics; os._exit(1)"
@@ -179,7 +179,7 @@ def test_what_ends_in_its_start_leaves_no_files(tmp_path: Path) -> None:
     assert len({file.stem.rpartition("_")[2] for file in tmp_path.glob("*.db")}) == 1
 
 
-def test_metrics_reserve_their_place_on_the_disk(tmp_path: Path) -> None:
+def test_metrics_reserve_their_disk_space(tmp_path: Path) -> None:
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, check=True, capture_output=True)
     files = list(tmp_path.glob("*.db"))

@@ -1,4 +1,4 @@
-"""How foreign images are measured."""
+"""How the detection of foreign images is measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_auroc_of_known_scores() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_made_images_fit_any_input_and_differ(kind: str) -> None:
+def test_generated_images_fit_any_input_size_and_differ(kind: str) -> None:
     rng = np.random.default_rng(0)
     images = [KINDS[kind](rng, (24, 40)) for _ in range(10)]
     assert all(image.shape == (24, 40, 3) and image.dtype == np.uint8 for image in images)
@@ -30,7 +30,7 @@ def test_made_images_fit_any_input_and_differ(kind: str) -> None:
     assert all(image.std() > 0 for image in images)
 
 
-def test_the_card_keeps_what_was_measured(toy_artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
+def test_the_card_keeps_the_measured_figures(toy_artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
     artifact = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
     other = toy.make_folder(tmp_path / "other", seed=1)
     assert "not the data of the training" in toy.run("train.foreign", artifact, other, code=1)
@@ -39,7 +39,7 @@ def test_the_card_keeps_what_was_measured(toy_artifact: Artifact, toy_folder: Pa
     printed = toy.run("train.foreign", artifact, toy_folder, "--photos", photos)
     found = Artifact.load(artifact).card["metrics"]["foreign"]
     assert found["kinds"]["noise"]["images"] == 500
-    assert found["kinds"]["photographs"]["images"] == 10  # those of classes are none
+    assert found["kinds"]["photographs"]["images"] == 10  # those of known classes do not count
     assert found["auroc_mean"] == pytest.approx(np.mean([k["auroc"] for k in found["kinds"].values()]), abs=1e-3)
     assert f"mean AUROC {found['auroc_mean']:.3f}" in printed
     assert found["kinds"]["noise"]["auroc"] > 0.9

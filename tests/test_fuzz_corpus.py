@@ -1,4 +1,4 @@
-"""What fuzzing has found, again: each input of the corpus is answered as documented, and no decoder dies of it."""
+"""Replays what fuzzing found: each input of the corpus gets a documented answer, and no decoder dies."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def _end_of_the_sandbox() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_what_fuzzing_found_is_answered(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_found_by_fuzzing_get_documented_answers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = sorted((CORPUS / name).iterdir())
     assert len(inputs) > 20
     monkeypatch.chdir(tmp_path)
     for path in inputs:
         targets.TARGETS[name](path.read_bytes())
-    assert not list(tmp_path.rglob("*"))  # nothing to be contained
+    assert not list(tmp_path.rglob("*"))  # no decoder died

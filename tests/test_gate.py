@@ -1,4 +1,4 @@
-"""The gate lets an equal model through and stops a worse one."""
+"""The gate passes an equally good model and stops a worse one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87
 
 
 def of_many_images(metrics: dict[str, Any]) -> dict[str, Any]:
-    """As if measured on so many test images that chance decides nothing, whichever model is shipped."""
+    """The metrics as if measured on so many test images that chance plays no part, whichever model is shipped."""
     metrics = copy.deepcopy(metrics)
     for runtime in ("onnx", RUNTIME):
         found = metrics[runtime]
@@ -40,12 +40,12 @@ def failures(new: dict[str, object], slowdown: float = 1.0) -> list[str]:
     return [what for what, found, limit in judge(new, CARD, slowdown) if not within(found, limit)]
 
 
-def test_the_shipped_model_is_as_good_as_itself() -> None:
+def test_the_shipped_model_passes_against_itself() -> None:
     assert "| NO |" not in run("train.gate", SHIPPED, SHIPPED)
 
 
-def test_a_model_at_a_limit_is_let_through_and_the_next_one_is_not() -> None:
-    """Of floats: 0.914 - 0.909 is a little more than 0.005."""
+def test_a_model_at_the_limit_passes_and_one_just_below_does_not() -> None:
+    """Despite floating point: 0.914 - 0.909 is slightly more than 0.005."""
     for hundredths in range(5000, 10_000):
         old, new, worse = hundredths / 10_000, (hundredths - 50) / 10_000, (hundredths - 51) / 10_000
         assert within(old - new, ACCURACY_LOSS)
@@ -54,7 +54,7 @@ def test_a_model_at_a_limit_is_let_through_and_the_next_one_is_not() -> None:
 
 
 @pytest.mark.parametrize(("lost", "code"), [(0.005, 0), (0.0051, 1)])
-def test_the_exit_status_is_that_of_the_table(lost: float, code: int, tmp_path: Path) -> None:
+def test_the_exit_status_follows_the_table(lost: float, code: int, tmp_path: Path) -> None:
     card = Artifact.load(SHIPPED).card
     card["metrics"] = of_many_images(card["metrics"])
     base = copy.deepcopy(card)
@@ -74,7 +74,7 @@ def test_the_exit_status_is_that_of_the_table(lost: float, code: int, tmp_path: 
         ("onnx-int8", "accuracy", -0.01, "loss of accuracy"),
         ("onnx-int8", "ece", 0.02, "loss of calibration (ECE)"),
         ("robustness", "accuracy", -0.011, "loss of accuracy on corrupted images"),
-        ("onnx", "accuracy", 0.05, "accuracy lost by INT8"),  # however few the test images are
+        ("onnx", "accuracy", 0.05, "accuracy lost by INT8"),  # even with few test images
     ],
 )
 def test_a_worse_model_is_stopped(metrics: str, figure: str, change: float, failure: str) -> None:
@@ -83,11 +83,11 @@ def test_a_worse_model_is_stopped(metrics: str, figure: str, change: float, fail
     assert failure in failures(worse)
 
 
-def test_a_little_worse_on_corrupted_images_is_let_through() -> None:
+def test_a_slight_loss_on_corrupted_images_passes() -> None:
     assert failures({**CARD, "robustness": {**CORRUPTED, "accuracy": 0.861}}) == []
 
 
-def test_a_candidate_not_measured_on_corrupted_images_is_one_clear_line() -> None:
+def test_a_candidate_without_figures_for_corrupted_images_is_one_clear_line() -> None:
     unmeasured = {name: figures for name, figures in CARD.items() if name != "robustness"}
     with pytest.raises(CommandError, match=r"no figures of corrupted images.*; run train\.robustness$"):
         judge(unmeasured, CARD, 1.0)
@@ -95,7 +95,7 @@ def test_a_candidate_not_measured_on_corrupted_images_is_one_clear_line() -> Non
 
 
 @pytest.mark.parametrize(("name", "other"), [("runtime", "torch"), ("images", 500), ("seed", 1)])
-def test_corrupted_images_that_are_others_are_not_compared(name: str, other: object) -> None:
+def test_figures_for_different_corrupted_images_are_not_compared(name: str, other: object) -> None:
     with pytest.raises(CommandError, match=f"{name} {other} in the new card; expected {CORRUPTED[name]}"):
         judge({**CARD, "robustness": {**CORRUPTED, name: other}}, CARD, 1.0)
 
@@ -106,7 +106,7 @@ def test_a_card_without_a_runtime_is_one_clear_line(runtime: str) -> None:
         judge({name: figures for name, figures in CARD.items() if name != runtime}, CARD, 1.0)
 
 
-def test_of_few_images_a_single_one_is_noise() -> None:
+def test_a_single_image_among_few_is_noise() -> None:
     few = copy.deepcopy(CARD)
     for runtime in ("onnx", "onnx-int8"):
         few[runtime]["images"] = 24
@@ -120,7 +120,7 @@ def test_of_few_images_a_single_one_is_noise() -> None:
     assert failures(few) == ["loss of calibration (ECE)"]
 
 
-def test_a_base_of_other_data_is_measured_on_the_candidates(
+def test_a_base_trained_on_other_data_is_measured_on_the_candidates_data(
     toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
 ) -> None:
     path = shutil.copytree(toy_artifact.path, tmp_path / "base")
@@ -135,7 +135,7 @@ def test_a_base_of_other_data_is_measured_on_the_candidates(
         comparable(toy_artifact, base, str(toy.make_folder(tmp_path / "other", seed=1)))
 
 
-def test_a_base_of_other_data_is_measured_on_corrupted_images_as_the_candidate_is(
+def test_such_a_base_is_also_measured_on_the_candidates_corrupted_images(
     toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
 ) -> None:
     new, path = (shutil.copytree(toy_artifact.path, tmp_path / name) for name in ("new", "base"))

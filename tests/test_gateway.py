@@ -1,4 +1,4 @@
-"""The outermost layer, where no server is needed to see what it does. Over HTTP: test_service.py."""
+"""The outermost layer, where it can be tested without a server. Over HTTP: test_service.py."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from serving.gateway import Gateway
 from serving.static import Page
 
 
-def test_a_request_that_the_server_gives_up_when_it_stops_is_told_so() -> None:
-    """uvicorn cancels what goes on for longer than it was told to wait, and would answer 500 in plain text."""
+def test_a_request_cancelled_at_shutdown_gets_a_proper_error() -> None:
+    """uvicorn cancels requests that outlast the grace period, and would answer them with a plain-text 500."""
     sent: list[Message] = []
 
     async def endless(*_: Any) -> None:

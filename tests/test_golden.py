@@ -17,7 +17,7 @@ from train import readme
 from train.command import CommandError
 
 MAX_DIFFERENCE = {ONNX: 0.001, TORCH: 0.02, ONNX_INT8: 0.1}
-"""In probability, from the FP32 predictions that were stored."""
+"""Maximum difference in probability from the stored FP32 predictions."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def golden() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_the_shipped_model_still_says_what_it_said(runtime: str, shipped: Artifact, golden: dict[str, Any]) -> None:
+def test_the_shipped_models_predictions_have_not_changed(
+    runtime: str, shipped: Artifact, golden: dict[str, Any]
+) -> None:
     assert golden["version"] == shipped.version
     found = predict(shipped, runtime)
     assert found
@@ -43,7 +45,7 @@ def test_the_shipped_model_still_says_what_it_said(runtime: str, shipped: Artifa
 
 
 def test_no_worse_model_is_shipped(shipped: Artifact, golden: dict[str, Any]) -> None:
-    """The figures of its card, measured by train.evaluate on the test images, against the limits set for its data."""
+    """The figures of its card, as measured by train.evaluate on the test images, within the limits set for its data."""
     limits = golden["limits"]
     fp32, int8 = (shipped.card["metrics"][name] for name in (ONNX, ONNX_INT8))
     assert fp32["images"] == int8["images"] >= limits["images"]
@@ -53,8 +55,8 @@ def test_no_worse_model_is_shipped(shipped: Artifact, golden: dict[str, Any]) ->
     assert size(shipped) <= limits["bytes"]
 
 
-def test_every_other_model_is_there_for_a_reason(golden: dict[str, Any]) -> None:
-    """More accurate or faster; as good in INT8, right on the same pictures, and all of them small enough for Git."""
+def test_every_other_shipped_model_has_its_advantage(golden: dict[str, Any]) -> None:
+    """More accurate or faster, as good in INT8, right on the same pictures; and all models together fit into Git."""
     first, *others = readme.shipped()
     for artifact in others:
         fp32, int8 = (artifact.card["metrics"][name] for name in (ONNX, ONNX_INT8))
@@ -69,7 +71,7 @@ def test_every_other_model_is_there_for_a_reason(golden: dict[str, Any]) -> None
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Test pictures and samples of the page, of a model before."""
+    """Test pictures and samples of the page, left from a previous model."""
     images, samples = tmp_path / "images", tmp_path / "samples"
     for folder in (images, samples):
         folder.mkdir()
@@ -83,7 +85,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_pictures_of_other_data_take_the_place_of_those_here_and_of_the_samples(
+def test_pictures_of_new_data_replace_the_old_ones_and_the_samples(
     folders: tuple[Path, Path], toy_artifact: Artifact, toy_folder: Path
 ) -> None:
     images, samples = folders
@@ -94,7 +96,7 @@ def test_pictures_of_other_data_take_the_place_of_those_here_and_of_the_samples(
     assert contents(samples) == contents(images)
 
 
-def test_of_many_pictures_a_few_are_samples(folders: tuple[Path, Path]) -> None:
+def test_only_a_few_of_many_pictures_become_samples(folders: tuple[Path, Path]) -> None:
     images, samples = folders
     for number in range(30):
         (images / f"class {number}.jpg").touch()
@@ -102,7 +104,7 @@ def test_of_many_pictures_a_few_are_samples(folders: tuple[Path, Path]) -> None:
     assert len(contents(samples)) == pictures.MOST_SAMPLES
 
 
-def test_a_model_that_tells_nothing_takes_no_place(
+def test_pictures_are_kept_if_the_model_recognises_none_of_the_new_ones(
     folders: tuple[Path, Path], toy_artifact: Artifact, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = pictures.judge

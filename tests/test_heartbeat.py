@@ -1,4 +1,4 @@
-"""What each worker tells of itself, and what is left of one that stops or dies; the alert is in monitoring/."""
+"""Each worker's heartbeat metric, and what remains of it when a worker stops or dies; the alert is in monitoring/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.live import START_SECONDS, Server, await_workers, samples, serve
 
 SERIES = re.compile(r'classifier_worker_alive_timestamp_seconds\{pid="(\d+)",process="(.+)"\}')
 Beats = dict[str, tuple[int, float]]
-"""Of each worker, by its name in the logs: its process and the time it has told."""
+"""By worker name in the logs: its process id and the time it last reported."""
 
 
 def beats(url: str) -> Beats:
@@ -30,7 +30,7 @@ def beats_when(url: str, condition: Callable[[Beats], bool]) -> Beats:
     return told
 
 
-def test_every_worker_tells_that_it_lives_without_any_request(server: Server) -> None:
+def test_every_worker_reports_a_heartbeat_without_any_request(server: Server) -> None:
     await_workers(server.home)
     told = beats(server.url)
     assert told.keys() == {"api-1", "api-2"} | ({"runner-1"} if server.topology == "runner" else set())
@@ -38,7 +38,7 @@ def test_every_worker_tells_that_it_lives_without_any_request(server: Server) ->
     assert samples(server.url)["classifier_workers"] == 2
 
 
-def test_a_worker_that_stops_is_silent_and_one_that_dies_leaves_nothing(tmp_path: Path) -> None:
+def test_a_stopped_worker_falls_silent_and_a_dead_one_leaves_nothing(tmp_path: Path) -> None:
     with serve("embedded", tmp_path, WORKERS=2) as url:
         await_workers(tmp_path)
         (stopped, _), (other, _) = (beats(url)[name] for name in ("api-2", "api-1"))

@@ -1,4 +1,4 @@
-"""Thousands of hostile requests to a real server: each is refused as documented, and the server is none the worse."""
+"""Thousands of hostile requests to a real server: each is refused as documented, and the server stays healthy."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.live import LOG, Server, encode, picture, processes, samples, serve, 
 TIMEOUT = 60
 THREADS = 8
 MAX_BYTES = 600 * 10**6
-"""Of a worker at its peak."""
+"""Maximum peak memory of a worker."""
 LIBRARIES = 64 * 2**20
-"""Of a decoder, beside the data that its limit is on."""
+"""Allowance for a decoder's libraries, on top of the data that its memory limit covers."""
 DOCUMENTED = {
     "invalid_request": 400,
     "invalid_image": 400,
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One worker with the default limits, whose memory is measured."""
+    """One worker with default limits, whose memory is measured."""
     home = tmp_path_factory.mktemp("hostile")
     with serve("embedded", home, WORKERS=1) as url:
         yield Server(url, "embedded", home)
@@ -62,7 +62,7 @@ def ask(connection: http.client.HTTPConnection, path: str, content_type: str, bo
 
 
 def ask_all(server: Server, requests: list[hostile.Hostile]) -> list[Answer]:
-    """Several at once, over connections that are kept."""
+    """Send ``requests`` in parallel over persistent connections."""
 
     def share(start: int) -> list[Answer]:
         with connect(server) as connection:
@@ -79,7 +79,7 @@ def classify(server: Server, data: bytes = JPEG) -> Answer:
 
 
 def status_of(pid: int) -> dict[str, int]:
-    """The figures of ``/proc/<pid>/status`` in bytes."""
+    """The figures of ``/proc/<pid>/status``, in bytes."""
     found = re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return {name: 1024 * int(size) for name, size in found}
 
@@ -94,7 +94,7 @@ def worker(server: Server) -> int:
 
 
 def assert_sound(server: Server, pid: int, answer: Answer) -> None:
-    """The worker is the same, within its memory, and says what it has always said."""
+    """The same worker is running, within its memory limit, and gives the same answer as before."""
     assert worker(server) == pid
     assert status_of(pid)["VmHWM"] <= MAX_BYTES
     again = classify(server)
@@ -103,7 +103,7 @@ def assert_sound(server: Server, pid: int, answer: Answer) -> None:
 
 
 def not_json(server: Server) -> list[str]:
-    """Lines of the log that no log collector can read."""
+    """Lines of the log that no log collector could parse."""
     return [line for line in (server.home / LOG).read_text().splitlines() if not line.startswith("{")]
 
 
@@ -114,7 +114,7 @@ def without_id(answer: Answer) -> dict[str, Any]:
 
 
 def assert_documented(request: object, answer: Answer) -> str:
-    """A prediction, or the one form of every error with its own status; the code, if any."""
+    """Check for a prediction, or a well-formed error with its documented status; returns the error's code."""
     if answer.status == 200:
         return ""
     error = orjson.loads(answer.body)["error"]
@@ -137,14 +137,14 @@ def test_thousands_of_bad_requests_are_refused_and_harm_nothing(server: Server) 
     assert codes.total() - codes[""] >= 2000, codes
     assert set(codes) - {""} == set(DOCUMENTED)
     assert_sound(server, pid, before)
-    assert not_json(server) == printed  # codecs that print would let anyone fill the log
+    assert not_json(server) == printed  # otherwise decoders that print would let anyone fill the log
     figures = samples(server.url)
     assert total(figures, "classifier_rejected_total", reason="internal") == 0
     assert total(figures, "classifier_decoder_deaths_total") == 0
 
 
 def largest() -> list[bytes]:
-    """Small files of nearly 50 million pixels, of each kind that a decoder takes memory for in its own way."""
+    """Small files with nearly 50 million pixels, one of each kind whose decoder uses memory differently."""
     side = 7_000
     gray, colour = Image.new("L", (side, side), 99), Image.new("RGB", (side, side), "red")
     exif = Image.Exif()
@@ -160,7 +160,7 @@ def largest() -> list[bytes]:
     ]
 
 
-def test_the_largest_images_and_bodies_at_once_stay_within_the_memory(server: Server) -> None:
+def test_the_largest_images_and_bodies_together_stay_within_the_memory_limit(server: Server) -> None:
     """Some are told to come back later, or time out on a slow machine."""
     before, pid = classify(server), worker(server)
     images = [hostile.Hostile("/classify", "image/png", image) for image in largest()]
@@ -204,7 +204,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_what_is_no_proper_http_is_refused(server: Server, name: str) -> None:
+def test_malformed_http_is_refused(server: Server, name: str) -> None:
     sent, status = RAW[name]
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), TIMEOUT) as connection:
         connection.sendall(sent)
@@ -223,7 +223,7 @@ def test_unknown_paths_and_methods_leave_no_trace_in_the_metrics(server: Server)
         }
 
     with connect(server) as connection:
-        for path in ("/classify", "/nowhere"):  # what there is
+        for path in ("/classify", "/nowhere"):  # the labels that may exist
             ask(connection, path, "image/jpeg", JPEG)
         before = labels()
         for i in range(300):

@@ -1,4 +1,4 @@
-"""Imports go one way, and serving on a CPU loads no torch."""
+"""Imports go one way, and serving on a CPU never loads torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OURS = {"client", "model", "serving", "settings", "service", "train", "tests"}
 
 
 def imports_of(path: Path) -> set[str]:
-    """First parts of every module imported anywhere in the file."""
+    """Top-level names of all modules imported anywhere in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def test_imports_go_one_way(place: str) -> None:
         assert imports_of(file) & OURS <= ALLOWED[place], file
 
 
-def test_only_the_store_and_the_service_know_bentoml() -> None:
+def test_only_the_store_and_the_service_import_bentoml() -> None:
     users = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "model").glob("*.py") if "bentoml" in imports_of(path)
     }
@@ -58,7 +58,7 @@ def test_a_cpu_engine_is_loaded_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-def test_the_command_line_starts_without_what_only_the_service_needs() -> None:
+def test_the_command_line_does_not_import_what_only_the_service_needs() -> None:
     heavy = {"numpy", "cv2", "PIL", "onnxruntime", "pydantic"}
     code = f"import sys, client.__main__; assert not sys.modules.keys() & {heavy}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""deploy/k8s runs what deploy/compose.yaml runs, watched by the same rules. `make check-k8s` validates the rest."""
+"""deploy/k8s runs what deploy/compose.yaml runs, under the same rules. `make check-k8s` validates the rest."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.toy import ROOT
 
 K8S = ROOT / "deploy/k8s"
 OTHER_VALUES = {
-    "WORKERS",  # Compose has workers on one machine, Kubernetes has pods of one worker
-    "API_KEYS",  # in Kubernetes of the overlay that is public
-    "AUDIT_DIRECTORY",  # needs a disk, which a cluster's administrator has to grant: deploy/k8s/README.md
-    "FORWARDED_ALLOW_IPS",  # goes with the two
+    "WORKERS",  # Compose runs several workers on one machine, Kubernetes one worker per pod
+    "API_KEYS",  # set only in the public overlay
+    "AUDIT_DIRECTORY",  # needs a disk that a cluster's administrator must grant: deploy/k8s/README.md
+    "FORWARDED_ALLOW_IPS",  # goes with the previous two
 }
 
 
@@ -26,7 +26,7 @@ def load(path: str) -> Any:
 
 
 def compose_service(*files: str) -> dict[str, Any]:
-    """The service ``classifier`` as the last of the files has it, with the defaults of its ${NAME:-default}."""
+    """The service ``classifier`` as the files merge, with the defaults of ${NAME:-default} filled in."""
     merged: dict[str, Any] = {}
     for file in files:
         service = load(file)["services"]["classifier"]
@@ -75,7 +75,7 @@ def test_both_have_the_same_settings() -> None:
             assert ours.get(name, defaults.get(name)) == theirs.get(name, defaults.get(name)), name
 
 
-def test_what_is_public_asks_for_keys_at_the_same_place() -> None:
+def test_both_public_deployments_read_keys_from_the_same_path() -> None:
     container = pod("deploy/k8s/components/keys/deployment.yaml")["containers"][0]
     assert "../../components/keys" in load("deploy/k8s/overlays/production/kustomization.yaml")["components"]
     service = compose_service(COMPOSE)
@@ -98,7 +98,7 @@ def test_neither_gives_the_container_privileges_or_a_disk() -> None:
     assert service["mem_limit"].upper() + "i" == CONTAINER["resources"]["limits"]["memory"]
 
 
-def test_both_ask_the_same_readiness_and_let_requests_end() -> None:
+def test_both_have_the_same_readiness_probe_and_let_requests_finish() -> None:
     service = compose_service(COMPOSE)
     (port,) = CONTAINER["ports"]
     path = CONTAINER["readinessProbe"]["httpGet"]["path"]
@@ -108,13 +108,13 @@ def test_both_ask_the_same_readiness_and_let_requests_end() -> None:
     assert pod()["terminationGracePeriodSeconds"] > draining + CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
 
 
-def test_a_gateway_waits_longer_than_the_service() -> None:
+def test_the_gateway_times_out_later_than_the_service() -> None:
     (rule,) = load("deploy/k8s/overlays/production/http-route.yaml")["spec"]["rules"]
     timeouts = {name: seconds(value) for name, value in rule["timeouts"].items()}
     assert Settings.model_fields["request_timeout"].default < timeouts["backendRequest"] < timeouts["request"]
 
 
-def test_only_what_the_service_offers_is_public() -> None:
+def test_only_the_services_endpoints_are_public() -> None:
     (rule,) = load("deploy/k8s/overlays/production/http-route.yaml")["spec"]["rules"]
     public = {(match["method"], match["path"]["type"], match["path"]["value"]) for match in rule["matches"]}
     assert public == {
@@ -127,25 +127,25 @@ def test_only_what_the_service_offers_is_public() -> None:
     }
 
 
-def test_both_scrape_alike() -> None:
+def test_both_scrape_the_same_way() -> None:
     jobs = {job["job_name"]: job for job in load("monitoring/prometheus/prometheus.yml")["scrape_configs"]}
     monitor = load("deploy/k8s/components/monitoring/service-monitor.yaml")["spec"]
     service = load("deploy/k8s/components/monitoring/service.yaml")
     assert service["metadata"]["labels"][monitor["jobLabel"]] == "classifier"
     assert monitor["sampleLimit"] == jobs["classifier"]["sample_limit"]
-    # The operator would put the port's name where BentoML has the path.
+    # The operator would put the port's name where BentoML puts the path.
     (endpoint,) = monitor["endpoints"]
     assert {"action": "labeldrop", "regex": "endpoint"} in endpoint["relabelings"]
 
 
-def test_the_cluster_has_the_rules_of_prometheus() -> None:
-    """Fails after a rule was changed until `make k8s-rules` has been run."""
+def test_the_clusters_rules_are_generated_from_prometheus_rules() -> None:
+    """Fails after a change of a rule until `make k8s-rules` is run."""
     written = (K8S / "components/monitoring/prometheus-rule.yaml").read_text()
     command = [sys.executable, K8S / "rules.py"]
     assert written == subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_cluster_has_no_alert_that_every_canary_would_set_off() -> None:
+def test_the_cluster_has_no_alert_that_every_canary_would_raise() -> None:
     rules = yaml.safe_load_all((K8S / "components/monitoring/prometheus-rule.yaml").read_text())
     groups = [group for rule in rules for group in rule["spec"]["groups"]]
     alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
@@ -153,8 +153,8 @@ def test_the_cluster_has_no_alert_that_every_canary_would_set_off() -> None:
     assert "ClassifierReplicasLost" not in alerts
 
 
-def test_an_alert_of_the_cluster_leads_to_its_runbook_where_people_read_it() -> None:
-    """Without the template of Alertmanager, which puts the address before the path."""
+def test_alerts_of_the_cluster_link_to_their_published_runbooks() -> None:
+    """They do so without Alertmanager's template, which prepends the address elsewhere."""
     template = (ROOT / "monitoring/alertmanager/templates/classifier.tmpl").read_text()
     (address,) = re.findall(r"https?://[^\s{]+/", template)
     rules = yaml.safe_load_all((K8S / "components/monitoring/prometheus-rule.yaml").read_text())

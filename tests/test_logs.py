@@ -1,4 +1,4 @@
-"""Logging as a worker configures it, each time in a process of its own: handlers are global."""
+"""Logging as a worker configures it. Each test runs in its own process, because handlers are global."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def messages(records: list[dict[str, Any]]) -> list[str]:
     return [record["message"] for record in records]
 
 
-def test_every_line_is_a_json_object_that_says_who_and_when(tmp_path: Path) -> None:
+def test_every_line_is_a_json_object_with_its_source_and_time(tmp_path: Path) -> None:
     records = log(tmp_path)
     assert len(records) == 7
     for record in records:
@@ -80,7 +80,7 @@ def test_every_line_is_a_json_object_that_says_who_and_when(tmp_path: Path) -> N
     assert "ZeroDivisionError" in broken["exc_info"]
 
 
-def test_what_fails_in_the_background_is_logged_although_bentoml_disables_what_it_does_not_know(tmp_path: Path) -> None:
+def test_background_failures_are_logged_although_bentoml_disables_other_loggers(tmp_path: Path) -> None:
     program = """
 import asyncio, concurrent.futures, logging.config
 logging.config.dictConfig({"version": 1})  # as BentoML does
@@ -108,11 +108,11 @@ def test_the_request_id_is_on_every_line_of_its_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("level", "count"), [("DEBUG", 8), ("INFO", 7), ("WARNING", 4), ("CRITICAL", 1)])
-def test_the_console_starts_at_the_level_that_was_set(tmp_path: Path, level: str, count: int) -> None:
+def test_the_console_starts_at_the_configured_level(tmp_path: Path, level: str, count: int) -> None:
     assert len(log(tmp_path, LOG_LEVEL=level)) == count
 
 
-def test_warnings_go_to_the_file_of_the_process_and_information_does_not(tmp_path: Path) -> None:
+def test_only_warnings_and_above_go_to_the_process_log_file(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     console = log(tmp_path, LOG_DIRECTORY=directory)
     assert [file.name for file in directory.iterdir()] == ["api-1.log"]
@@ -121,12 +121,12 @@ def test_warnings_go_to_the_file_of_the_process_and_information_does_not(tmp_pat
     assert len(written) == 4
 
 
-def test_a_console_that_tells_less_takes_nothing_from_the_file(tmp_path: Path) -> None:
+def test_a_quieter_console_does_not_affect_the_file(tmp_path: Path) -> None:
     assert len(log(tmp_path, LOG_LEVEL="CRITICAL", LOG_DIRECTORY=tmp_path / "logs")) == 1
     assert len((tmp_path / "logs" / "api-1.log").read_text().splitlines()) == 4
 
 
-def test_the_file_rotates_and_its_number_is_bounded(tmp_path: Path) -> None:
+def test_files_rotate_and_their_number_is_bounded(tmp_path: Path) -> None:
     program = """
 from serving import logs
 logs.ROTATE_BYTES, logs.ROTATE_FILES = 2000, 2
@@ -145,7 +145,7 @@ for number in range(100):
 
 
 class Mailbox(socketserver.StreamRequestHandler):
-    """As much of SMTP (RFC 5321) as a client needs to hand over a message."""
+    """As much of SMTP (RFC 5321) as a client needs to deliver a message."""
 
     def handle(self) -> None:
         self.reply(220)
@@ -186,7 +186,7 @@ def mail_server() -> Iterator[MailServer]:
             thread.join()
 
 
-def test_critical_lines_are_mailed_and_no_others(tmp_path: Path) -> None:
+def test_only_critical_lines_are_mailed(tmp_path: Path) -> None:
     with mail_server() as server:
         port = server.server_address[1]
         console = log(tmp_path, SMTP_HOST="127.0.0.1", SMTP_PORT=port, SMTP_TO="ops@example.com,boss@example.com")
@@ -201,7 +201,7 @@ def test_critical_lines_are_mailed_and_no_others(tmp_path: Path) -> None:
     assert console[-1]["message"] == "the model is wrong"
 
 
-def test_a_mail_server_that_is_away_loses_no_line_and_stops_nothing(tmp_path: Path) -> None:
+def test_an_unreachable_mail_server_loses_no_line_and_stops_nothing(tmp_path: Path) -> None:
     with mail_server() as server:
         port = server.server_address[1]
     program = PROGRAM + "\nlogger.info('still here')\n"
@@ -217,7 +217,7 @@ def test_a_mail_server_that_is_away_loses_no_line_and_stops_nothing(tmp_path: Pa
     assert '"still here"' in result.stderr
 
 
-def test_no_log_of_a_server_holds_an_image_or_a_body(tmp_path: Path) -> None:
+def test_no_log_contains_an_image_or_a_body(tmp_path: Path) -> None:
     image = encode(picture(5), "JPEG")
     text = base64.b64encode(image).decode()
     marker = "c2VjcmV0LW1hcmtlci1vZi1hLXBhdGllbnQ"

@@ -1,4 +1,4 @@
-"""What monitoring/ says agrees with itself and with what a real run exposed. Its tools run in tests/monitoring."""
+"""The files of monitoring/ agree with each other and with a real run's metrics. tests/monitoring runs their tools."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CASES = [
     for case in yaml.safe_load(path.read_text())["tests"]
 ]
 SCRAPED = set((REPOSITORY / "tests/monitoring/metric-names.txt").read_text().split())
-"""Every metric that Prometheus had after a real run, as `UPDATE=1 make e2e-alerts` records it."""
+"""Every metric that Prometheus had after a real run, as recorded by `UPDATE=1 make e2e-alerts`."""
 GPU = set(re.findall(r"^DCGM\w+", (MONITORING / "dcgm/counters.csv").read_text(), re.MULTILINE))
-"""What dcgm-exporter is asked for: a run here has no GPU."""
+"""What dcgm-exporter is configured to export: the recorded run has no GPU."""
 SEVERITIES = {"critical", "warning", "info", "none"}
 HEADINGS = ["## Meaning", "## Impact", "## Diagnosis", "## Mitigation"]
 
@@ -41,7 +41,7 @@ _NAME = re.compile(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()")
 
 
 def metrics(expr: str) -> set[str]:
-    """The metric names of a PromQL expression: identifiers that are no function, label, keyword or duration."""
+    """The metric names of a PromQL expression: identifiers other than functions, labels, keywords and durations."""
     return set(_NAME.findall(_NOT_A_NAME.sub(" ", expr)))
 
 
@@ -56,7 +56,7 @@ def expressions() -> Iterator[tuple[str, str]]:
                 yield f"{name}.json: {panel['title']}", target["expr"]
 
 
-def test_names_are_told_from_functions_labels_and_durations() -> None:
+def test_metric_names_are_distinguished_from_functions_labels_and_durations() -> None:
     expr = 'sum by (le) (rate(a:b_total{job="x"}[5m] offset 1d)) / on (i) group_left () (c > 0) or vector(1)'
     assert metrics(expr) == {"a:b_total", "c"}
 
@@ -79,19 +79,19 @@ def test_an_alert_says_what_it_is_and_what_to_do(name: str) -> None:
     assert [line for line in page if line.startswith("## ")] == HEADINGS
 
 
-def test_no_runbook_is_left_of_an_alert_that_is_gone_and_no_link_leads_nowhere() -> None:
+def test_no_runbook_is_orphaned_and_no_link_is_broken() -> None:
     pages = {path.stem: path.read_text() for path in (MONITORING / "runbooks").glob("*.md")}
     assert pages.keys() == ALERTS.keys()
     assert {link for page in pages.values() for link in re.findall(r"\]\((\w+)\.md\)", page)} <= pages.keys()
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """What the runbooks say between backticks, each with the name of its page."""
+    """What the runbooks quote in backticks, each with the name of its page."""
     for path in (MONITORING / "runbooks").glob("*.md"):
         yield from ((path.stem, command) for command in re.findall(r"`([^`]+)`", path.read_text()))
 
 
-def test_a_runbook_s_kubectl_names_the_namespace_and_what_it_asks_for() -> None:
+def test_kubectl_in_runbooks_names_the_namespace_and_the_resource() -> None:
     asked = [command for _, command in commands() if command.startswith("kubectl")]
     assert asked
     for command in asked:
@@ -101,7 +101,7 @@ def test_a_runbook_s_kubectl_names_the_namespace_and_what_it_asks_for() -> None:
         )
 
 
-def test_a_name_that_exists_only_inside_compose_is_asked_for_there() -> None:
+def test_names_that_only_compose_resolves_are_used_inside_compose() -> None:
     files = (REPOSITORY / "deploy").glob("compose*.yaml")
     names = "|".join({name for file in files for name in yaml.safe_load(file.read_text())["services"]})
     inside = [command for _, command in commands() if re.search(rf"//({names})[:/]", command)]
@@ -109,14 +109,14 @@ def test_a_name_that_exists_only_inside_compose_is_asked_for_there() -> None:
     assert all(command.startswith("docker compose exec ") for command in inside)
 
 
-def test_no_runbook_deletes_the_release_that_a_rollback_goes_to() -> None:
-    """`docker image prune -a` deletes whatever does not run."""
+def test_no_runbook_deletes_the_image_needed_for_a_rollback() -> None:
+    """`docker image prune -a` deletes every image that is not running."""
     for name, command in commands():
         assert not re.search(r"prune\b.* (-a|--all)\b|system prune", command), name
 
 
 def inhibited(source: dict[str, str], target: dict[str, str]) -> bool:
-    """Whether Alertmanager holds back the alert with the labels ``target`` while that with ``source`` fires."""
+    """Whether Alertmanager suppresses the alert with labels ``target`` while the one with labels ``source`` fires."""
 
     def matches(labels: dict[str, str], matchers: list[str]) -> bool:
         for matcher in matchers:
@@ -134,7 +134,7 @@ def inhibited(source: dict[str, str], target: dict[str, str]) -> bool:
     )
 
 
-def test_an_ill_replica_is_one_page_but_an_error_of_a_gpu_hides_no_other_for_days() -> None:
+def test_one_failing_replica_pages_once_and_gpu_alerts_hide_no_others() -> None:
     def labels(name: str) -> dict[str, str]:
         return {"alertname": name, "instance": "one", **ALERTS[name]["labels"]}
 
@@ -144,7 +144,7 @@ def test_an_ill_replica_is_one_page_but_an_error_of_a_gpu_hides_no_other_for_day
     assert not any(inhibited(labels(a), labels(b)) for a in of_gpus for b in of_gpus)
 
 
-def test_no_classifier_hides_that_other_targets_have_vanished() -> None:
+def test_a_missing_classifier_does_not_hide_other_vanished_targets() -> None:
     down, vanished = ({"alertname": name, **ALERTS[name]["labels"]} for name in ("ClassifierDown", "TargetsVanished"))
     assert inhibited(down, vanished | {"job": "classifier"})
     jobs = {c["job_name"] for c in SCRAPE_CONFIGS} - {"classifier"}
@@ -153,11 +153,11 @@ def test_no_classifier_hides_that_other_targets_have_vanished() -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_has_a_unit_test_in_which_it_fires_and_one_in_which_it_is_silent(name: str) -> None:
+def test_every_alert_has_a_unit_test_that_fires_and_one_that_stays_silent(name: str) -> None:
     samples = [s["labels"] for c in CASES for e in c.get("promql_expr_test", []) for s in e["exp_samples"]]
     assert any(f'alertname="{name}"' in labels for labels in samples), "never fires"
     silent = {t["alertname"] for c in CASES for t in c.get("alert_rule_test", []) if not t.get("exp_alerts")}
-    assert name in silent or name == "Watchdog", "never silent"  # Watchdog's nature is to fire
+    assert name in silent or name == "Watchdog", "never silent"  # Watchdog always fires
 
 
 def test_jobs_in_expressions_are_scraped() -> None:
@@ -166,21 +166,21 @@ def test_jobs_in_expressions_are_scraped() -> None:
     assert asked <= scraped
 
 
-def test_rejections_that_alerts_ask_for_are_counted_from_0() -> None:
+def test_rejection_reasons_in_alerts_are_counted_from_0() -> None:
     asked = re.findall(r'classifier_rejected_total\{reason=~?"([^"]+)"', " ".join(expr for _, expr in expressions()))
     kinds = [kind for pattern in asked for kind in pattern.split("|")]
     assert "not_ready" in kinds
     assert [kind for kind in kinds if not any(re.fullmatch(kind, reason) for reason in REASONS)] == []
 
 
-def test_series_are_never_recorded_less_often_than_they_are_looked_back_for() -> None:
+def test_recording_intervals_are_shorter_than_prometheus_lookback() -> None:
     intervals = [g.get("interval", "15s") for d in RULES.values() for g in d["groups"]]
-    assert set(intervals) <= {"15s", "30s", "1m", "2m"}  # Prometheus takes a sample of up to 5 minutes ago for the last
+    assert set(intervals) <= {"15s", "30s", "1m", "2m"}  # Prometheus looks back up to 5 minutes for the latest sample
 
 
 @pytest.mark.parametrize("name", ALL_DASHBOARDS)
-def test_a_dashboard_is_as_its_source_says(name: str) -> None:
-    """To write them: python -m monitoring.grafana.dashboards, and .logs."""
+def test_dashboards_match_their_source(name: str) -> None:
+    """Regenerate with python -m monitoring.grafana.dashboards, and .logs."""
     assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == text(ALL_DASHBOARDS[name])
 
 

@@ -1,4 +1,4 @@
-"""What a caller may ask for besides the verdict: sets, abstaining, explanations."""
+"""What callers can request besides the verdict: prediction sets, abstaining, explanations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ needs_foreign = pytest.mark.skipif(
 
 
 def blends() -> Iterator[bytes]:
-    """One picture through another, more and more of it."""
+    """One picture blended more and more into another."""
     for one, other in combinations(IMAGES[:4], 2):
         for share in (0.3, 0.4, 0.5, 0.6, 0.7):
             yield encode(Image.blend(*(Image.open(path).convert("RGB") for path in (one, other)), share))
@@ -48,16 +48,16 @@ def classify(server: Server, data: bytes, path: str = "/classify", **query: Any)
     return requests.post(f"{server.url}{path}", params=query, files={"image": data}, timeout=60)
 
 
-def test_a_set_grows_with_its_level_and_begins_with_the_verdict(server: Server) -> None:
+def test_a_set_grows_with_its_level_and_starts_with_the_verdict(server: Server) -> None:
     plain = classify(server, FAMILIAR).json()
     assert "prediction_set" not in plain
     sets = [classify(server, FAMILIAR, prediction_set=level).json()["prediction_set"] for level in (0.5, 0.99, 0.99999)]
     assert sets[0][0] == CLASS
     assert set(sets[0]) <= set(sets[1]) <= set(sets[2])
-    assert len(sets[2]) == len(ARTIFACT.config.classes)  # more than 2,500 validation images can promise
+    assert len(sets[2]) == len(ARTIFACT.config.classes)  # more than 2,500 validation images can guarantee
 
 
-def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
+def test_abstaining_only_removes_the_verdict(server: Server) -> None:
     plain = classify(server, DOUBTFUL).json()
     before = total(samples(server.url), "classifier_abstained_images_total")
     sure = classify(server, FAMILIAR, abstain_below=0.01).json()
@@ -69,17 +69,17 @@ def test_abstaining_leaves_everything_but_the_verdict(server: Server) -> None:
 
 
 @needs_foreign
-def test_foreign_images_are_told_counted_and_refused_on_request(server: Server) -> None:
+def test_foreign_images_are_flagged_counted_and_refused_on_request(server: Server) -> None:
     before = total(samples(server.url), "classifier_foreign_images_total")
     assert classify(server, FAMILIAR).json()["in_distribution"] is True
     assert classify(server, FOREIGN).json()["in_distribution"] is False
     assert classify(server, FAMILIAR, abstain_foreign="true").json()["abstained"] is False
-    assert classify(server, FOREIGN, abstain_foreign="True").json()["class_name"] is None  # as Python writes it
+    assert classify(server, FOREIGN, abstain_foreign="True").json()["class_name"] is None  # as Python spells it
     assert total(samples(server.url), "classifier_foreign_images_total") == before + 2
 
 
 @needs_foreign
-def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
+def test_options_apply_to_every_image_of_a_batch(server: Server) -> None:
     parts = [("images", image) for image in (FAMILIAR, b"no image", FOREIGN)]
     query = {"prediction_set": "0.9", "abstain_foreign": "true"}
     reply = requests.post(f"{server.url}/classify/batch", params=query, files=parts, timeout=60).json()
@@ -103,16 +103,14 @@ def test_options_hold_for_every_image_of_a_batch(server: Server) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/classify", "/explain"])
-def test_an_option_that_makes_no_sense_is_refused(
-    server: Server, path: str, query: dict[str, Any], expected: str
-) -> None:
+def test_an_invalid_option_is_refused(server: Server, path: str, query: dict[str, Any], expected: str) -> None:
     response = classify(server, FAMILIAR, path, **query)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_request"
     assert expected in response.json()["error"]["message"]
 
 
-def test_an_explanation_is_a_picture_of_the_image_sent(server: Server) -> None:
+def test_an_explanation_is_an_overlay_of_the_image_sent(server: Server) -> None:
     photo = picture(3, 480, 640)
     response = classify(server, encode(photo, "JPEG"), "/explain")
     assert response.status_code == 200
@@ -124,7 +122,7 @@ def test_an_explanation_is_a_picture_of_the_image_sent(server: Server) -> None:
 
 
 @of_the_example
-def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None:
+def test_an_explanation_in_numbers_comes_with_its_verdict(server: Server) -> None:
     response = requests.post(
         f"{server.url}/explain", files={"image": FAMILIAR}, headers={"Accept": "application/json"}, timeout=60
     )
@@ -137,6 +135,6 @@ def test_an_explanation_in_numbers_goes_with_its_verdict(server: Server) -> None
     assert evidence.max() > 2 * evidence.mean()  # some places count more than others
 
 
-def test_an_image_that_cannot_be_explained_is_refused_like_any_other(server: Server) -> None:
+def test_an_image_that_cannot_be_explained_gets_the_usual_error(server: Server) -> None:
     assert classify(server, b"no image", "/explain").status_code == 415
     assert classify(server, FAMILIAR[:-200], "/explain").status_code == 400

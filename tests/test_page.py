@@ -1,4 +1,4 @@
-"""The page to try as the real server sends it; `make check-page` opens it in a browser."""
+"""The page at ``/`` as the real server sends it; `make check-page` opens it in a browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.toy import ROOT
 FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 TEXTS = [path for path in FILES if path.suffix not in {".jpg", ".png"}]
 OURS = {"no_file", "unknown", "unreachable", "unreadable"}
-"""Codes that the page itself makes."""
+"""Error codes that the page itself creates."""
 
 
 def address(path: Path) -> str:
@@ -32,7 +32,7 @@ def get(server: Server, path: str, method: str = "GET", **headers: str) -> reque
 
 
 @pytest.mark.parametrize("path", FILES, ids=address)
-def test_every_file_is_served_as_it_is_with_strict_headers(embedded: Server, path: Path) -> None:
+def test_every_file_is_served_unchanged_with_strict_headers(embedded: Server, path: Path) -> None:
     reply = get(embedded, address(path))
     assert reply.status_code == 200
     assert reply.content == path.read_bytes()
@@ -53,7 +53,7 @@ def test_every_file_is_served_as_it_is_with_strict_headers(embedded: Server, pat
 
 
 @pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/samples.json"])
-def test_a_file_that_is_known_is_not_sent_again(embedded: Server, path: str) -> None:
+def test_a_cached_file_is_not_sent_again(embedded: Server, path: str) -> None:
     first = get(embedded, path)
     again = get(embedded, path, **{"If-None-Match": first.headers["ETag"]})
     assert (again.status_code, again.content) == (304, b"")
@@ -61,7 +61,7 @@ def test_a_file_that_is_known_is_not_sent_again(embedded: Server, path: str) -> 
     assert get(embedded, path, **{"If-None-Match": '"other"'}).status_code == 200
 
 
-def test_only_get_and_head(embedded: Server) -> None:
+def test_only_get_and_head_are_allowed(embedded: Server) -> None:
     head = get(embedded, "/", "HEAD")
     assert (head.status_code, head.content) == (200, b"")
     assert int(head.headers["Content-Length"]) == (FOLDER / "index.html").stat().st_size
@@ -73,27 +73,27 @@ def test_only_get_and_head(embedded: Server) -> None:
 @pytest.mark.parametrize(
     "path", ["/page", "/page/", "/page/nothing.js", "/page/index.html", "/page/../service.py", "/page/%2e%2e/static.py"]
 )
-def test_what_is_no_file_of_the_page_is_not_found(embedded: Server, path: str) -> None:
+def test_paths_outside_the_page_are_not_found(embedded: Server, path: str) -> None:
     request = requests.Request("GET", embedded.url).prepare()
-    request.url = embedded.url + path  # as it is written: requests would resolve the dots itself
+    request.url = embedded.url + path  # as written: requests would resolve the dots itself
     with requests.Session() as session:
         assert_error(session.send(request, timeout=TIMEOUT), 404, "not_found")
 
 
-def test_the_page_makes_no_series_of_metrics(embedded: Server) -> None:
+def test_the_page_adds_no_metric_series(embedded: Server) -> None:
     for path in FILES:
         get(embedded, address(path))
     assert not [series for series in samples(embedded.url) if "/page" in series or 'endpoint="/"' in series]
 
 
 def references(path: Path) -> Iterator[str]:
-    """Addresses of whatever the file asks a browser for."""
+    """Addresses of everything that the file makes a browser fetch."""
     for reference in re.findall(r'(?:\s(?:src|href)=|\b(?:from|import) )"([^"#]+)"', path.read_text()):
         yield "/" + reference.replace("./", "page/")
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=address)
-def test_nothing_comes_from_outside_and_nothing_is_inline(embedded: Server, path: Path) -> None:
+def test_nothing_is_loaded_from_elsewhere_and_nothing_is_inline(embedded: Server, path: Path) -> None:
     text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert not re.search(r"https?://|@import|\burl\(", text)
     assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=\"|innerHTML|eval\(", text)
@@ -102,7 +102,7 @@ def test_nothing_comes_from_outside_and_nothing_is_inline(embedded: Server, path
 
 
 def test_samples_are_the_golden_pictures() -> None:
-    """What is clicked is what the tests know the answer to."""
+    """The tests know the answers for what visitors click."""
     offered = {path.name: path.read_bytes() for path in FOLDER.glob("samples/*")}
     assert offered == {path.name: path.read_bytes() for path in IMAGES[:MOST_SAMPLES]}
 
@@ -119,7 +119,7 @@ def test_every_error_is_explained() -> None:
     assert words - codes <= OURS | {"not_found", "method_not_allowed"}
 
 
-def test_stages_are_told_in_server_timing(server: Server) -> None:
+def test_server_timing_lists_the_stages(server: Server) -> None:
     image = TYPICAL.read_bytes()
     for path, field in (("/classify", "image"), ("/classify/batch", "images")):
         reply = requests.post(f"{server.url}{path}", files={field: image}, timeout=TIMEOUT)

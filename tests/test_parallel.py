@@ -1,4 +1,4 @@
-"""Training in two processes, started by torchrun: the same run as in one."""
+"""Training in two processes under torchrun gives the same run as in one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.parallel import ALONE, Group
 from train.recipe import Recipe
 from train.runs import CHECKPOINT, RUN
 
-# --standalone: a free port, where torchrun's own default is a fixed one.
+# --standalone picks a free port; torchrun's default port is fixed.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 
 
@@ -42,7 +42,7 @@ def finish(process: subprocess.Popen[str], code: int) -> str:
     return printed + errors
 
 
-def test_processes_see_together_what_one_would_see(toy_folder: Path) -> None:
+def test_processes_together_see_what_one_would_see(toy_folder: Path) -> None:
     split, recipe = data.load(str(toy_folder)).train, Recipe(batch_size=34, corrupt=1)
     alone, *parts = (
         Augmented(split, recipe, torch.device("cpu"), group).epoch(0)
@@ -52,13 +52,13 @@ def test_processes_see_together_what_one_would_see(toy_folder: Path) -> None:
         assert {len(share.labels) for share in shares} <= {len(whole.labels) // 3, len(whole.labels) // 3 + 1}
         assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
         assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
-        # Colours are changed in floats, whose sums over a smaller batch may round otherwise.
+        # Colours are changed in floats, whose sums over a smaller batch may round differently.
         assert (torch.cat([share.views for share in shares]).int() - whole.views).abs().max() <= 1
         assert {share.size for share in shares} == {whole.size} == {len(whole.labels)}
 
 
-def test_a_share_may_have_no_image_to_zoom(toy_folder: Path) -> None:
-    """Images are zoomed by fours: of 16 in four processes, those of the first and the third."""
+def test_a_share_without_images_to_zoom_works(toy_folder: Path) -> None:
+    """Images are zoomed by fours: of 16 images in four processes, only the first and the third have some."""
     split, recipe = data.load(str(toy_folder)).train, Recipe(batch_size=16)
     alone, *parts = (
         Augmented(split, recipe, torch.device("cpu"), group).epoch(0)
@@ -77,13 +77,13 @@ def test_a_batch_too_small_for_the_processes_is_one_clear_line(toy_folder: Path)
 
 @pytest.fixture(scope="module")
 def first_steps(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
-    """What each of two processes wrote."""
+    """What each of the two processes wrote."""
     out = tmp_path_factory.mktemp("steps")
     finish(start("tests.first_step", toy_folder, out), code=0)
     return [load_file(out / f"{rank}.safetensors") for rank in range(2)]
 
 
-def test_gradients_are_those_of_one_process_and_an_overflow_is_skipped_by_all(
+def test_gradients_equal_those_of_one_process_and_all_skip_an_overflow(
     toy_folder: Path, first_steps: list[dict[str, torch.Tensor]]
 ) -> None:
     first, second = first_steps
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_one_process_and_an_overflow_is_skipped_by_all(
     torch.set_num_threads(threads)
     for name, gradient in expected.items():
         assert torch.equal(first[name], second[name])
-        # bfloat16 keeps 8 bits, and each process rounds its own part.
+        # bfloat16 has 8 bits of precision, and each process rounds its own share.
         assert float((first[name] - gradient).norm() / gradient.norm()) < 0.01, name
     for tensors in (first, second):
         assert (float(tensors["scale"]), float(tensors["moved"])) == (512, 0)
@@ -118,7 +118,7 @@ def test_two_processes_resume_after_a_kill_and_end_where_one_does(
     wait_for(process, "epoch 2 ")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)  # torchrun then ends the other
+    os.kill(int(children[1]), signal.SIGKILL)  # torchrun then ends the other one
     assert "epoch 6 " not in finish(process, code=1)
     printed = finish(start(*arguments, "--resume"), code=0)
     assert [printed.count(f"epoch {n} ") for n in (1, 2, 5, 6)] == [0, 0, 1, 1]
@@ -127,7 +127,7 @@ def test_two_processes_resume_after_a_kill_and_end_where_one_does(
     assert (two["processes"], one["processes"]) == (2, 1)
     assert [epoch["epoch"] for epoch in two["history"]] == [1, 2, 3, 4, 5, 6]
     last, expected = two["history"][-1], one["history"][-1]
-    # BatchNorm over a share's 16 images is noisier than over 32: of five seeds the loss ends 0.05 to 0.09 higher.
+    # BatchNorm is noisier over a share of 16 images than over 32: over five seeds, the loss ends 0.05 to 0.09 higher.
     assert last["loss"] == pytest.approx(expected["loss"], abs=0.12)
     assert last["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=0.1)
     assert last["val_accuracy"] == pytest.approx(expected["val_accuracy"], abs=0.1)
@@ -136,7 +136,7 @@ def test_two_processes_resume_after_a_kill_and_end_where_one_does(
 def test_interrupting_two_processes_is_one_clear_line(toy_folder: Path, tmp_path: Path) -> None:
     process = start("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *toy.RECIPE, "--epochs", 500)
     wait_for(process, "epoch 1 ")
-    process.send_signal(signal.SIGINT)  # which torchrun hands on, before a traceback of its own
+    process.send_signal(signal.SIGINT)  # torchrun passes it on, and then prints a traceback of its own
     printed = finish(process, code=1)
     assert printed.count("go on with --resume") == 1
     assert "train/fit.py" not in printed

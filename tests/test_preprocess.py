@@ -1,4 +1,4 @@
-"""Decoding against known pixels, for each kind of picture that people really send, and for bytes that are none."""
+"""Decoding compared with known pixels, for each kind of picture that people really send, and for other bytes."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def cv2_encode(suffix: str, image: NDArray[Any]) -> bytes:
 
 
 def over_white(rgb: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
-    """What is expected of transparency, in exact arithmetic; 8-bit in, 8-bit out."""
+    """Expected pixels for a transparent image, in exact arithmetic; 8 bits in, 8 bits out."""
     share = alpha[..., None] / 255
     return np.rint(rgb * share + 255 * (1 - share))
 
 
 def opened(data: bytes) -> NDArray[Any]:
-    """Pillow's idea of an opaque picture."""
+    """The pixels of an opaque picture according to Pillow."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -95,19 +95,19 @@ PALETTE = OPAQUE.quantize(16)
         ("TIFF", {"compression": "packbits"}),
     ],
 )
-def test_lossless_colour_comes_back_exactly(kind: str, options: dict[str, Any]) -> None:
+def test_lossless_colour_is_exact(kind: str, options: dict[str, Any]) -> None:
     assert_pixels(encode(OPAQUE, kind, **options), COLOUR)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}])
-def test_jpeg_agrees_with_pillow_and_with_the_picture(options: dict[str, Any]) -> None:
+def test_jpeg_agrees_with_pillow_and_the_original(options: dict[str, Any]) -> None:
     data = encode(Image.fromarray(gradient()), "JPEG", quality=95, **options)
     assert_pixels(data, opened(data), tolerance=2)
     assert_pixels(data, gradient(), tolerance=12)
 
 
 def upright_from(orientation: int, picture: Pixels) -> Pixels:
-    """The pixels that a camera held in ``orientation`` stores of ``picture`` (TIFF 6.0, tag 274)."""
+    """The pixels that a camera held in ``orientation`` stores for ``picture`` (TIFF 6.0, tag 274)."""
     return {
         1: picture,
         2: picture[:, ::-1],
@@ -131,7 +131,7 @@ def upright_from(orientation: int, picture: Pixels) -> Pixels:
         ("WEBP", True, {"lossless": True, "exact": True}, 1),
     ],
 )
-def test_every_exif_orientation_comes_upright(
+def test_every_exif_orientation_is_turned_upright(
     orientation: int, kind: str, transparent: bool, options: dict[str, Any], tolerance: int
 ) -> None:
     stored = Image.fromarray(np.ascontiguousarray(upright_from(orientation, gradient())))
@@ -149,7 +149,7 @@ def test_grayscale_becomes_three_equal_channels(kind: str) -> None:
     assert_pixels(encode(Image.fromarray(GRAY), kind), np.dstack([GRAY] * 3))
 
 
-def test_grayscale_jpeg() -> None:
+def test_grayscale_jpeg_becomes_three_equal_channels() -> None:
     data = encode(Image.fromarray(gradient()).convert("L"), "JPEG")
     assert_pixels(data, opened(data), tolerance=2)
 
@@ -168,28 +168,28 @@ def test_cmyk_tiff_agrees_with_pillow() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})], ids=str
 )
-def test_transparency_is_laid_over_white(kind: str, options: dict[str, Any]) -> None:
+def test_transparency_is_composited_over_white(kind: str, options: dict[str, Any]) -> None:
     assert_pixels(encode(CLEAR, kind, **options), over_white(COLOUR, ALPHA), tolerance=1)
 
 
-def test_gray_with_alpha_is_laid_over_white() -> None:
+def test_gray_with_alpha_is_composited_over_white() -> None:
     image = Image.merge("LA", (Image.fromarray(GRAY), Image.fromarray(ALPHA)))
     assert_pixels(encode(image, "PNG"), over_white(np.dstack([GRAY] * 3), ALPHA), tolerance=1)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF"])
-def test_palette_without_transparency(kind: str) -> None:
+def test_an_opaque_palette_is_decoded(kind: str) -> None:
     assert_pixels(encode(PALETTE, kind), np.asarray(PALETTE.convert("RGB")))
 
 
 @pytest.mark.parametrize("transparency", [2, bytes([0, 50, 255, 128, 0, 9, 255, 3])], ids=["one entry", "by entry"])
-def test_palette_png_with_transparency(transparency: int | bytes) -> None:
+def test_a_transparent_palette_png_is_composited_over_white(transparency: int | bytes) -> None:
     data = encode(PALETTE, "PNG", transparency=transparency)
     assert_pixels(data, opened_over_white(data), tolerance=1)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_png_with_one_transparent_colour(mode: str) -> None:
+def test_png_with_one_transparent_colour_is_composited_over_white(mode: str) -> None:
     image = Image.fromarray(GRAY if mode == "L" else COLOUR)
     colour = image.getpixel((3, 5))
     data = encode(image, "PNG", transparency=colour)
@@ -198,7 +198,7 @@ def test_png_with_one_transparent_colour(mode: str) -> None:
     assert_pixels(data, expected)
 
 
-def test_png_of_16_bits_of_gray_with_one_transparent_shade() -> None:
+def test_16_bit_gray_png_with_one_transparent_shade_is_composited_over_white() -> None:
     shades = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 21
     image = Image.fromarray(shades)
     assert image.mode == "I;16"
@@ -215,8 +215,8 @@ def test_gif_shows_its_first_frame_over_white() -> None:
     assert_pixels(clear, opened_over_white(clear))
 
 
-def test_a_comment_in_a_gif_is_skipped_whatever_it_says() -> None:
-    for length in range(240, 320):  # one of its blocks may be as long as the mark of an image or an extension says
+def test_gif_comments_are_skipped_whatever_they_contain() -> None:
+    for length in range(240, 320):  # the length of one of its blocks may equal the marker of an image or extension
         data = encode(PALETTE, "GIF", comment=b"," * length)
         assert read_header(data)[:3] == ("GIF", *PALETTE.size), length
 
@@ -243,13 +243,13 @@ def test_sixteen_bits_become_eight(suffix: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "group4"})], ids=str
 )
-def test_one_bit_is_black_and_white(kind: str, options: dict[str, Any]) -> None:
+def test_one_bit_images_are_black_and_white(kind: str, options: dict[str, Any]) -> None:
     bits = GRAY > 127
     assert_pixels(encode(Image.fromarray(bits), kind, **options), np.dstack([bits * 255] * 3))
 
 
-def test_two_pictures_in_one_jpeg_show_the_first() -> None:
-    """Multi-picture JPEGs are what some telephones and stereo cameras write."""
+def test_a_multi_picture_jpeg_shows_its_first_picture() -> None:
+    """Some phones and stereo cameras write JPEGs with several pictures."""
     first = Image.fromarray(gradient())
     data = encode(first, "MPO", quality=95, save_all=True, append_images=[Image.new("RGB", first.size, "red")])
     assert_pixels(data, gradient(), tolerance=12)
@@ -273,7 +273,7 @@ SAMPLES = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", SAMPLES)
-def test_truncated_images_are_errors_of_their_own(name: str) -> None:
+def test_truncated_images_raise_image_errors(name: str) -> None:
     data = SAMPLES[name]
     assert decode(data).shape == (HEIGHT, WIDTH, 3)
     for tenth in range(10):
@@ -283,7 +283,7 @@ def test_truncated_images_are_errors_of_their_own(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", SAMPLES)
-def test_damaged_images_are_pixels_or_errors_of_their_own(name: str) -> None:
+def test_damaged_images_give_pixels_or_image_errors(name: str) -> None:
     random = np.random.default_rng(3)
     for _ in range(60):
         data = bytearray(SAMPLES[name])
@@ -298,7 +298,7 @@ def test_damaged_images_are_pixels_or_errors_of_their_own(name: str) -> None:
         assert pixels.shape[2] == 3
 
 
-def test_hostile_images_leave_no_trace_on_standard_error() -> None:
+def test_hostile_images_print_nothing_to_standard_error() -> None:
     """Decoders that print would let anyone fill the log with lines that are not JSON."""
     program = (
         "import sys\n"
@@ -318,7 +318,7 @@ def test_hostile_images_leave_no_trace_on_standard_error() -> None:
     assert result.stderr == ""
 
 
-def test_a_size_beyond_the_limit_is_refused_from_the_header_alone() -> None:
+def test_an_oversized_image_is_refused_from_its_header() -> None:
     started, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TooManyPixelsError, match="60000x60000"):
         decode(png_header(60_000, 60_000))
@@ -340,7 +340,7 @@ def test_the_pixel_limit_is_exact() -> None:
         decode(data, max_pixels=HEIGHT * WIDTH - 1)
 
 
-def test_a_side_that_no_resizing_can_take_is_refused() -> None:
+def test_a_side_too_long_to_resize_is_refused() -> None:
     assert preprocess(encode(Image.new("L", (32_767, 2)), "PNG"), (32, 32)).shape == (32, 32, 3)
     with pytest.raises(TooManyPixelsError, match="32768x2"):
         preprocess(encode(Image.new("L", (32_768, 2)), "PNG"), (32, 32))
@@ -371,19 +371,19 @@ def test_other_formats_are_unsupported(data: bytes) -> None:
         decode(data)
 
 
-def test_no_bytes_are_an_error_that_says_so() -> None:
+def test_empty_input_has_its_own_error() -> None:
     with pytest.raises(ImageError, match="empty"):
         decode(b"")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_header_tells_the_size_without_decoding(kind: str) -> None:
+def test_the_header_gives_the_size_without_decoding(kind: str) -> None:
     header = read_header(encode(OPAQUE, kind))
     assert (header.format, header.width, header.height, header.has_alpha) == (kind, WIDTH, HEIGHT, False)
 
 
-def test_shrinking_averages_areas() -> None:
-    """Every other interpolation looks at a few pixels of each area, and lets the rest alias."""
+def test_shrinking_averages_over_areas() -> None:
+    """Any other interpolation samples a few pixels of each area, and aliases."""
     shrunk = resize(COLOUR, (HEIGHT // 8, WIDTH // 8))
     means = COLOUR.reshape(HEIGHT // 8, 8, WIDTH // 8, 8, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - means).max() <= 1
@@ -391,7 +391,7 @@ def test_shrinking_averages_areas() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_long_strip_is_averaged_along_and_enlarged_across(turned: bool) -> None:
-    """Of a strip of stripes no wider than a pixel nothing but their mean is left, whatever its other side needs."""
+    """Stripes one pixel wide must average out along the strip, whatever the other side needs."""
     strip = np.zeros((20, 3200, 3), np.uint8)
     strip[:, ::2] = 200
     pixels = resize(strip.transpose(1, 0, 2) if turned else strip, (32, 32))
@@ -403,12 +403,12 @@ def test_enlarging_is_cubic() -> None:
     edge = np.zeros((8, 8, 3), np.uint8)
     edge[:, 4:] = 200
     row = resize(edge, (8, 32))[4, :, 0].astype(int)
-    assert row.max() > 200  # a cubic kernel overshoots an edge; a linear one cannot
+    assert row.max() > 200  # a cubic kernel overshoots at an edge; a linear one cannot
     assert (np.diff(row[12:20]) >= 0).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 32), (32, 48), (100, 7), (HEIGHT, WIDTH), (224, 224)])
-def test_the_size_is_exactly_what_was_asked(size: tuple[int, int]) -> None:
+def test_the_result_has_exactly_the_requested_size(size: tuple[int, int]) -> None:
     pixels = preprocess(encode(OPAQUE, "PNG"), size)
     assert pixels.shape == (*size, 3)
     assert pixels.dtype == np.uint8
@@ -418,9 +418,7 @@ def test_the_size_is_exactly_what_was_asked(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(("side", "reduction"), [(32, 1), (127, 1), (128, 2), (300, 4), (512, 8), (1100, 8)])
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_looks_the_same(
-    mode: str, side: int, reduction: int
-) -> None:
+def test_a_large_jpeg_is_decoded_at_reduced_size_and_looks_the_same(mode: str, side: int, reduction: int) -> None:
     picture = Image.fromarray(gradient()).resize((side, side + 9), Image.Resampling.BICUBIC)
     data = encode(picture.convert(mode), "JPEG", quality=95)
     header = inspect(data)
@@ -430,7 +428,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_looks_the_same(
     assert np.abs(whole.astype(int) - preprocess(data, (32, 32))).max() <= 4
 
 
-def test_a_reduced_jpeg_is_turned_upright_too() -> None:
+def test_a_jpeg_decoded_at_reduced_size_is_turned_upright_too() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     picture = Image.fromarray(gradient()).resize((640, 480), Image.Resampling.BICUBIC)
@@ -439,13 +437,13 @@ def test_a_reduced_jpeg_is_turned_upright_too() -> None:
     assert np.abs(upright.astype(int) - preprocess(turned, (32, 32))).mean() < 3
 
 
-def test_other_formats_are_decoded_whole() -> None:
+def test_other_formats_are_decoded_at_full_size() -> None:
     header = inspect(encode(Image.fromarray(gradient()).resize((640, 480)), "PNG"))
     assert module._reduction(header, (32, 32)) == 1
 
 
 @pytest.mark.parametrize(("more", "is_taken"), [(20, True), (MAX_SCANS, False)])
-def test_a_jpeg_has_no_more_scans_than_a_decoder_has_time_for(more: int, is_taken: bool) -> None:
+def test_the_number_of_scans_of_a_jpeg_is_limited(more: int, is_taken: bool) -> None:
     whole = encode(OPAQUE, "JPEG", progressive=True)
     head, _, last = whole.removesuffix(b"\xff\xd9").rpartition(b"\xff\xda")
     data = head + (b"\xff\xda" + last) * (1 + more) + b"\xff\xd9"

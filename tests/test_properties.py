@@ -1,4 +1,4 @@
-"""What holds of any image, any bytes and any request; examples are drawn by hypothesis, the same ones each time."""
+"""Properties of any image, any bytes and any request; hypothesis draws the examples, the same ones each run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ some_image = st.sampled_from(sorted(IMAGES)).map(IMAGES.__getitem__)
 
 @st.composite
 def pictures(draw: st.DrawFn) -> tuple[str, Image.Image]:
-    """A format and a picture of any size, in any mode that it can hold."""
+    """A format, and a picture of any size in any mode that the format can store."""
     kind = draw(st.sampled_from(FORMATS))
     noise = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (draw(sides), draw(sides), 4), np.uint8)
     image = Image.fromarray(noise)
@@ -67,14 +67,14 @@ def pictures(draw: st.DrawFn) -> tuple[str, Image.Image]:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """An image of any kind with a piece of it cut out or overwritten."""
+    """An image of any kind with a piece cut out or overwritten."""
     data = draw(some_image)
     start = draw(st.integers(0, len(data) - 1))
     return data[:start] + draw(st.binary(max_size=40)) + data[start + draw(st.integers(0, 80)) :]
 
 
 def outcome(work: Callable[[], Any]) -> Any:
-    """What it returns, or the error of ours that it raises."""
+    """The return value of ``work``, or the error of ours that it raises."""
     try:
         return work()
     except (ImageError, ApiError) as error:
@@ -82,7 +82,7 @@ def outcome(work: Callable[[], Any]) -> Any:
 
 
 @given(pictures())
-def test_a_header_says_what_the_file_holds(picture: tuple[str, Image.Image]) -> None:
+def test_a_header_describes_what_the_file_contains(picture: tuple[str, Image.Image]) -> None:
     kind, image = picture
     data = encode(image, kind)
     header = read_header(data)
@@ -92,7 +92,7 @@ def test_a_header_says_what_the_file_holds(picture: tuple[str, Image.Image]) -> 
 
 
 @given(pictures(), st.tuples(sides, sides), sides)
-def test_every_picture_comes_at_the_size_that_is_wanted(
+def test_every_picture_is_resized_to_the_requested_size(
     picture: tuple[str, Image.Image], size: tuple[int, int], longest: int
 ) -> None:
     kind, image = picture
@@ -104,7 +104,7 @@ def test_every_picture_comes_at_the_size_that_is_wanted(
 
 
 @given(st.binary(max_size=300) | st.tuples(st.sampled_from(MAGIC), st.binary(max_size=300)).map(b"".join))
-def test_any_bytes_have_a_header_or_an_error(data: bytes) -> None:
+def test_any_bytes_give_a_header_or_an_error(data: bytes) -> None:
     header = outcome(lambda: read_header(data))
     assert str(header)
     if isinstance(header, Header):
@@ -112,7 +112,7 @@ def test_any_bytes_have_a_header_or_an_error(data: bytes) -> None:
 
 
 @given(damaged())
-def test_damaged_images_are_pixels_or_errors(data: bytes) -> None:
+def test_damaged_images_give_pixels_or_errors(data: bytes) -> None:
     pixels = outcome(lambda: render(data, inspect(data, 10_000), (8, 8)))
     if isinstance(pixels, np.ndarray):
         assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
@@ -150,7 +150,7 @@ cuts = st.lists(st.integers(0, 10**6), max_size=6)
 
 
 @given(contents, cuts, st.from_regex(r"[A-Za-z0-9'()+_,./:=?-]{1,70}", fullmatch=True))
-def test_whatever_is_in_a_form_comes_out_of_it(contents: list[bytes], cuts: list[int], boundary: str) -> None:
+def test_form_contents_round_trip(contents: list[bytes], cuts: list[int], boundary: str) -> None:
     body = form(boundary, contents)
     if any(f"--{boundary}".encode() in content for content in contents):
         return
@@ -158,7 +158,7 @@ def test_whatever_is_in_a_form_comes_out_of_it(contents: list[bytes], cuts: list
 
 
 @given(contents, cuts)
-def test_whatever_is_in_json_comes_out_of_it(contents: list[bytes], cuts: list[int]) -> None:
+def test_json_contents_round_trip(contents: list[bytes], cuts: list[int]) -> None:
     body = orjson.dumps({"images": [base64.b64encode(content).decode() for content in contents]})
     assert read("application/json", in_pieces(body, cuts)) == contents
 
@@ -177,7 +177,7 @@ json_values = st.recursive(
     | st.fixed_dictionaries({"image": json_values, "images": json_values}).map(orjson.dumps)
     | contents.map(lambda parts: form("b", parts)),
 )
-def test_any_request_is_images_or_a_documented_error(content_type: str, body: bytes) -> None:
+def test_any_request_gives_images_or_a_documented_error(content_type: str, body: bytes) -> None:
     for reader in (read_image, read_images):
         found = outcome(lambda reader=reader: asyncio.run(reader(request(content_type, [body]), LIMITS)))
         if isinstance(found, ApiError):
@@ -188,7 +188,7 @@ def test_any_request_is_images_or_a_documented_error(content_type: str, body: by
 
 
 @given(st.dictionaries(st.sampled_from(["prediction_set", "abstain_below", "abstain_foreign"]) | st.text(), st.text()))
-def test_any_query_is_options_or_a_400(query: dict[str, str]) -> None:
+def test_any_query_gives_options_or_a_400(query: dict[str, str]) -> None:
     encoded = urlencode(query, errors="surrogatepass").encode()
     options = outcome(lambda: read_options(request("", [], encoded)))
     if isinstance(options, ApiError):
@@ -214,5 +214,5 @@ def test_any_request_id_is_harmless(sent: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(IMAGES))
 def test_every_seed_is_a_valid_image(name: str) -> None:
-    """Else what is made from it would be refused for the wrong reason."""
+    """Otherwise what is made from it would be refused for the wrong reason."""
     assert preprocess(IMAGES[name], (8, 8)).shape == (8, 8, 3)

@@ -1,4 +1,4 @@
-"""The model card tells what was measured, all of it, and nothing else."""
+"""The model card reports everything that was measured, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FOREIGN = {
 
 @pytest.fixture(scope="module")
 def artifact(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A measured copy of the toy artifact."""
+    """A copy of the toy artifact with measured figures."""
     path = shutil.copytree(toy_artifact.path, tmp_path_factory.mktemp("report") / "first")
     folder = toy_artifact.path.parent / "folder"
     toy.run("train.evaluate", path, folder, "--runtime", ONNX, "--runtime", ONNX_INT8)
@@ -51,7 +51,7 @@ def with_metrics(artifact: Artifact, path: Path, **metrics: Any) -> Artifact:
     return seal(path, {**artifact.card, "metrics": {**artifact.card["metrics"], **metrics}})
 
 
-def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+def test_the_page_contains_the_figures_of_the_card(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
     toy.run("train.report", artifact.path, folder, "--out", tmp_path / "docs" / "card.md", "--data", "Drawn, CC0.")
     page = (tmp_path / "docs" / "card.md").read_text()
     metrics = artifact.card["metrics"]
@@ -79,8 +79,8 @@ def test_the_page_holds_the_figures_of_the_card(artifact: Artifact, folder: Path
         assert absent not in page
 
 
-def test_readme_and_model_card_are_of_the_shipped_model() -> None:
-    """`make adopt` writes both; the page is of a single data set."""
+def test_readme_and_model_card_describe_the_shipped_models() -> None:
+    """`make adopt` writes both; a page covers one data set."""
     shipped = readme.shipped()
     assert readme.section(*shipped) in readme.README.read_text()
     page = (toy.ROOT / "docs/model-card.md").read_text()
@@ -90,7 +90,7 @@ def test_readme_and_model_card_are_of_the_shipped_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["dog", "a dog's", "50% dog", 'dog, "brown"; or \\black'])
-def test_the_example_of_the_readme_works_whatever_a_class_is_called(
+def test_the_readmes_example_works_whatever_a_class_is_called(
     name: str, toy_artifact: Artifact, embedded: Server, tmp_path: Path
 ) -> None:
     pictures = tmp_path / readme.PICTURES
@@ -105,7 +105,7 @@ def test_the_example_of_the_readme_works_whatever_a_class_is_called(
     assert toy_artifact.config.classes[told["predicted_class"]] == told["class_name"]
 
 
-def test_the_readme_gets_example_and_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_and_section_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_another, text = tmp_path / "README.md", readme.README.read_text()
     for pattern in (readme.EXAMPLE, readme.SECTION):
         assert pattern.search(text)
@@ -122,7 +122,7 @@ def test_the_readme_gets_example_and_section(tmp_path: Path, monkeypatch: pytest
         readme.main()
 
 
-def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_artifact: Artifact) -> None:
+def test_a_section_reports_what_was_measured_and_no_more(artifact: Artifact, toy_artifact: Artifact) -> None:
     told = readme.section(artifact)
     figures, test = artifact.card["metrics"][ONNX_INT8], artifact.card["training"]["images"]["test"]
     assert f" | {figures['accuracy']:.2%} ({figures['accuracy_95'][0]:.2%} to " in told
@@ -131,7 +131,7 @@ def test_a_section_tells_what_was_measured_and_no_more(artifact: Artifact, toy_a
     assert readme.section(toy_artifact).splitlines()[-4].endswith(" | - | - | - | - | - |")
 
 
-def test_models_beside_each_other_tell_what_was_not_measured(
+def test_missing_figures_leave_empty_cells_beside_other_models(
     artifact: Artifact, toy_artifact: Artifact, tmp_path: Path
 ) -> None:
     few = seal(shutil.copytree(artifact.path, tmp_path / "few"), {**artifact.card, "metrics": {}})
@@ -145,7 +145,7 @@ def test_models_beside_each_other_tell_what_was_not_measured(
 
 
 @pytest.mark.filterwarnings("error")
-def test_classes_in_letters_that_the_font_lacks_are_numbered(tmp_path: Path) -> None:
+def test_class_names_that_the_font_lacks_become_numbers(tmp_path: Path) -> None:
     classes = ("cat", "\u732b", "Gr\u00f6\u00dfe", "$x^$")
     assert plots.drawable(classes) == ["cat", "class 1", "Gr\u00f6\u00dfe", r"\$x^\$"]
     plots.save(plots.confusion(np.eye(4, dtype=int).tolist(), classes), tmp_path / "confusion.png")
@@ -154,13 +154,15 @@ def test_classes_in_letters_that_the_font_lacks_are_numbered(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("source", "told"), [("cifar10-jpeg.tar.gz", True), ("cifar10", True), ("cifar100", False)])
-def test_the_origin_of_the_data_is_told_by_its_whole_name(artifact: Artifact, source: str, told: bool) -> None:
+def test_the_origin_of_the_data_is_recognised_by_its_full_name_only(
+    artifact: Artifact, source: str, told: bool
+) -> None:
     training = {**artifact.card["training"], "source": source}
     about = about_data(dataclasses.replace(artifact, card={**artifact.card, "training": training}), "")
     assert ("Tiny Images" in about) is told
 
 
-def test_the_device_of_a_speed_is_told() -> None:
+def test_speeds_name_their_device() -> None:
     gpu = {"images_per_s": 90000, "batch": 8, "gpu": "NVIDIA H200"}
     assert sections.rate(gpu) == "90000 (NVIDIA H200)"
     assert sections.speed({"speed": gpu}) == "; the speed is of batches of 8 on NVIDIA H200"
@@ -169,7 +171,7 @@ def test_the_device_of_a_speed_is_told() -> None:
     assert sections.speed({"speed": cpu}) == "; the speed is of batches of 8 on one core, EPYC"
 
 
-def test_only_models_of_the_same_data_share_a_page(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+def test_only_models_trained_on_the_same_data_share_a_page(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
     path = shutil.copytree(artifact.path, tmp_path / "other")
     other = seal(path, {**artifact.card, "training": {**artifact.card["training"], "data_sha256": "0" * 64}})
     printed = toy.run("train.report", artifact.path, path, folder, "--out", tmp_path / "card.md")
@@ -181,7 +183,7 @@ def test_only_models_of_the_same_data_share_a_page(artifact: Artifact, folder: P
     assert "not the data of the training" in printed
 
 
-def test_every_picture_is_there_small_and_an_image(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
+def test_every_linked_picture_exists_and_is_small(artifact: Artifact, folder: Path, tmp_path: Path) -> None:
     toy.run("train.report", artifact.path, folder, "--out", tmp_path / "card.md")
     linked = set(re.findall(r"!\[.+\]\((.+)\)", (tmp_path / "card.md").read_text()))
     assert {"images/toy-reliability.png", "images/toy-confusion.png", "images/toy-corruptions.png"} <= linked
@@ -207,7 +209,7 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     page = (tmp_path / "card.md").read_text()
     assert "| noise | 500 | 0.870 | 10.4% |" in page
     assert page.index("## Accuracy against speed") < page.index("## fast") < page.index("## accurate")
-    # The same twice says together what each of them says, in twice the time.
+    # Two copies of one model: the same accuracy, at twice the time per image.
     figures = artifact.card["metrics"][ONNX_INT8]
     rate = round(1 / (2 / figures["speed"]["images_per_s"]))
     assert f"| fast and accurate (speed derived) | {figures['accuracy']:.2%} | {rate} |" in page
@@ -235,8 +237,8 @@ def test_confused_pairs_are_the_largest_off_the_diagonal() -> None:
     ]
 
 
-def test_the_weakest_class_is_told_alike_in_the_table_and_under_limits(artifact: Artifact, tmp_path: Path) -> None:
-    """641 of 800 are 80.125 %, which rounded twice are 80.13 %."""
+def test_the_weakest_class_has_the_same_figure_in_table_and_limits(artifact: Artifact, tmp_path: Path) -> None:
+    """641 of 800 is 80.125 %, which becomes 80.13 % if rounded twice."""
     figures = {**artifact.card["metrics"][ONNX_INT8], "confusion": [[641, 159, 0], [0, 800, 0], [0, 0, 800]]}
     figures["per_class"] = dict.fromkeys(toy.CLASSES, 1.0) | {toy.CLASSES[0]: 0.8013}
     told = with_metrics(artifact, tmp_path / "it", **{ONNX_INT8: figures})
@@ -244,7 +246,7 @@ def test_the_weakest_class_is_told_alike_in_the_table_and_under_limits(artifact:
     assert f"| {toy.CLASSES[0]} | 80.12% |" in sections.per_class(figures)
 
 
-def test_foreign_images_are_told_by_kind_and_what_few_validation_images_do_not_allow(
+def test_foreign_images_are_reported_by_kind_with_a_warning_if_validation_images_are_few(
     artifact: Artifact, tmp_path: Path
 ) -> None:
     told = sections.foreign(with_metrics(artifact, tmp_path / "it", foreign=FOREIGN))

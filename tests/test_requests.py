@@ -1,4 +1,4 @@
-"""The three request forms, parsed without a server: a request is an ASGI scope and a list of body chunks."""
+"""The three request forms, parsed without a server: a request is an ASGI scope plus a list of body chunks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JSON = "application/json"
 
 
 def request(content_type: str | bytes | None, chunks: bytes | Sequence[bytes], **headers: str) -> Request:
-    """A request as the server would hand it over; ``headers`` with underscores for hyphens."""
+    """A request as the server would pass it on; ``headers`` are spelled with underscores instead of hyphens."""
     chunks = [chunks] if isinstance(chunks, bytes) else list(chunks)
     pairs = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
     if content_type is not None:
@@ -54,7 +54,7 @@ def part(name: str, content: bytes, filename: str | None = "x.jpg") -> bytes:
 
 
 END = f"--{BOUNDARY}--\r\n".encode()
-# Everything that could be mistaken for structure: line ends, dashes, pieces of the boundary, NUL and high bytes.
+# Everything that could be mistaken for structure: line breaks, dashes, pieces of the boundary, NUL and high bytes.
 CONTENT = b"\r\n--b0und\r\n--\x00\xff\r\r\n\n--b0undarx" + bytes(range(256)) + b"\r\n"
 
 
@@ -68,7 +68,7 @@ def test_a_form_field_is_the_image() -> None:
     assert one(f'Multipart/Form-Data; charset=utf-8; boundary="{BOUNDARY}"', part("image", CONTENT) + END) == CONTENT
 
 
-def test_text_fields_around_the_file_do_not_matter() -> None:
+def test_text_fields_around_the_file_are_ignored() -> None:
     body = (
         part("note", b"image", None) + part("empty", b"", None) + part("image", CONTENT) + part("z", b"1", None) + END
     )
@@ -169,20 +169,20 @@ def test_malformed_requests_are_400(content_type: str, body: bytes) -> None:
     assert refused(content_type, body) == INVALID
 
 
-def test_a_file_name_in_whatever_encoding_does_not_matter() -> None:
+def test_a_file_name_may_have_any_encoding() -> None:
     named = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="images"; filename="'.encode()
     body = part("images", b"one") + named + b'\xdcbung.jpg"\r\n\r\n' + b"two\r\n" + part("images", b"three") + END
     assert many(FORM, body) == [b"one", b"two", b"three"]
 
 
-def test_what_is_said_of_a_malformed_form_holds_nothing_of_it() -> None:
+def test_errors_about_malformed_forms_do_not_quote_them() -> None:
     with pytest.raises(ApiError, match=r"^the form is malformed: [A-Za-z ]+$") as error:
         one(FORM, f"--{BOUNDARY}\r\nno colon, but a secret\r\n\r\nimage".encode() + END)
     assert "secret" not in error.value.message
 
 
-def test_others_have_their_turn_while_a_large_batch_is_read() -> None:
-    """Base64 of 48 MB takes a quarter of a second, in which the worker would answer nobody."""
+def test_reading_a_large_batch_lets_other_tasks_run() -> None:
+    """Decoding 48 MB of base64 takes a quarter of a second, during which the worker would answer nobody."""
     body = json.dumps({"images": [base64.b64encode(bytes(2**20)).decode()] * 48}).encode()
     large = Settings(max_body_bytes=2**27, max_image_bytes=2**21, max_request_images=48, max_queue=48)
     turns = 0
@@ -227,7 +227,7 @@ def test_other_content_types_are_415(content_type: str | None) -> None:
     assert refused(content_type, b"x", batch=True) == UNSUPPORTED
 
 
-def test_a_raw_image_is_no_batch() -> None:
+def test_a_raw_image_is_not_accepted_as_a_batch() -> None:
     assert refused("image/jpeg", b"x", batch=True) == UNSUPPORTED
 
 
@@ -237,7 +237,7 @@ def test_compressed_bodies_are_415(encoding: str) -> None:
 
 
 class Endless:
-    """A body that counts how much of it was asked for, and has no end."""
+    """An endless body that counts how much of it was requested."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -249,7 +249,7 @@ class Endless:
 
 @pytest.mark.parametrize("value", ["[]", "{}", '{"":1}', "1", '""'])
 @pytest.mark.parametrize("batch", [False, True])
-def test_json_of_many_values_is_refused_before_they_are_objects(value: str, batch: bool) -> None:
+def test_json_with_many_values_is_refused_before_objects_are_created(value: str, batch: bool) -> None:
     body = f'{{"image": "", "images": [{",".join([value] * 110_000)}]}}'.encode()
     tracemalloc.start()
     assert refused(JSON, body, batch) == TOO_LARGE
@@ -258,8 +258,8 @@ def test_json_of_many_values_is_refused_before_they_are_objects(value: str, batc
     assert most < 50_000
 
 
-def test_white_space_in_base64_takes_no_memory_of_its_own() -> None:
-    """A string for each of millions of pieces would take twenty times the body."""
+def test_white_space_in_base64_takes_no_extra_memory() -> None:
+    """One string per piece, for millions of pieces, would take twenty times the memory of the body."""
     text = "AAAA " * 100_000
     tracemalloc.start()
     assert len(_base64(text)) == 300_000
@@ -278,7 +278,7 @@ def test_reading_stops_at_the_limit(content_type: str, limit: int) -> None:
     assert body.read <= limit + 1000
 
 
-def test_an_announced_length_beyond_the_limit_is_refused_unread() -> None:
+def test_an_announced_length_over_the_limit_is_refused_unread() -> None:
     body = Endless()
     headers = [(b"content-type", b"image/png"), (b"content-length", b"4097")]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
@@ -289,7 +289,7 @@ def test_an_announced_length_beyond_the_limit_is_refused_unread() -> None:
 
 
 @pytest.mark.parametrize("length", ["0", "1", "-1", "", "x", "1e9", "4096", " 12", "+5", "\u00b2", "0x10"])
-def test_a_length_that_lies_changes_nothing(length: str) -> None:
+def test_a_false_content_length_changes_nothing(length: str) -> None:
     assert one("image/png", b"abc", content_length=length) == b"abc"
     assert refused("image/png", b"x" * 4097, content_length=length) == TOO_LARGE
 
@@ -298,7 +298,7 @@ def test_an_absurd_length_is_refused() -> None:
     assert refused("image/png", b"abc", content_length="9" * 5000) == TOO_LARGE
 
 
-def test_a_caller_that_hangs_up_is_no_fault_of_the_server() -> None:
+def test_a_caller_that_hangs_up_is_not_a_server_error() -> None:
     messages: list[Message] = [
         {"type": "http.request", "body": b"half of", "more_body": True},
         {"type": "http.disconnect"},
@@ -330,17 +330,17 @@ def test_too_many_images_are_413() -> None:
     assert refused(JSON, json.dumps({"images": ["aGk="] * 9}).encode(), batch=True) == TOO_LARGE
 
 
-def test_too_many_parts_are_413_whatever_they_are_called() -> None:
+def test_too_many_parts_are_413_whatever_their_names() -> None:
     assert refused(FORM, part("n", b"", None) * 200 + part("image", b"x") + END) == TOO_LARGE
     assert refused(FORM, part("n", b"", None) * 200 + END, batch=True) == TOO_LARGE
 
 
-def test_a_part_header_without_end_is_413() -> None:
+def test_an_endless_part_header_is_413() -> None:
     huge = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; x="'.encode() + b"y" * 15_000
     assert refused(FORM, huge + b'"\r\n\r\nx\r\n' + END) == TOO_LARGE
 
 
-def test_one_bad_image_does_not_spoil_the_batch() -> None:
+def test_one_bad_image_does_not_affect_the_batch() -> None:
     large = encoded(b"x" * 4097)
     images = many(JSON, json.dumps({"images": ["aGk=", "!", None, large, "http://127.0.0.1/", "aG8="]}).encode())
     assert [image if isinstance(image, bytes) else (int(image.status), image.code) for image in images] == [
@@ -399,8 +399,8 @@ TYPES = [
 ]
 
 
-def test_no_bytes_whatever_are_anything_but_an_api_error() -> None:
-    """Random structure from real tokens: plain random bytes would never get past the first one."""
+def test_arbitrary_bytes_raise_nothing_but_api_errors() -> None:
+    """Random structure from real tokens: purely random bytes would never get past the first one."""
     generator = random.Random(20)
     answered = 0
     refusals: list[int] = []

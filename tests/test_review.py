@@ -1,4 +1,4 @@
-"""The store of images to be looked at again: what gets in, and that its caps hold."""
+"""The store of images for human review: what is kept, and that its limits hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests import toy
 from tests.live import encode, environment, picture, serve
 
 PAIR = 2 * BLOCK
-"""What a small image and its line take."""
+"""Disk space of a small image and its line."""
 ABOUT = {"request_id": "r", "key": "alice", "model": "toy:1"}
 
 
@@ -54,18 +54,18 @@ def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def offer(kept: Review, *seeds: int) -> None:
-    """Images one after the other, each when the thread has taken the one before."""
+    """Offer images one by one, each once the thread has taken the previous one."""
     for seed in seeds:
         wait(kept._waiting.empty)
         kept.offer(encode(picture(seed)), unsure(), ABOUT)
     wait(kept._waiting.empty)
 
 
-def test_an_image_is_kept_as_sent_with_what_was_said_of_it(tmp_path: Path) -> None:
+def test_an_image_is_kept_as_sent_with_its_verdict(tmp_path: Path) -> None:
     kept = store(tmp_path)
     data = encode(picture())
     kept.offer(data, unsure(), ABOUT)
-    kept.offer(data, unsure(), ABOUT)  # once is enough
+    kept.offer(data, unsure(), ABOUT)  # kept once, not twice
     name = hashlib.sha256(data).hexdigest()
     wait(lambda: (tmp_path / f"{name}.json").exists())
     wait(kept._waiting.empty)
@@ -78,7 +78,7 @@ def test_an_image_is_kept_as_sent_with_what_was_said_of_it(tmp_path: Path) -> No
     assert int((tmp_path / LEDGER).read_text()) == size(tmp_path) == PAIR
 
 
-def test_only_a_share_of_the_unsure_ones_is_taken(tmp_path: Path) -> None:
+def test_only_the_configured_share_of_uncertain_images_is_kept(tmp_path: Path) -> None:
     kept = store(tmp_path, review_share=0.5, review_below=0.6)
     kept._waiting.maxsize = 10_000
     kept._keep = lambda candidate: taken.append(candidate)  # type: ignore[method-assign]
@@ -93,7 +93,7 @@ def test_only_a_share_of_the_unsure_ones_is_taken(tmp_path: Path) -> None:
     assert 400 < len(taken) < 600
 
 
-def test_the_oldest_give_way_when_the_size_is_reached(tmp_path: Path) -> None:
+def test_the_oldest_images_are_deleted_when_the_store_is_full(tmp_path: Path) -> None:
     kept = store(tmp_path, review_bytes=2**20)
     room = 2**20 // PAIR
     offer(kept, *range(room))
@@ -109,7 +109,7 @@ def test_the_oldest_give_way_when_the_size_is_reached(tmp_path: Path) -> None:
     assert int((tmp_path / LEDGER).read_text()) == size(tmp_path) <= 2**20
 
 
-def test_one_that_is_large_for_the_store_makes_room_for_itself(tmp_path: Path) -> None:
+def test_a_large_image_makes_room_for_itself(tmp_path: Path) -> None:
     kept = store(tmp_path, review_bytes=2**20)
     for seed in range(12):
         data = encode(picture(seed)) + bytes(180_000)
@@ -118,7 +118,7 @@ def test_one_that_is_large_for_the_store_makes_room_for_itself(tmp_path: Path) -
         assert size(tmp_path) <= 2**20
 
 
-def test_the_size_holds_over_all_that_share_the_directory(tmp_path: Path) -> None:
+def test_the_size_limit_holds_for_all_processes_that_share_the_directory(tmp_path: Path) -> None:
     stores = [store(tmp_path, review_bytes=2**20) for _ in range(3)]
     largest = 0
     threads = [
@@ -136,7 +136,7 @@ def test_the_size_holds_over_all_that_share_the_directory(tmp_path: Path) -> Non
     assert {path.stem for path in images(tmp_path)} == {path.stem for path in tmp_path.glob("*.json")}
 
 
-def test_an_image_larger_than_the_store_takes_no_other_with_it(tmp_path: Path) -> None:
+def test_an_image_larger_than_the_store_displaces_no_other(tmp_path: Path) -> None:
     kept = store(tmp_path, review_bytes=2**20)
     offer(kept, 1)
     kept.offer(encode(picture(0, 700, 700), "BMP"), unsure(), ABOUT)
@@ -145,7 +145,7 @@ def test_an_image_larger_than_the_store_takes_no_other_with_it(tmp_path: Path) -
     assert not list(tmp_path.glob("*.bmp"))
 
 
-def test_images_grow_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_deleted_when_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(review, "SWEEP_SECONDS", 0.2)
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "README").touch()
@@ -163,8 +163,8 @@ def test_images_grow_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "README").exists(), "it is not ours"
 
 
-def test_a_disk_that_takes_nothing_leaves_nothing_half_and_is_said_once(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk: a write stops half-way with an error of the system."""
+def test_a_full_disk_leaves_no_partial_files_and_is_logged_once(tmp_path: Path) -> None:
+    """A limit on file size stands in for a full disk: a write stops half-way with an operating system error."""
     program = f"""
 import resource, time
 from tests.test_review import *
@@ -186,7 +186,7 @@ wait(lambda: len(list(directory.glob("*.json"))) == 1)
     assert result.stderr.count("images for review are not kept") == 1
 
 
-def test_a_disk_that_takes_nothing_leaves_what_is_known_of_it(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_damage_the_ledger(tmp_path: Path) -> None:
     program = f"""
 import resource, time
 from tests.test_review import *
@@ -206,11 +206,11 @@ assert (directory / LEDGER).read_text() == before != "", before
     assert result.returncode == 0, result.stderr
 
 
-def test_what_waits_in_memory_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_waiting_in_memory_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = store(tmp_path)
     wait((tmp_path / LEDGER).exists)
     with (tmp_path / LEDGER).open("a+") as ledger, caplog.at_level(logging.ERROR):
-        review.fcntl.flock(ledger, review.fcntl.LOCK_EX)  # the disk hangs
+        review.fcntl.flock(ledger, review.fcntl.LOCK_EX)  # as if the disk hung
         for seed in range(100):
             kept.offer(encode(picture(seed)), unsure(), ABOUT)
         assert kept._waiting.qsize() == review.WAITING_IMAGES
@@ -219,7 +219,7 @@ def test_what_waits_in_memory_is_bounded(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_the_server_keeps_images_when_asked_and_only_then(tmp_path: Path, on: bool) -> None:
+def test_the_server_keeps_images_only_when_asked_to(tmp_path: Path, on: bool) -> None:
     directory = tmp_path / "review"
     asking = {"REVIEW_DIRECTORY": directory} if on else {}
     sent = [encode(picture(seed)) for seed in range(4)]

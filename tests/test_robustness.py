@@ -1,4 +1,4 @@
-"""Corruptions and photographs: what they do to images, and that the figures are of what was measured."""
+"""Corruptions and photographs: their effect on images, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROWING = (
     *("defocus_blur", "motion_blur", "zoom_blur", "gaussian_blur"),
     *("snow", "fog", "brightness", "contrast", "jpeg_compression"),
 )
-"""Those whose published parameters do more to the pixels at every severity."""
+"""Corruptions whose published parameters change the pixels more at every severity."""
 
 
 def draw(count: int) -> Split:
@@ -47,14 +47,14 @@ def test_every_corruption_changes_images_of_any_shape(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GROWING)
-def test_what_is_published_as_growing_grows(name: str) -> None:
+def test_corruptions_grow_with_severity_where_published_so(name: str) -> None:
     changes = [change(draw(60).images, name, severity) for severity in SEVERITIES]
     assert all(later > 0.97 * earlier for earlier, later in pairwise(changes))
     assert changes[-1] > 1.1 * changes[0]
 
 
 class Remembers:
-    """Knows the images that it was shown, and takes every other for the first class."""
+    """Returns the labels of images it has seen, and the first class for any other."""
 
     name = "remembers"
 
@@ -63,20 +63,20 @@ class Remembers:
 
     def __call__(self, images: Pixels) -> Outputs:
         verdicts = [self.known.get(image.tobytes(), 0) for image in images]
-        return np.eye(4, dtype=np.float32)[verdicts]  # the last column is none of the three classes
+        return np.eye(4, dtype=np.float32)[verdicts]  # the last column is not a class
 
     def evidence(self, images: Pixels) -> Outputs:
         raise NotImplementedError
 
 
-def test_the_figures_are_means_with_intervals_over_images() -> None:
+def test_figures_are_means_with_intervals_over_images() -> None:
     split = draw(12)
     figures = robustness(Remembers(split), split)
     assert (figures["runtime"], figures["images"]) == ("remembers", 12)
-    # Wilson's interval: 12 of 12 are no proof that none is ever wrong.
+    # Wilson's interval: 12 of 12 do not prove that no error ever occurs.
     assert figures["clean"] == {"accuracy": 1.0, "accuracy_95": [round(12 / (12 + 1.959964**2), 4), 1.0]}
-    # A third is right by chance. Each image is always right or always wrong, so that the many corruptions of it count
-    # no more than one: the interval is that of 12 observations.
+    # A third is right by chance. Each image is always right or always wrong, so its many corruptions count as a single
+    # observation: the interval is that of 12.
     assert figures["corruptions"]["contrast"]["by_severity"] == [0.3333] * 5
     assert figures["families"]["noise"]["accuracy"] == pytest.approx(1 / 3, abs=1e-4)
     half = 1.96 * (1 / 3 * 2 / 3 / 11) ** 0.5
@@ -86,11 +86,11 @@ def test_the_figures_are_means_with_intervals_over_images() -> None:
     assert {name for name, c in CORRUPTIONS.items() if c.extra} == {"speckle_noise", "gaussian_blur", "saturate"}
 
 
-def test_who_gets_every_corrupted_image_right_may_still_get_the_next_one_wrong() -> None:
+def test_all_right_still_gives_an_interval_below_one() -> None:
     assert _mean(np.ones((5, 18))) == {"accuracy": 1.0, "accuracy_95": [round(18 / (18 + 1.959964**2), 4), 1.0]}
 
 
-def test_the_sample_is_stratified_and_always_the_same() -> None:
+def test_the_sample_is_stratified_and_reproducible() -> None:
     split = draw(60)
     assert np.bincount(sample(split, 15).labels).tolist() == [5, 5, 5]
     assert (sample(split, 15).images == sample(split, 15).images).all()
@@ -99,7 +99,7 @@ def test_the_sample_is_stratified_and_always_the_same() -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Large pictures of two classes, others, and one broken file."""
+    """Large pictures of two classes, pictures of another folder, and one broken file."""
     rng = np.random.default_rng(3)
     for name in ("disc", "frame", "foreign"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -110,7 +110,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_photographs_count_by_class_and_others_are_left_out(photos: Path, toy_artifact: Artifact) -> None:
+def test_photographs_are_counted_by_class_and_other_folders_left_out(photos: Path, toy_artifact: Artifact) -> None:
     figures = photographs(create(ONNX_INT8, toy_artifact), toy_artifact, photos)
     assert (figures["images"], figures["unreadable"], figures["of_other_folders"]) == (8, 1, 4)
     assert {name: of_one["images"] for name, of_one in figures["per_class"].items()} == {"disc": 4, "frame": 4}
@@ -118,7 +118,7 @@ def test_photographs_count_by_class_and_others_are_left_out(photos: Path, toy_ar
     assert figures["accuracy"] >= 0.5
 
 
-def test_the_command_writes_what_it_prints_beside_other_figures(
+def test_the_command_stores_what_it_prints_beside_other_figures(
     photos: Path, toy_artifact: Artifact, tmp_path: Path
 ) -> None:
     path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own: the same pixels, and what becomes of an image that its decoder does not survive."""
+"""Decoding in a process of its own gives the same pixels, and survives images that kill their decoder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def faulty() -> Iterator[Sandbox]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_same_pixels_as_without_it(sandbox: Sandbox, kind: str) -> None:
+def test_pixels_are_the_same_as_without_the_sandbox(sandbox: Sandbox, kind: str) -> None:
     data = encode(picture(1, 300, 200), kind)
     np.testing.assert_array_equal(sandbox.render(data, SIZE), preprocess(data, SIZE))
     np.testing.assert_array_equal(sandbox.shrink(data, 100), shrink(data, read_header(data), 100))
@@ -78,7 +78,7 @@ def test_a_shrunk_image_keeps_its_proportions(sandbox: Sandbox) -> None:
         (b"hello, world", UnsupportedFormatError),
     ],
 )
-def test_the_same_errors_as_without_it(sandbox: Sandbox, data: bytes, error: type[ImageError]) -> None:
+def test_errors_are_the_same_as_without_the_sandbox(sandbox: Sandbox, data: bytes, error: type[ImageError]) -> None:
     with pytest.raises(ImageError) as contained:
         sandbox.render(data, SIZE)
     with pytest.raises(ImageError) as bare:
@@ -88,7 +88,7 @@ def test_the_same_errors_as_without_it(sandbox: Sandbox, data: bytes, error: typ
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_image_is_an_error_and_the_next_one_is_none(faulty: Sandbox, fault: bytes) -> None:
+def test_a_faulty_image_is_an_error_and_the_next_one_is_decoded(faulty: Sandbox, fault: bytes) -> None:
     for _ in range(2):
         started = time.monotonic()
         with pytest.raises(DecoderError):
@@ -97,10 +97,10 @@ def test_a_faulty_image_is_an_error_and_the_next_one_is_none(faulty: Sandbox, fa
         np.testing.assert_array_equal(faulty.render(WEBP, SIZE), preprocess(WEBP, SIZE))
 
 
-def test_killed_processes_are_replaced_and_no_image_pays_for_it() -> None:
+def test_killed_processes_are_replaced_without_failing_an_image() -> None:
     with closing(Sandbox()) as sandbox:
         sandbox.render(WEBP, SIZE)
-        for spared in (1, 0):  # the decoder alone, and the fork server with it
+        for spared in (1, 0):  # first the decoder alone, then the fork server with it
             for victim in family(sandbox._server.pid)[spared:]:
                 os.kill(victim, signal.SIGKILL)
             time.sleep(0.2)
@@ -108,7 +108,7 @@ def test_killed_processes_are_replaced_and_no_image_pays_for_it() -> None:
 
 
 @pytest.mark.parametrize("max_pixels", [MAX_PIXELS, 4 * MAX_PIXELS])
-def test_a_decoder_has_a_limit_on_its_memory_that_follows_from_the_setting(max_pixels: int) -> None:
+def test_a_decoders_memory_limit_follows_from_max_pixels(max_pixels: int) -> None:
     with closing(Sandbox(max_pixels)) as sandbox:
         sandbox.render(WEBP, SIZE)
         _, decoder = family(sandbox._server.pid)
@@ -119,8 +119,8 @@ def test_a_decoder_has_a_limit_on_its_memory_that_follows_from_the_setting(max_p
     assert limits["core file size"] == "0"
 
 
-def test_the_libraries_leave_a_decoder_its_memory_however_many_processors_there_are(sandbox: Sandbox) -> None:
-    """Each thread of OpenBLAS, one for every processor, is 90 MB of the limit; on two processors 242 MB in all."""
+def test_libraries_leave_most_of_the_memory_limit_on_any_number_of_cpus(sandbox: Sandbox) -> None:
+    """OpenBLAS would take 90 MB of the limit for each of its threads, one per CPU: 242 MB in all on two CPUs."""
     sandbox.render(WEBP, SIZE)
     _, decoder = family(sandbox._server.pid)
     (kilobytes,) = re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{decoder}/status").read_text(), re.MULTILINE)
@@ -128,7 +128,7 @@ def test_the_libraries_leave_a_decoder_its_memory_however_many_processors_there_
 
 
 @pytest.mark.parametrize(("mode", "kind", "share"), [("RGB", "PNG", 1), ("P", "GIF", 1), ("RGBA", "PNG", ALPHA_COST)])
-def test_the_largest_image_that_is_admitted_can_be_decoded(sandbox: Sandbox, mode: str, kind: str, share: int) -> None:
+def test_the_largest_admitted_image_can_be_decoded(sandbox: Sandbox, mode: str, kind: str, share: int) -> None:
     side = int((MAX_PIXELS / share) ** 0.5)
     data = encode(Image.new(mode, (side, side)), kind)
     inspect(data)
@@ -142,8 +142,8 @@ def test_a_decoder_finds_its_module_whatever_the_environment_forbids(monkeypatch
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
-def test_a_png_with_more_data_than_pixels_is_none_for_this_process(mode: str) -> None:
-    """libpng inflates all of it, 8 MB of 8 KB, while the event loop waits."""
+def test_a_png_with_more_data_than_pixels_is_not_decoded_in_this_process(mode: str) -> None:
+    """libpng inflates all of it, 8 MB from 8 KB, while the event loop waits."""
     plain = encode(picture(height=33, width=37).convert(mode))
     assert is_decoded_here(plain, read_header(plain))
     at = plain.index(b"IDAT") - 4
@@ -160,7 +160,7 @@ def test_a_png_with_more_data_than_pixels_is_none_for_this_process(mode: str) ->
 
 @pytest.fixture
 def pipeline(faulty: Sandbox) -> Pipeline:
-    """The real pipeline on the shipped model, with a decoder that can be made to fail."""
+    """The real pipeline with the shipped model, and a decoder that can be made to fail."""
     artifact = Artifact.load(SHIPPED)
     reference = artifact.reference(ONNX_INT8)
     classifier = Classifier(artifact.config, reference)
@@ -202,7 +202,7 @@ def test_one_image_among_64_that_kills_its_decoder_fails_alone(
     assert line.__dict__["sha256"] == hashlib.sha256(images[40]).hexdigest()
 
 
-def test_many_small_images_leave_the_event_loop_to_others_meanwhile(pipeline: Pipeline) -> None:
+def test_many_small_images_do_not_block_the_event_loop(pipeline: Pipeline) -> None:
     images = [encode(Image.new("RGB", (250, 250), (i, 0, 0))) for i in range(64)]
     assert all(read_header(image).is_plain and len(image) < LARGE_BYTES for image in images), "decoded in the loop"
 
@@ -230,7 +230,7 @@ def test_killed_decoders_of_a_server_are_replaced(server: Server) -> None:
     assert before
     for decoder in before:
         os.kill(decoder, signal.SIGKILL)
-    time.sleep(0.5)  # until they are dead: an image in the hands of a dying decoder would be an error
+    time.sleep(0.5)  # until they are dead: an image held by a dying decoder would fail
     assert {post() for _ in range(20)} == {200}
     assert decoders()
     assert not set(decoders()) & set(before)

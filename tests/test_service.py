@@ -1,4 +1,4 @@
-"""The real server over real HTTP; what has no reason to differ is held of both topologies."""
+"""The real server over real HTTP; tests run in both topologies unless there is a reason not to."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ from tests.live import (
 from tests.snippets import of_the_example
 
 TIMEOUT = 60
-"""Seconds; for a machine with other work. Replies take milliseconds."""
+"""Seconds; generous for a busy machine, as replies take milliseconds."""
 SAME = 1e-4
-"""Bound on the difference of probabilities of one image. Measured: none, in INT8 and FP32, for batches of 1 to 64;
-integer sums are exact in any order. What is left are the reply's six decimals, and float layers on other machines."""
+"""Maximum difference between probabilities of the same image. Measured: none, in INT8 and FP32, for batches of 1 to 64,
+because integer sums are exact in any order. It allows for the reply's six decimals and for float layers elsewhere."""
 
 ARTIFACT = Artifact.load(SHIPPED)
 CLASSIFIER = Classifier(ARTIFACT.config, ARTIFACT.reference(ONNX_INT8))
@@ -67,7 +67,7 @@ def engine() -> runtimes.Runtime:
 
 
 def predict(data: bytes) -> Prediction:
-    """What this very process says of an image."""
+    """This process's own prediction for an image."""
     pixels = preprocess(data, ARTIFACT.config.input_size)
     return CLASSIFIER(engine()(pixels[None]))[0]
 
@@ -89,7 +89,7 @@ def base64_of(data: bytes) -> str:
 
 
 def assert_says(result: dict[str, Any], data: bytes) -> None:
-    """A result for the image in ``data``: the whole contract, and the same answer as this process gives."""
+    """Check a result for the image ``data``: the whole contract, and the same answer as in this process."""
     classes = ARTIFACT.config.classes
     assert set(result) == {
         "predicted_class",
@@ -112,7 +112,7 @@ def assert_says(result: dict[str, Any], data: bytes) -> None:
 
 
 def assert_error(response: requests.Response, status: int, code: str) -> None:
-    """The one form of every error."""
+    """Check that the reply is an error in the common format."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/json"
     body = response.json()
@@ -124,7 +124,7 @@ def assert_error(response: requests.Response, status: int, code: str) -> None:
     assert body["error"]["request_id"] == response.headers["X-Request-ID"]
 
 
-# --- what is answered ---
+# --- accepted requests ---
 
 FORMS: dict[str, dict[str, Any]] = {
     "multipart": {"files": {"image": ("x.jpg", JPEG, "image/jpeg")}},
@@ -140,7 +140,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gets_the_whole_reply(server: Server, form: str) -> None:
+def test_every_request_form_gets_the_full_reply(server: Server, form: str) -> None:
     options = FORMS[form]
     if form == "chunked":
         options = {**options, "data": iter([JPEG[:100], JPEG[100:]])}
@@ -152,14 +152,14 @@ def test_every_form_gets_the_whole_reply(server: Server, form: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_every_format_is_answered(server: Server, kind: str) -> None:
+def test_every_image_format_is_accepted(server: Server, kind: str) -> None:
     data = encode(picture(3, 120, 90), kind)
     response = post_raw(server.url, data)
     assert response.status_code == 200
     assert_says(response.json(), data)
 
 
-def test_a_large_photograph_is_answered(server: Server) -> None:
+def test_a_large_photograph_is_accepted(server: Server) -> None:
     data = encode(picture(4, 2000, 3000), "JPEG", quality=90)
     assert len(data) > 100_000
     assert_says(post_raw(server.url, data).json(), data)
@@ -220,7 +220,7 @@ def test_one_bad_image_among_64_fails_alone(server: Server) -> None:
             assert_says(result, image)
 
 
-def test_a_batch_of_nothing_but_bad_images_is_answered(server: Server) -> None:
+def test_a_batch_of_only_bad_images_is_answered(server: Server) -> None:
     values = [
         "!",
         "http://127.0.0.1:9/x.png",
@@ -242,7 +242,7 @@ def test_a_batch_of_nothing_but_bad_images_is_answered(server: Server) -> None:
     ]
 
 
-def test_the_model_card_says_what_is_served(server: Server) -> None:
+def test_the_model_card_describes_the_served_model(server: Server) -> None:
     card = requests.get(f"{server.url}/model", timeout=TIMEOUT).json()
     config = ARTIFACT.config
     assert card["name"] == config.name
@@ -257,11 +257,11 @@ def test_the_model_card_says_what_is_served(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])
-def test_probes(server: Server, path: str) -> None:
+def test_health_checks_succeed(server: Server, path: str) -> None:
     assert requests.get(f"{server.url}{path}", timeout=TIMEOUT).status_code == 200
 
 
-def test_the_description_names_both_endpoints(server: Server) -> None:
+def test_the_api_description_names_both_endpoints(server: Server) -> None:
     paths = requests.get(f"{server.url}/docs.json", timeout=TIMEOUT).json()["paths"]
     for path, field in (("/classify", "image"), ("/classify/batch", "images")):
         content = paths[path]["post"]["requestBody"]["content"]
@@ -283,8 +283,8 @@ print(json.dumps([a if isinstance(a, dict) else a.model_dump() for a in answers]
 """
 
 
-def test_bentomls_own_client(server: Server, tmp_path: Path) -> None:
-    """In a process of its own, as it warns of its own deprecations and leaves a temporary folder to the collector."""
+def test_bentomls_own_client_works(server: Server, tmp_path: Path) -> None:
+    """In a process of its own, because it warns of its own deprecations and leaks a temporary folder."""
     first, second = tmp_path / "a.jpg", tmp_path / "b.png"
     first.write_bytes(JPEG)
     second.write_bytes(encode(picture(1)))
@@ -302,11 +302,11 @@ def test_bentomls_own_client(server: Server, tmp_path: Path) -> None:
     assert_says(several["results"][1], second.read_bytes())
 
 
-# --- what is refused ---
+# --- refused requests ---
 
 
 class Case(NamedTuple):
-    """A request that must be refused, and how."""
+    """A request that must be refused, with the expected error."""
 
     status: int
     code: str
@@ -323,7 +323,7 @@ def form(**parts: bytes) -> Callable[[], dict[str, Any]]:
 
 
 def pieces(size: int) -> Iterator[bytes]:
-    """A body without an announced length."""
+    """A body without an announced length, in chunks."""
     for _ in range(size // 10_000):
         yield b"x" * 10_000
 
@@ -385,14 +385,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_mistake_gets_its_own_error_and_harms_nothing(server: Server, name: str) -> None:
+def test_every_mistake_gets_its_own_error_and_does_no_harm(server: Server, name: str) -> None:
     case = CASES[name]
     assert_error(post(server.url, case.path, **case.options()), case.status, case.code)
     assert post_raw(server.url).status_code == 200
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/classify"), ("PUT", "/classify/batch"), ("POST", "/model")])
-def test_other_methods_are_405_and_name_the_right_one(server: Server, method: str, path: str) -> None:
+def test_other_methods_are_405_and_name_the_allowed_one(server: Server, method: str, path: str) -> None:
     response = requests.request(method, f"{server.url}{path}", timeout=TIMEOUT)
     assert_error(response, 405, "method_not_allowed")
     assert ("GET" if path == "/model" else "POST") in response.headers["Allow"]
@@ -418,7 +418,7 @@ def test_urls_are_refused_and_never_fetched(server: Server) -> None:
             listener.accept()
 
 
-def test_a_caller_that_hangs_up_is_no_fault_of_the_server(server: Server) -> None:
+def test_a_caller_that_hangs_up_is_not_a_server_error(server: Server) -> None:
     before = samples(server.url)
     port = int(server.url.rpartition(":")[2])
     for content_type in ("image/jpeg", "application/json", BOUNDED):
@@ -449,7 +449,7 @@ FAMILIES = {
 }
 
 
-def test_every_metric_family_is_there(server: Server) -> None:
+def test_every_metric_family_is_exposed(server: Server) -> None:
     post_raw(server.url)
     post_raw(server.url, b"no image")
     text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
@@ -486,8 +486,8 @@ def test_bentoml_counts_and_times_each_request_once(server: Server) -> None:
     assert total(after, "bentoml_service_request_in_progress", endpoint="/classify") == 0
 
 
-def test_what_may_be_counted_is_at_0_before_it_comes(server: Server) -> None:
-    """`increase()` of a counter that appears at 1 is 0, so an alert would miss the first of a kind."""
+def test_counters_are_exposed_at_0_before_their_first_event(server: Server) -> None:
+    """`increase()` of a counter that first appears at 1 is 0: an alert would miss the first event of its kind."""
     text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
     assert set(REASONS) <= set(re.findall(r'classifier_rejected_total\{reason="(\w+)"\}', text))
     assert set(re.findall(r'classifier_images_total\{class_name="([^"]+)"\}', text)) == set(ARTIFACT.config.classes)
@@ -495,7 +495,7 @@ def test_what_may_be_counted_is_at_0_before_it_comes(server: Server) -> None:
     assert set(re.findall(r"classifier_drift_images_total(\{.+?\})", text)) == set(expected)
 
 
-def test_images_are_counted_exactly_over_all_workers(server: Server) -> None:
+def test_images_are_counted_exactly_across_all_workers(server: Server) -> None:
     before = samples(server.url)
     images = [encode(picture(i)) for i in range(48)]
     verdicts = Counter(predict(image).class_name for image in images)
@@ -519,7 +519,7 @@ def test_images_are_counted_exactly_over_all_workers(server: Server) -> None:
     assert total(after, "classifier_queue_images") == 0
 
 
-def test_refusals_are_counted_by_their_reason(server: Server) -> None:
+def test_refusals_are_counted_by_reason(server: Server) -> None:
     before = samples(server.url)
     post(server.url, json={"image": 7})
     post_raw(server.url, JPEG[:-20])
@@ -532,8 +532,8 @@ def test_refusals_are_counted_by_their_reason(server: Server) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["/x", "/classify/", "/static_content/x", "/model/", "/metrics/", "//", "/%0a"])
-def test_unknown_paths_make_no_new_series(server: Server, prefix: str) -> None:
-    """Whoever scans for paths must not be able to fill the memory of the server and of Prometheus."""
+def test_unknown_paths_create_no_metric_series(server: Server, prefix: str) -> None:
+    """Otherwise a scan of paths could fill the memory of the server and of Prometheus."""
     requests.get(f"{server.url}{prefix}first", timeout=TIMEOUT)
     before = set(samples(server.url))
     for i in range(5):
@@ -542,7 +542,7 @@ def test_unknown_paths_make_no_new_series(server: Server, prefix: str) -> None:
     assert set(samples(server.url)) - before == set()
 
 
-def test_no_process_loads_torch_or_much_memory(server: Server) -> None:
+def test_no_process_loads_torch_or_uses_much_memory(server: Server) -> None:
     post_raw(server.url)
     family = processes(server.home)
     assert len(family) >= 1 + 2 + (server.topology == "runner")
@@ -556,8 +556,8 @@ def test_no_process_loads_torch_or_much_memory(server: Server) -> None:
         assert int(resident[1]) < 300_000, pid
 
 
-def test_connections_that_come_at_once_are_shared_among_the_workers(server: Server) -> None:
-    """Each keeps those that it took, so that without this a worker, and its core, may be left without any."""
+def test_simultaneous_connections_are_spread_over_the_workers(server: Server) -> None:
+    """A worker keeps the connections that it accepts: without this, one worker and its core could be left idle."""
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     rounds, together, fewest = 5, 32, 0
     for _ in range(rounds):
@@ -574,26 +574,26 @@ def test_connections_that_come_at_once_are_shared_among_the_workers(server: Serv
 
 
 def peers(pid: int) -> set[int]:
-    """The ports at the other ends of a process's connections."""
+    """Remote ports of a process's TCP connections."""
     return {one.raddr.port for one in psutil.Process(pid).net_connections("tcp4") if one.raddr}
 
 
 @pytest.mark.parametrize("topology", ["embedded", "runner"])
-def test_every_worker_proves_its_engine_before_it_is_asked(topology: str, tmp_path: Path) -> None:
-    with serve(topology, tmp_path, WORKERS=3):  # asks one of them whether it is ready
+def test_every_worker_verifies_its_engine_unasked(topology: str, tmp_path: Path) -> None:
+    with serve(topology, tmp_path, WORKERS=3):  # whose readiness check asks only one of them
         await_workers(tmp_path, 3)
 
 
-def test_the_log_has_one_json_line_a_request(server: Server) -> None:
+def test_the_log_has_one_json_line_per_request(server: Server) -> None:
     sent = [f"log-test-{server.topology}-{i}" for i in range(5)]
     for request_id in sent:
         post_raw(server.url, **{"X-Request-ID": request_id})
     post_raw(server.url, b"no image", **{"X-Request-ID": f"{sent[0]}-bad"})
     time.sleep(0.5)
-    # Not ours: the first line, of the process that starts the workers, and what libpng prints of broken images.
+    # Not ours: the first line, by the process that starts the workers, and libpng's messages about broken images.
     lines = (server.home / LOG).read_text().splitlines()
     records = [json.loads(line) for line in lines if "[cli]" not in line and not line.startswith("libpng error: ")]
-    # The first request of a worker makes it prove its engine, and say so.
+    # A worker's first request makes it verify its engine and log that.
     records = [record for record in records if record["logger"] != "classifier.service"]
     for request_id in sent:
         (record,) = [r for r in records if r["request_id"] == request_id]
@@ -603,10 +603,10 @@ def test_the_log_has_one_json_line_a_request(server: Server) -> None:
     assert (bad["status"], bad["code"]) == (415, TYPE)
 
 
-# --- many at once ---
+# --- concurrency and lifecycle ---
 
 
-def test_five_hundred_requests_at_concurrency_sixteen(server: Server) -> None:
+def test_five_hundred_requests_at_concurrency_sixteen_are_answered(server: Server) -> None:
     images = [encode(picture(i), "JPEG") for i in range(20)]
     with requests.Session() as session, ThreadPoolExecutor(16) as pool:
         session.mount("http://", requests.adapters.HTTPAdapter(pool_connections=16, pool_maxsize=16))
@@ -625,7 +625,7 @@ def test_five_hundred_requests_at_concurrency_sixteen(server: Server) -> None:
         assert_says(reply.json(), images[number % 20])
 
 
-def test_overload_is_answered_429_and_passes(tmp_path: Path) -> None:
+def test_overload_is_answered_429_and_the_service_recovers(tmp_path: Path) -> None:
     images = files([encode(picture(i)) for i in range(8)])
     small = {"MAX_QUEUE": 8, "MAX_REQUEST_IMAGES": 8, "MAX_BATCH": 2}
     with serve("embedded", tmp_path, **small) as url:
@@ -649,7 +649,7 @@ def test_overload_is_answered_429_and_passes(tmp_path: Path) -> None:
         assert total(values, "classifier_batch_limit_images") == small["MAX_BATCH"]
 
 
-def test_photographs_that_would_wait_too_long_for_the_decoder_are_429_and_small_images_are_not(tmp_path: Path) -> None:
+def test_photographs_that_would_wait_too_long_are_429_while_small_images_pass(tmp_path: Path) -> None:
     photograph = encode(picture(4, 2000, 3000), "JPEG", quality=90)
     with serve("embedded", tmp_path, WORKERS=1, MAX_WAIT=0.1) as url, ThreadPoolExecutor(40) as pool:
         assert post_raw(url, photograph).status_code == 200
@@ -662,13 +662,13 @@ def test_photographs_that_would_wait_too_long_for_the_decoder_are_429_and_small_
         assert post_raw(url, photograph).status_code == 200
 
 
-def test_an_explanation_has_a_place_in_a_small_queue(tmp_path: Path) -> None:
+def test_an_explanation_fits_into_a_small_queue(tmp_path: Path) -> None:
     with serve("embedded", tmp_path, MAX_QUEUE=8, MAX_REQUEST_IMAGES=8) as url:
         assert post(url, "/explain", files={"image": JPEG}).status_code == 200
 
 
 def test_a_burst_right_after_the_start_is_answered(tmp_path: Path) -> None:
-    """Only one worker has answered the probe by then: the other must not refuse what comes while it proves itself."""
+    """Only one worker has answered the readiness check: the other must not refuse while it verifies its engine."""
     with serve("embedded", tmp_path, LOG_REQUESTS="false") as url:
         with ThreadPoolExecutor(64) as pool:
             replies = list(pool.map(lambda _: post_raw(url), range(256)))
@@ -676,7 +676,7 @@ def test_a_burst_right_after_the_start_is_answered(tmp_path: Path) -> None:
     assert "/classify" not in (tmp_path / LOG).read_text()
 
 
-def test_a_caller_may_ask_for_a_shorter_deadline(embedded: Server) -> None:
+def test_a_caller_may_request_a_shorter_deadline(embedded: Server) -> None:
     images = files([encode(picture(i, 600, 600), "JPEG") for i in range(32)])
     before = samples(embedded.url)
     assert_error(
@@ -696,7 +696,7 @@ def test_a_caller_may_ask_for_a_shorter_deadline(embedded: Server) -> None:
 
 
 def test_nothing_is_computed_for_a_client_that_hung_up(tmp_path: Path) -> None:
-    """Its request was read, and waited while the engine was busy with a large one."""
+    """Its request was read, but waited while the engine was busy with a large batch."""
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
     large = files([JPEG] * 256)
     with serve("embedded", tmp_path, WORKERS=1, MAX_BATCH=256) as url, ThreadPoolExecutor(1) as background:
@@ -757,13 +757,13 @@ def test_unusable_settings_stop_the_start_with_one_line(
 
 
 @of_the_example
-def test_pictures_of_the_tests_are_told_apart() -> None:
+def test_test_pictures_have_different_classes() -> None:
     """Otherwise comparing replies with predictions would prove little."""
     assert len({predict(encode(picture(i))).class_index for i in range(48)}) > 1
 
 
-def test_a_finished_request_leaves_nothing_behind(server: Server) -> None:
-    """Four kilobytes of each would do no harm in a test, and fill a machine in a day."""
+def test_a_finished_request_leaks_no_memory(server: Server) -> None:
+    """Four kilobytes per request would go unnoticed in a test, but fill a machine within a day."""
 
     def resident() -> int:
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in processes(server.home))
@@ -778,13 +778,13 @@ def test_a_finished_request_leaves_nothing_behind(server: Server) -> None:
         send(3000)
         return resident() - before
 
-    # At first the engines still measure their batches; what leaks, leaks every time.
+    # At first the engines still measure their batches; a leak shows up every time.
     assert any(growth() < 3000 * 1024 for _ in range(4))
 
 
 @pytest.mark.parametrize("topology", ["embedded", "runner"])
-def test_an_engine_that_answers_wrongly_is_never_ready_and_says_so_once(topology: str, tmp_path: Path) -> None:
-    """As on a processor whose arithmetic is another: here it is the reference outputs that are another's."""
+def test_an_engine_with_wrong_results_is_never_ready_and_logs_it_once(topology: str, tmp_path: Path) -> None:
+    """As on a processor that computes differently; here, the reference outputs are altered instead."""
     path = shutil.copytree(ARTIFACT.path, tmp_path / "artifact")
     for suffix in ("", QUANTISED):
         with np.load(path / REFERENCE, allow_pickle=False) as kept:

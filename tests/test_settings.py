@@ -1,4 +1,4 @@
-"""The environment, read once."""
+"""The settings, read once from the environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def nvmlInit(): pass
 def nvmlShutdown(): pass
 def nvmlDeviceGetCount(): {answer}
 """
-"""A driver as ``pynvml`` tells of it, where no torch can compute on a GPU."""
+"""A fake ``pynvml`` that reports a driver on a machine where torch cannot use the GPU."""
 
 
 def test_defaults_follow_the_hardware() -> None:
@@ -39,7 +39,7 @@ def test_an_environment_variable_sets_a_field(monkeypatch: pytest.MonkeyPatch) -
     assert (load().max_batch, load().resolved_runtime()) == (7, "onnx")
 
 
-def test_a_runtime_that_is_not_installed_is_one_line() -> None:
+def test_a_runtime_that_is_not_installed_is_one_clear_line() -> None:
     code = "import sys; sys.modules['torch'] = None; import settings; settings.load(runtime='torch')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -47,20 +47,20 @@ def test_a_runtime_that_is_not_installed_is_one_line() -> None:
 
 
 def driver(folder: Path, answer: str) -> str:
-    """A folder for ``PYTHONPATH``."""
+    """Write the fake driver and return its folder for ``PYTHONPATH``."""
     (folder / "pynvml.py").write_text(DRIVER.format(answer=answer))
     return str(folder)
 
 
 def loaded(folder: Path, code: str, answer: str = "return 1") -> subprocess.CompletedProcess[str]:
-    """``code`` after ``import settings``, on a machine with a GPU of which its torch can make nothing."""
+    """Run ``code`` after ``import settings`` on a machine whose GPU its torch cannot use."""
     env = environment(folder, PYTHONPATH=driver(folder, answer))
     del env["CUDA_VISIBLE_DEVICES"]
     command = [sys.executable, "-c", f"import settings; {code}"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_a_gpu_that_torch_cannot_use_is_told_and_the_cpu_serves(tmp_path: Path) -> None:
+def test_an_unusable_gpu_is_reported_and_the_cpu_serves(tmp_path: Path) -> None:
     done = loaded(tmp_path, "s = settings.load(); print(s.resolved_runtime(), s.resolved_topology())")
     assert done.stdout == "onnx-int8 embedded\n"
     (line,) = done.stderr.splitlines()
@@ -69,7 +69,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_the_cpu_serves(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("answer", ["return 1", "raise NVMLError('Driver/library version mismatch')"])
-def test_torch_asked_for_by_name_does_not_start_on_such_a_gpu(answer: str, tmp_path: Path) -> None:
+def test_torch_requested_by_name_does_not_start_on_an_unusable_gpu(answer: str, tmp_path: Path) -> None:
     done = loaded(tmp_path, "settings.load(runtime='torch')", answer)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
@@ -87,7 +87,7 @@ class zeros:
     def add(self, number): return self
     def cpu(self): return self
 """
-"""A torch that is too new for the second of three GPUs."""
+"""A torch too new for the second of three GPUs."""
 
 
 def test_gpus_are_used_up_to_the_first_unusable_one(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_gpus_are_used_up_to_the_first_unusable_one(tmp_path: Path) -> None:
     )
 
 
-def test_those_that_are_started_need_not_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_processes_do_not_probe_the_gpus_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PROBED, "3")
     assert cuda_devices() == 3
 
@@ -113,7 +113,7 @@ def test_those_that_are_started_need_not_try_again(monkeypatch: pytest.MonkeyPat
         ("1", {"runtime": "onnx-int8"}, SHIPPED),
     ],
 )
-def test_a_gpu_has_time_for_the_accurate_model(
+def test_the_default_on_a_gpu_is_the_accurate_model(
     gpus: str, settings: dict[str, str], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PROBED, gpus)
@@ -122,13 +122,13 @@ def test_a_gpu_has_time_for_the_accurate_model(
     assert load(**settings, model="mine:1").resolved_model() == "mine:1"
 
 
-def test_a_driver_that_does_not_answer_keeps_no_cpu_from_serving(tmp_path: Path) -> None:
+def test_a_driver_that_does_not_answer_does_not_stop_a_cpu_server(tmp_path: Path) -> None:
     path = driver(tmp_path, "raise NVMLError('Driver/library version mismatch')")
     with serve("embedded", tmp_path, PYTHONPATH=path, RUNTIME="auto", CUDA_VISIBLE_DEVICES="0", WORKERS=1):
-        pass  # it is ready
+        pass  # reached only if the server becomes ready
 
 
-def test_there_are_no_more_workers_than_processors_that_they_may_use(tmp_path: Path) -> None:
+def test_there_are_at_most_as_many_workers_as_usable_cpus(tmp_path: Path) -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import service; print(service.WORKERS)"
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path), text=True, timeout=120)
     assert printed == "1\n"
@@ -145,13 +145,13 @@ def test_there_are_no_more_workers_than_processors_that_they_may_use(tmp_path: P
         ({"smtp_host": "mail"}, "error: SMTP_HOST and SMTP_TO go together; found only one of them"),
     ],
 )
-def test_a_bad_setting_is_one_line(setting: dict[str, object], message: str) -> None:
+def test_a_bad_setting_is_one_clear_line(setting: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load(**setting)
     assert str(caught.value) == message
 
 
-def test_folders_of_what_was_sent_are_for_their_owner_alone(tmp_path: Path) -> None:
+def test_folders_with_user_data_are_only_readable_by_their_owner(tmp_path: Path) -> None:
     chosen = tmp_path / "chosen"
     chosen.mkdir()
     chosen.chmod(0o750)

@@ -1,4 +1,4 @@
-"""Several models at once, by settings alone: an ensemble, and a shadow that is never heard."""
+"""Several models at once, through settings alone: an ensemble, and a shadow whose verdicts are never returned."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.live import LOG, environment, samples, serve, total
 
 
 class Store(NamedTuple):
-    """A BentoML home with two models of the same data: a good one and one that has hardly learned."""
+    """A BentoML home with two models trained on the same data: a good one, and one that has hardly learned."""
 
     home: Path
     good: str
     poor: str
     images: list[bytes]
     temperature: float
-    """Of both as an ensemble."""
+    """Of the ensemble of both."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def probabilities(url: str, images: list[bytes]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("topology", ["embedded", "runner"])
-def test_an_ensemble_answers_with_the_calibrated_mean_and_a_shadow_is_counted(
+def test_an_ensemble_returns_the_calibrated_mean_and_its_shadow_is_counted(
     topology: str, stored: Store, tmp_path: Path
 ) -> None:
     home = shutil.copytree(stored.home, tmp_path / "home")
@@ -78,7 +78,7 @@ def test_an_ensemble_answers_with_the_calibrated_mean_and_a_shadow_is_counted(
     outcomes = {
         o: total(counted, "classifier_shadow_images_total", outcome=o) for o in ("same", "different", "dropped")
     }
-    assert sum(outcomes.values()) >= 2 * len(stored.images)  # the reference images too
+    assert sum(outcomes.values()) >= 2 * len(stored.images)  # includes the reference images
     assert outcomes["same"] > 0
     assert outcomes["different"] > 0
 
@@ -110,7 +110,7 @@ def test_an_ensemble_answers_with_the_calibrated_mean_and_a_shadow_is_counted(
         ({"MODEL": "toy", "SHADOW": SHIPPED_NAME}, "expected those of the model"),
     ],
 )
-def test_models_that_do_not_go_together_stop_the_start_with_one_line(
+def test_incompatible_models_stop_the_start_with_one_line(
     settings: dict[str, str], expected: str, stored: Store
 ) -> None:
     code = "import service"
@@ -127,7 +127,7 @@ def test_models_that_do_not_go_together_stop_the_start_with_one_line(
     assert "Traceback" not in done.stderr
 
 
-def test_the_fastest_runtime_that_is_right_is_served_and_shown(stored: Store, tmp_path: Path) -> None:
+def test_the_fastest_correct_runtime_serves_and_is_reported(stored: Store, tmp_path: Path) -> None:
     home = shutil.copytree(stored.home, tmp_path / "home")
     with serve("embedded", home, MODEL=stored.good, RUNTIME="fastest", WORKERS=2) as url:
         card = requests.get(f"{url}/model", timeout=60).json()
@@ -137,8 +137,8 @@ def test_the_fastest_runtime_that_is_right_is_served_and_shown(stored: Store, tm
     assert f'"runtime":"{card["runtime"]}"' in (home / LOG).read_text()
 
 
-def test_what_is_right_in_each_model_is_right_in_the_mean_of_them(toy_artifact: Artifact) -> None:
-    """Logits over a temperature below one, and the sums of them, differ by more than the logits themselves."""
+def test_outputs_right_in_each_model_are_right_in_their_mean(toy_artifact: Artifact) -> None:
+    """Logits divided by a temperature below one, and their sums, differ more than the logits themselves."""
     both = Ensemble([toy_artifact, toy_artifact])
     assert toy_artifact.config.temperature != 1
     outputs = toy_artifact.reference(ONNX_INT8).outputs
@@ -150,11 +150,9 @@ def test_what_is_right_in_each_model_is_right_in_the_mean_of_them(toy_artifact: 
         check(both.combine([np.roll(outputs, 1, axis=0)] * 2), reference, "onnx-int8")
 
 
-def test_a_runtime_that_is_wrong_is_never_the_fastest(toy_artifact: Artifact, tmp_path: Path) -> None:
+def test_an_incorrect_runtime_is_never_the_fastest(toy_artifact: Artifact, tmp_path: Path) -> None:
     path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
-    shutil.copyfile(
-        toy_artifact.path / "model.onnx", path / "model.int8.onnx"
-    )  # gives other outputs than its reference
+    shutil.copyfile(toy_artifact.path / "model.onnx", path / "model.int8.onnx")  # its outputs differ from its reference
     with np.load(path / "reference.npz") as arrays:
         changed = dict(arrays)
     changed["outputs_int8"] = changed["outputs_int8"] + 1

@@ -1,4 +1,4 @@
-"""What is refused by its headers alone, what the reply says, and how it is counted. Over HTTP: test_connections.py."""
+"""Refusals from the headers alone: when, with what reply, and how they are counted. Over HTTP: test_connections.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def free(count: int, ahead: int) -> None:
     pass
 
 
-def test_a_refusal_is_the_reply_that_the_application_would_have_given() -> None:
+def test_a_refusal_equals_the_reply_of_the_application() -> None:
     async def ask() -> None:
         response = LoadShedder(["/classify"], full, log_requests=False)(b"/classify?prediction_set=0.9", [REQUEST_ID])
         assert response
@@ -42,7 +42,7 @@ def test_a_refusal_is_the_reply_that_the_application_would_have_given() -> None:
     asyncio.run(ask())
 
 
-def test_each_refusal_without_an_id_has_one_of_its_own() -> None:
+def test_each_refusal_without_a_valid_id_gets_its_own() -> None:
     async def ask() -> set[Any]:
         shedder = LoadShedder(["/classify"], full, log_requests=False)
         responses = [shedder(b"/classify", [(b"x-request-id", b"no good\n")]) for _ in range(3)]
@@ -54,14 +54,14 @@ def test_each_refusal_without_an_id_has_one_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("admit", "target"), [(free, b"/classify"), (full, b"/model"), (full, b"/classify/"), (full, b"")]
 )
-def test_what_has_a_place_or_needs_none_is_admitted(admit: Any, target: bytes) -> None:
+def test_requests_with_a_free_place_or_to_other_paths_are_admitted(admit: Any, target: bytes) -> None:
     async def ask() -> Response | None:
         return LoadShedder(["/classify"], admit, log_requests=False)(target, [])
 
     assert asyncio.run(ask()) is None
 
 
-def test_of_those_that_come_at_once_as_many_are_admitted_as_have_a_place() -> None:
+def test_of_simultaneous_requests_only_as_many_are_admitted_as_fit() -> None:
     places = 3
 
     def admit(count: int, ahead: int) -> None:
@@ -79,7 +79,7 @@ def test_of_those_that_come_at_once_as_many_are_admitted_as_have_a_place() -> No
     assert asyncio.run(ask()) == [[True, True, True, False, False]] * 2
 
 
-def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
+def test_a_place_that_becomes_free_is_given_in_the_next_turn() -> None:
     waiting, asked = 1, 0
 
     def admit(count: int, ahead: int) -> None:
@@ -100,7 +100,7 @@ def test_a_place_that_has_become_free_is_given_in_the_next_turn() -> None:
     assert asked == 2, "once in each turn, in which nothing changes"
 
 
-def test_while_draining_the_application_answers_and_says_goodbye() -> None:
+def test_while_draining_the_application_answers() -> None:
     draining.started.set()
     try:
         assert LoadShedder(["/classify"], full, log_requests=False)(b"/classify", []) is None
@@ -108,7 +108,7 @@ def test_while_draining_the_application_answers_and_says_goodbye() -> None:
         draining.started.clear()
 
 
-def test_it_is_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_reports_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.shedding.SHEDDING_SECONDS", 0.05)
 
     async def ask() -> list[bool]:
@@ -122,7 +122,7 @@ def test_it_is_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPa
     assert asyncio.run(ask()) == [False, True, False]
 
 
-def test_refusals_are_counted_and_logged_in_sums(caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_are_counted_and_logged_in_aggregate(caplog: pytest.LogCaptureFixture) -> None:
     counted: list[tuple[str, int, int]] = []
     before = metrics.REJECTED.labels("overloaded")._value.get()
 

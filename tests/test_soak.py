@@ -13,7 +13,7 @@ from tests.benchmark import openloop
 def samples(
     mib: float = 0.0, descriptors: float = 0.0, outcome: str = "415", replaced: bool = False
 ) -> list[dict[str, Any]]:
-    """A hundred, with a warm-up; the first two arguments are the growth from each to the next."""
+    """A hundred samples, with a warm-up. The first two arguments are the growth from one to the next."""
     return [
         {
             "outcomes": {"200": 98, outcome if i == 70 else "400": 2},
@@ -29,7 +29,7 @@ def samples(
     ]
 
 
-def test_what_stays_flat_passes() -> None:
+def test_flat_samples_pass() -> None:
     assert list(soak.objections(samples())) == []
     assert list(soak.objections(samples(mib=0.05))) == []
 
@@ -44,13 +44,13 @@ def test_what_stays_flat_passes() -> None:
         ({"replaced": True}, "a process was replaced"),
     ],
 )
-def test_what_grows_or_fails_is_told(changed: dict[str, Any], objection: str) -> None:
+def test_growth_and_failures_are_reported(changed: dict[str, Any], objection: str) -> None:
     (found,) = soak.objections(samples(**changed))
     assert found.startswith(objection)
 
 
-def test_no_window_repeats_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens there: what counts is how many were to be sent."""
+def test_no_window_repeats_the_previous_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at that address: only the number of requests due matters."""
     monkeypatch.setattr(soak, "WINDOW_SECONDS", 1.0)
     monkeypatch.setattr(soak, "DEADLINE", 0.5)
     offered = [soak.window("http://127.0.0.1:9", 200, 0, number)["offered"] for number in (0, 1, 1)]

@@ -36,14 +36,14 @@ def figures(hits: int, count: int = IMAGES) -> dict[str, Any]:
 
 
 def variant(artifact: Artifact, path: Path, hits: int, **card: Any) -> Artifact:
-    """Another version: a copy of ``artifact`` whose card says that ``hits`` of ``IMAGES`` were right."""
+    """Another version: a copy of ``artifact`` whose card claims that ``hits`` of ``IMAGES`` were right."""
     shutil.copytree(artifact.path, path)
     metrics = {runtime: figures(hits) for runtime in ("torch", "onnx", "onnx-int8")}
     return seal(path, {**artifact.card, "metrics": metrics, **card})
 
 
 def python(home: Path, *arguments: object, cwd: Path = toy.ROOT, code: int = 0, **settings: Any) -> str:
-    """Run Python with the model store in ``home``; returns what it printed, after checking its exit status."""
+    """Run Python with the model store in ``home``, check the exit status and return the output."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -61,7 +61,7 @@ def store(home: Path, *arguments: object, code: int = 0) -> str:
 
 
 def call(home: Path, expression: str) -> str:
-    """What ``expression`` prints with ``store`` imported."""
+    """What ``expression`` evaluates to with ``store`` imported, as printed."""
     return python(home, "-c", f"from model import store; print({expression})").strip()
 
 
@@ -74,7 +74,7 @@ def versions(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def filled(versions: Versions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of both versions; not to be changed."""
+    """A store with both versions; tests must not change it."""
     home = tmp_path_factory.mktemp("filled")
     assert store(home, "import", versions["a"].path) == f"{tag(versions['a'])}\n"
     assert f"`make promote MODEL={tag(versions['b'])}`" in store(home, "import", versions["b"].path)
@@ -83,7 +83,7 @@ def filled(versions: Versions, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def home(filled: Path, tmp_path: Path) -> Path:
-    """A copy of ``filled`` of the test's own."""
+    """The test's own copy of ``filled``."""
     return shutil.copytree(filled, tmp_path / "home")
 
 
@@ -92,20 +92,20 @@ def tag(artifact: Artifact) -> str:
 
 
 def served(home: Path) -> str:
-    """The version that ``list`` marks."""
+    """The version that ``list`` marks as served."""
     (line,) = [line for line in store(home, "list").splitlines() if line.startswith("*  ")]
     return line.split()[1]
 
 
 class TestPutAndGet:
-    def test_a_version_holds_what_its_name_says(self, home: Path, versions: Versions) -> None:
+    def test_a_version_with_the_content_of_another_is_refused(self, home: Path, versions: Versions) -> None:
         a, b = (home / "models/toy" / versions[name].version for name in ("a", "b"))
         for file in versions["a"].path.iterdir():
             shutil.copyfile(a / file.name, b / file.name)
         said = python(home, "-c", f"from model import store; store.get('{tag(versions['b'])}')", code=1)
         assert f"StoreError: {tag(versions['b'])} in the model store holds {tag(versions['a'])}" in said
 
-    def test_what_is_put_comes_back_verified_with_its_metadata(
+    def test_a_stored_model_comes_back_verified_with_its_metadata(
         self, filled: Path, versions: Versions, tmp_path: Path
     ) -> None:
         home = shutil.copytree(filled, tmp_path / "home")
@@ -120,7 +120,7 @@ class TestPutAndGet:
         stored.write_bytes(stored.read_bytes()[:-1] + b"!")
         assert FILES[ONNX] in store(home, "compare", "toy", tag(versions["b"]), code=1)
 
-    def test_a_model_of_ones_own_wins_over_the_shipped_one_of_that_name(
+    def test_an_own_model_takes_precedence_over_a_shipped_one_of_the_same_name(
         self, toy_artifact: Artifact, tmp_path: Path
     ) -> None:
         copied = shutil.copytree(toy_artifact.path, tmp_path / "own")
@@ -129,14 +129,14 @@ class TestPutAndGet:
         store(tmp_path / "home", "import", copied)
         assert call(tmp_path / "home", f"store.resolve({SHIPPED_NAME!r})") == f"{SHIPPED_NAME}:{own.version}"
 
-    def test_an_unknown_model_names_what_is_there(self, tmp_path: Path) -> None:
+    def test_an_unknown_model_is_refused_with_a_list_of_the_known_ones(self, tmp_path: Path) -> None:
         expression = "store.resolve('nope:1')"
         shown = python(tmp_path, "-c", f"from model import store; {expression}", code=1)
         assert "'nope:1' is not in the model store; it holds " in shown
         for artifact in readme.shipped():
             assert f"{artifact.config.name}:{artifact.version}" in shown
 
-    def test_every_shipped_model_is_there_for_the_asking(self, tmp_path: Path) -> None:
+    def test_every_shipped_model_is_available_by_name(self, tmp_path: Path) -> None:
         for artifact in readme.shipped():
             name = artifact.config.name
             assert call(tmp_path / name, f"store.resolve({name!r})") == f"{name}:{artifact.version}"
@@ -170,13 +170,13 @@ class TestPromotions:
         refused = store(home, "promote", f"churn:{version}", "--force", code=1)
         assert refused == f"error: churn:{version} has no card.json; expected a classifier\n"
 
-    def test_a_store_without_a_history_goes_on_serving_its_newest(self, home: Path, versions: Versions) -> None:
+    def test_a_store_without_a_history_serves_its_newest_version(self, home: Path, versions: Versions) -> None:
         (home / "models" / "toy" / promotions.FILE).unlink()
         assert call(home, "store.resolve('toy')") == tag(versions["b"])
         store(home, "promote", tag(versions["a"]), "--force")
         assert tag(versions["b"]) in store(home, "rollback", "toy")
 
-    def test_a_bento_serves_the_version_that_it_was_built_with(self, home: Path, versions: Versions) -> None:
+    def test_a_bento_serves_the_version_it_was_built_with(self, home: Path, versions: Versions) -> None:
         python(home, "-m", "bentoml", "build", MODEL="toy")
         store(home, "promote", tag(versions["b"]))
         (bento,) = (path.parent for path in (home / "bentos").rglob("bento.yaml"))
@@ -188,7 +188,7 @@ class TestPromotions:
             (bento / "bento.yaml").read_text()
         )["envs"], "whoever starts an image of it need not know"
 
-    def test_a_promoted_version_that_left_the_store_is_named(self, home: Path, versions: Versions) -> None:
+    def test_a_promoted_version_missing_from_the_store_is_named(self, home: Path, versions: Versions) -> None:
         shutil.rmtree(home / "models" / "toy" / versions["a"].version)
         shown = python(home, "-c", "import service", code=1, MODEL="toy")
         assert (
@@ -199,13 +199,13 @@ class TestPromotions:
         assert tag(versions["b"]) in store(home, "promote", tag(versions["b"]))
 
     @pytest.mark.parametrize("content", ["", "[{}]", "{"])
-    def test_an_unreadable_history_is_one_line(self, content: str, home: Path) -> None:
+    def test_an_unreadable_history_is_one_clear_line(self, content: str, home: Path) -> None:
         (home / "models" / "toy" / promotions.FILE).write_text(content)
         shown = store(home, "list", code=1)
         assert shown.startswith("error: ")
         assert shown.endswith("promotions.json is not a history of promotions\n")
 
-    def test_rollbacks_go_further_back_and_promotions_forward(self, tmp_path: Path) -> None:
+    def test_rollbacks_step_back_and_promotions_go_forward_from_there(self, tmp_path: Path) -> None:
         for step in ("a", "b", "c", None, None, "d"):
             before = promotions.stack(promotions.read(tmp_path))
             if step is None:
@@ -220,7 +220,7 @@ class TestPromotions:
         assert promotions.stack(history) == ["a", "d"]
         assert [path.name for path in tmp_path.iterdir()] == [promotions.FILE]
 
-    def test_a_server_serves_the_promoted_version_from_its_next_start(self, home: Path, versions: Versions) -> None:
+    def test_a_server_serves_a_promoted_version_from_its_next_start(self, home: Path, versions: Versions) -> None:
         a, b = tag(versions["a"]), tag(versions["b"])
         with serve("embedded", home, MODEL="toy", WORKERS=1) as url:
             store(home, "promote", b)
@@ -231,7 +231,7 @@ class TestPromotions:
         with serve("embedded", home, MODEL="toy", WORKERS=1) as url:
             assert f"toy:{version_of(url)}" == a
 
-    def test_a_version_that_leaves_the_store_goes_on_being_served(self, home: Path, versions: Versions) -> None:
+    def test_deleting_a_version_does_not_affect_the_server_that_runs_it(self, home: Path, versions: Versions) -> None:
         a = tag(versions["a"])
         with serve("embedded", home, MODEL=a, WORKERS=1) as url:
             shutil.rmtree(home / "models" / a.replace(":", "/"))
@@ -257,7 +257,7 @@ def other_classes(artifact: Artifact, path: Path) -> Artifact:
 
 
 def wrong_reference(artifact: Artifact, path: Path) -> Artifact:
-    """Sealed, so that every hash is right, with reference images that are not those of the reference outputs."""
+    """Sealed, so that every hash is right, but its reference images do not match the reference outputs."""
     variant(artifact, path, 950)
     full, quantised = (artifact.reference(runtime) for runtime in (ONNX, ONNX_INT8))
     save_reference(path, full._replace(images=255 - full.images), quantised)
@@ -280,7 +280,7 @@ def no_graph(artifact: Artifact, path: Path) -> Artifact:
         (no_graph, "it fails its verification: "),
     ],
 )
-def test_what_speaks_against_a_promotion_stops_it_unless_forced(
+def test_objections_to_a_promotion_stop_it_unless_forced(
     make: Callable[[Artifact, Path], Artifact], reason: str, home: Path, versions: Versions, tmp_path: Path
 ) -> None:
     bad = tag(make(versions["a"], tmp_path / "bad"))
@@ -301,14 +301,14 @@ def test_what_speaks_against_a_promotion_stops_it_unless_forced(
         ("client", TYPICAL, "--local"),
     ],
 )
-def test_a_command_without_make_has_the_store_of_make_and_tells_nobody(
+def test_commands_without_make_use_makes_store_and_send_no_statistics(
     command: tuple[object, ...], tmp_path: Path
 ) -> None:
     checkout, user = tmp_path / "checkout", tmp_path / "user"
     for name in ("client", "model", "serving"):
         shutil.copytree(toy.ROOT / name, checkout / name)
     shutil.copy(toy.ROOT / "settings.py", checkout)
-    # Statistics are shown, not sent; but who sends them has an identity in the store.
+    # Usage statistics are printed instead of sent; sending would create an identity in the store.
     env = environment(tmp_path, HOME=user, __BENTOML_DEBUG_USAGE=True)
     del env["BENTOML_HOME"], env["BENTOML_DO_NOT_TRACK"]
     subprocess.run([sys.executable, "-m", *map(str, command)], cwd=checkout, env=env, check=True, timeout=300)
@@ -318,11 +318,11 @@ def test_a_command_without_make_has_the_store_of_make_and_tells_nobody(
 
 
 class TestComparison:
-    def test_the_interval_of_a_difference_is_that_of_its_publication(self) -> None:
+    def test_the_interval_of_a_difference_matches_the_publication(self) -> None:
         """56/70 against 48/80: table II of Newcombe (1998), method 10."""
         assert difference_interval(figures(48, 80), figures(56, 70)) == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
-    def test_figures_stand_side_by_side(self, filled: Path, versions: Versions) -> None:
+    def test_figures_are_compared_side_by_side(self, filled: Path, versions: Versions) -> None:
         lines = store(filled, "compare", "toy", tag(versions["b"])).splitlines()
         (accuracy,) = [line for line in lines if line.startswith("accuracy onnx-int8")]
         assert "90.00% (87.98% to 91.71%)" in accuracy
@@ -332,7 +332,7 @@ class TestComparison:
         assert any(line.startswith("model.int8.onnx") and line.endswith("+0.00 MB") for line in lines)
         assert "Both were measured on the same test images (equal data_sha256)." in lines
 
-    def test_other_data_is_said(self, home: Path, versions: Versions, tmp_path: Path) -> None:
+    def test_a_comparison_notes_different_data(self, home: Path, versions: Versions, tmp_path: Path) -> None:
         training = {**versions["a"].card["training"], "data_sha256": "0" * 64}
         other = variant(versions["a"], tmp_path / "other", 990, training=training)
         store(home, "import", other.path)

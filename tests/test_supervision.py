@@ -1,4 +1,4 @@
-"""The supervisor of the worker processes, apart from them; with them it is in test_faults.py and tests/faults."""
+"""The supervisor of the worker processes, without workers. With them: test_faults.py and tests/faults."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Slow().start()
 """
 
 
-def test_a_look_at_the_workers_during_their_start_is_no_error() -> None:
-    """In a process of its own, for BentoML warns of what it imports."""
+def test_checking_workers_during_their_start_is_no_error() -> None:
+    """In a process of its own, because importing BentoML's modules prints warnings."""
     subprocess.run((sys.executable, "-c", LOOK_IN_MID_START), cwd=REPOSITORY, check=True, timeout=120)
 
 
-def test_a_service_that_is_told_to_stop_in_mid_start_stops(tmp_path: Path) -> None:
+def test_a_service_told_to_stop_while_starting_stops(tmp_path: Path) -> None:
     with (tmp_path / LOG).open("wb") as log:
         settings = environment(tmp_path, RUNTIME="onnx-int8", WORKERS=3)
         server = subprocess.Popen(command(free_port()), cwd=REPOSITORY, env=settings, stdout=log, stderr=log)
@@ -56,12 +56,12 @@ def test_a_service_that_is_told_to_stop_in_mid_start_stops(tmp_path: Path) -> No
     assert "Traceback" not in (tmp_path / LOG).read_text()
 
 
-def test_a_server_that_is_killed_leaves_no_worker_behind(tmp_path: Path) -> None:
+def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{(port := free_port())}"
     settings = environment(tmp_path, RUNTIME="onnx-int8", WORKERS=2, TOPOLOGY="runner")
     with running(command(port), settings, tmp_path / LOG, lambda: is_ready(url), stop=signal.SIGKILL) as server:
         assert len(family(server.pid)) > 3
-    # Whatever had outlived it would be an error by now.
+    # Any surviving process would have been an error by now.
 
 
 def test_a_server_stops_with_its_terminal_but_not_under_nohup(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_port_that_needs_root_is_one_clear_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_one_clear_line_and_nothing_to_the_server_there(tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_clear_line_and_does_not_disturb_its_server(tmp_path: Path) -> None:
     with serve("embedded", tmp_path, WORKERS=1) as url:
         port = int(url.rpartition(":")[2])
         before = samples(url)

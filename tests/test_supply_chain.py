@@ -1,4 +1,4 @@
-"""What is installed is what was locked, what is known to be wrong with it is told, and nothing unpickles."""
+"""What is installed is what was locked, known vulnerabilities are reported, and nothing unpickles."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def test_every_requirement_is_pinned_with_hashes_and_names_no_host(name: str) ->
     assert "--index" not in text
 
 
-def test_images_hold_nothing_that_the_audit_does_not_see() -> None:
+def test_images_contain_nothing_that_the_audit_does_not_see() -> None:
     pins = [set(re.findall(r"^[\w.-]+==\S+", (ROOT / name).read_text(), re.MULTILINE)) for name in LOCKED]
     assert pins[1] <= pins[2] <= pins[0]
 
 
 def test_an_altered_package_is_not_installed(tmp_path: Path) -> None:
-    """By pip and by uv, which builds the image; the file is refused for its hash alone."""
+    """By pip and by uv, which builds the image. The file is refused only because of its hash."""
     with zipfile.ZipFile(tmp_path / "probe-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("probe-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1.0\n")
         wheel.writestr("probe-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("probe-1.0.dist-info/RECORD", "")
     file = tmp_path / "requirements.txt"
-    file.write_text(f"probe==1.0 --hash=sha256:{'0' * 64}\nprobe==1.0\n")  # BentoML repeats its own without a hash
+    file.write_text(f"probe==1.0 --hash=sha256:{'0' * 64}\nprobe==1.0\n")  # BentoML repeats itself without a hash
     offline = ("--no-index", "--find-links", tmp_path, "--target", tmp_path / "out", "--requirement", file)
     for installer in (("-m", "uv", "pip"), ("-m", "pip")):
         done = subprocess.run((sys.executable, *installer, "install", *offline), capture_output=True, text=True)
@@ -79,7 +79,7 @@ def test_an_excuse_expires_and_needs_a_reason(tmp_path: Path) -> None:
     audit.excuses(audit.EXCUSES)
 
 
-def test_the_scan_of_an_image_knows_the_excuses(tmp_path: Path) -> None:
+def test_the_image_scan_uses_the_same_excuses(tmp_path: Path) -> None:
     assert audit.options({"CVE-1": date(2026, 11, 21), "CVE-2": TODAY}, TODAY) == ["--ignore-vuln", "CVE-1"]
     for name, script in {
         "docker": "exit 0",
@@ -94,7 +94,7 @@ def test_the_scan_of_an_image_knows_the_excuses(tmp_path: Path) -> None:
     assert (tmp_path / "asked").read_text().split()[-2:] == ["--ignore-vuln", "CVE-1"]
 
 
-def test_no_verdict_is_no_acquittal(tmp_path: Path) -> None:
+def test_a_failed_audit_does_not_pass(tmp_path: Path) -> None:
     unknown = {"dependencies": [{"name": "six", "skip_reason": "six was not found"}]}
     with pytest.raises(audit.NoVerdictError, match="1 of 1 packages: six was not found"):
         list(audit.objections(unknown, {}, TODAY))
@@ -107,7 +107,7 @@ def _written(file: Path, text: str) -> Path:
     return file
 
 
-def test_the_parts_list_names_packages_and_models() -> None:
+def test_the_parts_list_contains_packages_and_models() -> None:
     done = subprocess.run([sys.executable, "-c", sbom.INVENTORY], capture_output=True, text=True, check=True)
     inventory = json.loads(done.stdout)
     inventory["models"] = {"toy 1234": {"config.json": "0" * 64}}
@@ -124,7 +124,7 @@ def test_the_parts_list_names_packages_and_models() -> None:
 UNSAFE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
-def test_no_module_of_ours_that_serves_imports_a_pickle() -> None:
+def test_no_serving_module_of_ours_imports_pickle() -> None:
     files = [
         ROOT / "service.py",
         ROOT / "settings.py",
@@ -142,7 +142,7 @@ def test_no_module_of_ours_that_serves_imports_a_pickle() -> None:
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -152,7 +152,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("path", ["/classify", "/classify/batch", "/explain", "/infer"])
-def test_a_pickle_from_outside_is_refused_unopened(server: Server, path: str, tmp_path: Path) -> None:
+def test_a_pickle_from_outside_is_refused_without_unpickling(server: Server, path: str, tmp_path: Path) -> None:
     import pickle
 
     sprung = tmp_path / "sprung"
@@ -166,8 +166,8 @@ def test_a_pickle_from_outside_is_refused_unopened(server: Server, path: str, tm
     assert sprung.exists(), "the trap itself works"
 
 
-def test_the_runner_listens_where_no_other_user_can_reach_it(runner: Server) -> None:
-    """It trusts what its workers send: both are one user's, and so is the folder of their socket."""
+def test_the_runner_listens_where_no_other_user_can_connect(runner: Server) -> None:
+    """It trusts what its workers send: they run as the same user, who owns the folder of their socket."""
     inodes = {
         link.readlink().name.removeprefix("socket:[").rstrip("]")
         for pid in processes(runner.home)
@@ -181,8 +181,8 @@ def test_the_runner_listens_where_no_other_user_can_reach_it(runner: Server) -> 
         assert path.parent.stat().st_mode & 0o077 == 0, path
 
 
-def test_no_process_listens_on_more_than_the_port(server: Server) -> None:
-    """BentoML's supervisor would: on two more, by which any local user might command it."""
+def test_no_process_listens_on_any_other_port(server: Server) -> None:
+    """BentoML's supervisor would listen on two more, through which any local user could control it."""
     inodes = {str(link.readlink()) for pid in family(processes(server.home)[0]) for link in _descriptors(pid)}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     ports = {int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}

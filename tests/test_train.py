@@ -1,4 +1,4 @@
-"""Training on a folder of other classes, from data to an artifact, by the commands a user types."""
+"""Training on a folder with other classes, from data to artifact, through the commands that users type."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from train.runs import CHECKPOINT, RUN, Trained, read_record, read_weights, writ
 from train.strips import WIDEST_MAP, StripConv2d, use_strips
 
 DOT = encode(Image.new("RGB", (1, 1)))
-"""The smallest image; what comes behind it makes it another file."""
+"""The smallest image; bytes appended to it make it a different file."""
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +67,23 @@ def loaded(toy_folder: Path) -> data.Data:
 
 
 class TestData:
-    def test_a_flat_folder_is_split_by_class_and_never_twice(self, loaded: data.Data) -> None:
+    def test_a_flat_folder_is_split_within_each_class_without_overlap(self, loaded: data.Data) -> None:
         assert loaded.classes == toy.CLASSES
         assert loaded.input_size == (toy.SIDE, toy.SIDE)
-        # About a tenth, and about a twentieth of the rest, of 80.
+        # About a tenth of the 80 images, and about a twentieth of the rest.
         for split, least, most in ((loaded.test, 4, 14), (loaded.val, 1, 9), (loaded.train, 60, 74)):
             counts = np.bincount(split.labels)
             assert least <= counts.min() <= counts.max() <= most
         everything = np.concatenate([loaded.train.images, loaded.val.images, loaded.test.images])
         assert len({image.tobytes() for image in everything}) == 240
 
-    def test_a_folder_that_has_grown_or_was_renamed_keeps_its_splits(
+    def test_a_folder_that_grew_or_was_renamed_keeps_its_splits(
         self, loaded: data.Data, toy_folder: Path, tmp_path: Path
     ) -> None:
         grown = shutil.copytree(toy_folder, tmp_path / "flowers")
         toy.make_folder(tmp_path / "more", per_class=60, seed=1)
         for path in (tmp_path / "more").rglob("*.png"):
-            path.rename(grown / path.parent.name / f"0-{path.name}")  # before all others of its class
+            path.rename(grown / path.parent.name / f"0-{path.name}")  # sorts before all others of its class
         (grown / "disc").rename(grown / "zebra")
         (grown / "zebra" / "007.png").rename(grown / "zebra" / "another.png")
         found = data.load(str(grown))
@@ -91,8 +91,8 @@ class TestData:
         for name in ("train", "val", "test"):
             assert set(getattr(loaded, name).digests) <= set(getattr(found, name).digests), name
 
-    def test_more_files_make_no_training_image_a_held_out_one(self) -> None:
-        """Nor does a class without a low digest, of which the lowest is held out."""
+    def test_adding_files_moves_no_training_image_into_a_held_out_split(self) -> None:
+        """Not even in a class without any low digest, of which the image with the lowest is held out."""
         lone = 0
         for start in range(0, 2000, 50):
             names = [f"a/{i}" for i in range(start, start + 50)]
@@ -105,15 +105,15 @@ class TestData:
         assert lone
 
     @pytest.mark.parametrize("count", [3, 4, 5])
-    def test_a_class_of_few_images_has_one_in_each_split(self, count: int) -> None:
+    def test_a_class_with_few_images_has_one_in_each_split(self, count: int) -> None:
         for start in range(0, 60_000, count):
             files = {f"a/{i}": DOT + i.to_bytes(2) for i in range(start, start + count)}
             arranged = data._arrange("", files)
             assert all(arranged[:3])
             assert sorted(arranged.train + arranged.val + arranged.test) == sorted(files)
 
-    def test_the_validation_images_of_the_shipped_models_are_the_same_as_ever(self) -> None:
-        """Drawn by position from 5,000 training images of each class: the models have trained on all others."""
+    def test_the_validation_images_of_the_shipped_models_never_change(self) -> None:
+        """Drawn by position from 5,000 training images per class: the models were trained on all the others."""
         files = {
             f"{split}/{name}/{i:04}": b"" for split in ("train", "test") for name in range(10) for i in range(5000)
         }
@@ -137,7 +137,7 @@ class TestData:
         first = preprocess((toy_folder / "disc" / "007.png").read_bytes(), split.input_size, MAX_PIXELS)
         assert any((image == first).all() for image in split.test.images)
 
-    def test_statistics_and_hash_come_from_the_pixels(self, loaded: data.Data) -> None:
+    def test_statistics_and_hash_depend_on_the_pixels(self, loaded: data.Data) -> None:
         mean, std = loaded.channel_statistics()
         pixels = loaded.train.images.reshape(-1, 3).astype(float)
         assert np.allclose(mean, pixels.mean(0), atol=0.001)
@@ -148,24 +148,24 @@ class TestData:
         assert replace(loaded, train=replace(loaded.train, images=images)).sha256() != loaded.sha256()
 
     @pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAINING", "Valid", "Testing")])
-    def test_splits_are_told_by_their_names_in_capitals_too(
+    def test_split_names_are_recognised_in_any_case(
         self, toy_folder: Path, tmp_path: Path, names: tuple[str, ...]
     ) -> None:
-        """As a flat folder most of the given test images would be training images."""
+        """Taken for a flat folder, most of the given test images would become training images."""
         for name in names:
             shutil.copytree(toy_folder, tmp_path / name)
         found = data.load(str(tmp_path))
         for name, split in zip(names, (found.train, found.val, found.test), strict=True):
             assert {path.split("/")[0] for path in split.names} == {name}
 
-    def test_an_empty_folder_is_told(self, toy_folder: Path, tmp_path: Path) -> None:
+    def test_an_empty_folder_is_reported(self, toy_folder: Path, tmp_path: Path) -> None:
         shutil.copytree(toy_folder, tmp_path / "images")
         (tmp_path / "images" / "lost").mkdir()
         found = data.load(str(tmp_path / "images"))
         assert "lost: an empty folder" in found.skipped
         assert "lost" not in found.classes
 
-    def test_images_beside_the_splits_are_told(self, toy_folder: Path, tmp_path: Path) -> None:
+    def test_images_outside_the_splits_classes_are_reported(self, toy_folder: Path, tmp_path: Path) -> None:
         for name in ("train", "test", "dev"):
             shutil.copytree(toy_folder, tmp_path / name)
         shutil.copytree(toy_folder / "disc", tmp_path / "train" / "disc" / "from phone")
@@ -174,17 +174,17 @@ class TestData:
         assert told == {*(f"dev/{name}" for name in toy.CLASSES), "train/disc/from phone"}
 
     @pytest.mark.parametrize("name", ["test", "Validation"])
-    def test_a_split_beside_images_that_are_of_none_is_refused(
+    def test_a_split_beside_images_outside_any_split_is_refused(
         self, toy_folder: Path, tmp_path: Path, name: str
     ) -> None:
-        """As one folder of classes most of its images would be training images."""
+        """Taken for one folder of classes, most of its images would become training images."""
         shutil.copytree(toy_folder, tmp_path / "training_set")
         shutil.copytree(toy_folder, tmp_path / name)
         with pytest.raises(data.DataError, match=f"found {data.SPLITS[name.lower()]}/ but no train/; expected both"):
             data.load(str(tmp_path))
 
-    def test_what_is_no_image_takes_no_place_of_one(self, tmp_path: Path) -> None:
-        """It could be the only test image of a small class, by its digest."""
+    def test_a_file_that_is_no_image_takes_no_images_place(self, tmp_path: Path) -> None:
+        """By its digest, it could be the only test image of a small class."""
         toy.make_folder(tmp_path / "shapes", per_class=6)
         for number in range(20):
             (tmp_path / "shapes" / "disc" / "Thumbs.db").write_text(f"thumbs {number}")
@@ -202,7 +202,7 @@ class TestData:
         assert (len(found.train), len(found.val), len(found.test)) == (192, 24, 24)
         assert {name.split("/")[0] for name in found.val.names} == {"val"}
 
-    def test_linked_folders_are_classes_too_and_a_circle_ends(
+    def test_linked_folders_are_classes_and_cyclic_links_end(
         self, loaded: data.Data, toy_folder: Path, tmp_path: Path
     ) -> None:
         for name in toy.CLASSES:
@@ -211,7 +211,7 @@ class TestData:
         (tmp_path / "disc-and-more" / "back").symlink_to(tmp_path)
         assert data.load(str(tmp_path)).sha256() == loaded.sha256()
 
-    def test_links_between_neighbours_end(self, tmp_path: Path) -> None:
+    def test_links_between_sibling_folders_end(self, tmp_path: Path) -> None:
         for name, other in (("rose", "tulip"), ("tulip", "rose")):
             (tmp_path / name).mkdir()
             (tmp_path / name / "1.png").write_bytes(b"")
@@ -223,8 +223,8 @@ class TestData:
             "tulip/related/1.png",
         ]
 
-    def test_a_folder_is_not_held_in_memory(self, tmp_path: Path) -> None:
-        """What is written after the folder was looked through is what is read."""
+    def test_a_folders_files_are_read_only_when_needed(self, tmp_path: Path) -> None:
+        """A file rewritten after the folder was listed is read with its new content."""
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "1").write_bytes(b"first")
         files = data.read_files(tmp_path)
@@ -234,13 +234,13 @@ class TestData:
         with pytest.raises(data.DataError, match=r"a/1: No such file or directory; expected a file"):
             files["a/1"]
 
-    def test_a_class_whose_name_is_no_text_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
+    def test_a_class_name_that_is_not_utf8_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
         source = shutil.copytree(toy_folder, tmp_path / "source")
         (source / "disc").rename(source / os.fsdecode(b"caf\xe9"))
         with pytest.raises(data.DataError, match=r"the folder 'caf\\udce9'; expected a name in UTF-8"):
             data.load(str(source))
 
-    def test_a_channel_without_contrast_divides_by_no_zero(self) -> None:
+    def test_a_constant_channel_does_not_divide_by_zero(self) -> None:
         images = np.zeros((4, 8, 8, 3), np.uint8)
         images[..., 0] = np.arange(8) * 30
         split = data.Split(images, np.zeros(4, np.int64))
@@ -252,7 +252,7 @@ class TestData:
         ("source", "expected"),
         [("nowhere", "expected a folder, a tar archive or 'cifar10'"), ("one", "expected at least two folders")],
     )
-    def test_a_useless_source_is_one_clear_line(self, source: str, expected: str, tmp_path: Path) -> None:
+    def test_an_unusable_source_is_one_clear_line(self, source: str, expected: str, tmp_path: Path) -> None:
         (tmp_path / "one" / "only").mkdir(parents=True)
         (tmp_path / "one" / "only" / "a.png").write_bytes(b"")
         printed = toy.run("train.fit", tmp_path / source, "--name", "x", "--out", tmp_path / "run", code=1)
@@ -271,7 +271,7 @@ class TestData:
         assert done.stderr.startswith("error: cifar10: cannot be downloaded")
         assert "Traceback" not in done.stderr
 
-    def test_a_folder_that_only_looks_like_a_class_is_refused(self, tmp_path: Path) -> None:
+    def test_a_folder_without_images_inside_a_class_is_refused(self, tmp_path: Path) -> None:
         toy.make_folder(tmp_path / "flowers", per_class=12)
         (tmp_path / "flowers" / "disc" / "LICENSE").mkdir()
         (tmp_path / "flowers" / "disc" / "LICENSE" / "text.txt").write_text("free")
@@ -279,7 +279,7 @@ class TestData:
             data.load(str(tmp_path / "flowers"))
 
     @pytest.mark.parametrize(("split", "told"), [("test", "test"), ("val", "validation")])
-    def test_a_class_that_could_not_be_judged_is_refused(self, tmp_path: Path, split: str, told: str) -> None:
+    def test_a_class_without_test_or_validation_images_is_refused(self, tmp_path: Path, split: str, told: str) -> None:
         for name in ("train", "val", "test"):
             toy.make_folder(tmp_path / name, per_class=6)
         shutil.rmtree(tmp_path / split / "frame")
@@ -317,15 +317,15 @@ class TestData:
             with pytest.raises(data.DataError, match=f"/archive: .*{error}.*; expected a folder, a tar archive"):
                 data.load(str(tmp_path / "archive"))
 
-    def test_a_file_that_cannot_be_read_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
+    def test_an_unreadable_file_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
         source = shutil.copytree(toy_folder, tmp_path / "source")
-        (source / "disc" / "more.png").symlink_to("/proc/self/mem")  # a file, but whoever reads it
+        (source / "disc" / "more.png").symlink_to("/proc/self/mem")  # looks like a file, but cannot be read
         with pytest.raises(data.DataError, match=r"disc/more.png: Input/output error; expected a file that can be"):
             data.load(str(source))
 
 
 class TestAugmentation:
-    def test_the_flip_alternates_and_epochs_repeat_exactly(self, loaded: data.Data) -> None:
+    def test_flips_alternate_and_epochs_repeat_exactly(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=16, translate=0, cutout=0, zoom=1, low_res=0)
         batches = Augmented(loaded.train, recipe, torch.device("cpu"))
 
@@ -346,7 +346,7 @@ class TestAugmentation:
         batches = Augmented(loaded.train, recipe.model_copy(update={"flip": 0}), torch.device("cpu"))
         assert not any(by_image(epoch)[image] for epoch in (0, 1) for image in by_image(epoch))
 
-    def test_translation_reflects_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
+    def test_translation_reflects_at_the_border_and_cutout_blanks_a_square(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=len(loaded.train), translate=0.25, cutout=0.25, zoom=1, low_res=0)
         (batch,) = Augmented(loaded.train, recipe, torch.device("cpu")).epoch(0)
         originals = {pixel.tobytes() for pixel in loaded.train.images.reshape(-1, 3)}
@@ -354,7 +354,7 @@ class TestAugmentation:
         assert 0 < np.mean(blanked) <= 36
         assert max(blanked) <= 36
 
-    def test_zoom_scales_every_other_image_about_its_centre(self, loaded: data.Data) -> None:
+    def test_zoom_scales_half_of_the_images_about_their_centre(self, loaded: data.Data) -> None:
         recipe = Recipe(batch_size=len(loaded.train), translate=0, cutout=0, zoom=1.5, low_res=0)
         plain, zoomed = (
             next(iter(Augmented(loaded.train, r, torch.device("cpu")).epoch(0))).views.numpy()
@@ -367,13 +367,13 @@ class TestAugmentation:
         moved = np.abs(plain[chosen].astype(int) - zoomed[chosen])
         assert moved[:, centre, centre].mean() < moved.mean() / 2
 
-    def test_the_first_epochs_see_smaller_images(self, loaded: data.Data) -> None:
+    def test_the_first_epochs_use_smaller_images(self, loaded: data.Data) -> None:
         batches = Augmented(loaded.train, Recipe(epochs=4, low_res=0.5), torch.device("cpu"))
         sides = [next(iter(batches.epoch(epoch))).views.shape[1:] for epoch in range(4)]
         assert sides == [(18, 18, 3)] * 2 + [(24, 24, 3)] * 2
 
-    def test_corruption_changes_three_of_four_views_and_no_image(self, loaded: data.Data) -> None:
-        count = 204  # no more, for hardly any noise is drawn for one of those behind
+    def test_corruption_changes_three_of_four_views_but_no_clean_image(self, loaded: data.Data) -> None:
+        count = 204  # excludes an image for which hardly any noise is drawn
         split = data.Split(loaded.train.images[:count], loaded.train.labels[:count])
         recipe = Recipe(batch_size=count, translate=0, cutout=0, zoom=1, low_res=0)
         plain, corrupted = (
@@ -398,23 +398,23 @@ class TestAugmentation:
     ("images", "side", "size"),
     [(47_500, 32, 512), (47_500, 64, 512), (5_000, 64, 250), (50_000, 224, 41), (204, 32, 16), (30, 224, 16)],
 )
-def test_batches_are_small_where_images_are_few_or_large(images: int, side: int, size: int) -> None:
+def test_batches_shrink_with_few_or_large_images(images: int, side: int, size: int) -> None:
     assert choose_batch_size(images, (side, side)) == size
 
 
-def test_no_batch_is_larger_than_asked_for(loaded: data.Data) -> None:
+def test_batches_are_no_larger_than_requested(loaded: data.Data) -> None:
     count = len(loaded.train)
     batches = Augmented(loaded.train, Recipe(batch_size=120), torch.device("cpu"))
     assert [batch.size for batch in batches.epoch(0)] == [math.ceil(count / 2), count // 2]
 
 
-def test_half_precision_only_where_the_processor_has_it() -> None:
+def test_half_precision_is_used_only_where_the_cpu_supports_it() -> None:
     instructions = re.findall(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
     assert precision.compute_dtype(torch.device("cpu")) is (torch.bfloat16 if instructions else torch.float32)
     assert precision.compute_dtype(torch.device("cuda")) is torch.float16
 
 
-def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
+def test_muon_steps_are_orthogonal_and_preserve_weight_norms() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(8, 36)
     unchanged = matrix.clone()
@@ -438,7 +438,7 @@ def test_muon_steps_are_orthogonal_and_keep_the_length_of_weights() -> None:
 
 @pytest.mark.parametrize("side", [2, 7, 8, 9])
 @pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
-def test_small_maps_in_strips_give_the_same_results_and_gradients(side: int, halves: bool) -> None:
+def test_convolving_small_maps_in_strips_gives_the_same_results_and_gradients(side: int, halves: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 8, 3, padding=1, bias=False)
     strips = nn.Sequential(plain)
@@ -459,11 +459,11 @@ def test_small_maps_in_strips_give_the_same_results_and_gradients(side: int, hal
         plain.weight.grad = None
     for one, other in zip(*found, strict=True):
         assert one.dtype is other.dtype
-        # bfloat16 has eight bits, and processors differ in when they round to them.
+        # bfloat16 has 8 bits of precision, and processors round to them at different points.
         assert float((one - other).norm() / one.norm()) < (0.02 if halves else 1e-5)
 
 
-def test_a_network_in_strips_is_the_same_network(loaded: data.Data) -> None:
+def test_strips_change_neither_a_networks_outputs_nor_its_weight_names(loaded: data.Data) -> None:
     network = ConvNet(build_config("net", loaded, Recipe(widths="4,8", depth=2))).eval()
     names, images = list(network.state_dict()), torch.from_numpy(loaded.val.images)
     before = network(images)
@@ -473,7 +473,7 @@ def test_a_network_in_strips_is_the_same_network(loaded: data.Data) -> None:
     torch.testing.assert_close(network(images), before)
 
 
-def test_a_training_computes_in_strips_where_that_pays(loaded: data.Data, toy_run: Path, tmp_path: Path) -> None:
+def test_training_uses_strips_where_they_pay(loaded: data.Data, toy_run: Path, tmp_path: Path) -> None:
     recipe = Recipe(batch_size=32, widths="8,32", depth=2)
     fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
     fit.take_teacher(Trained.read(toy_run))
@@ -483,7 +483,7 @@ def test_a_training_computes_in_strips_where_that_pays(loaded: data.Data, toy_ru
 
 
 @pytest.mark.parametrize("widths", ["", "8,", "8,-1", "eight"])
-def test_widths_that_are_no_numbers_are_one_clear_line(loaded: data.Data, widths: str) -> None:
+def test_widths_that_are_not_numbers_are_one_clear_line(loaded: data.Data, widths: str) -> None:
     with pytest.raises(data.DataError, match=f"--widths '{widths}'; expected numbers of channels"):
         build_config("toy", loaded, Recipe(widths=widths))
 
@@ -492,13 +492,13 @@ def test_widths_that_are_no_numbers_are_one_clear_line(loaded: data.Data, widths
     ("option", "value", "expected"),
     [
         ("--name", "Flowers", "--name 'Flowers': String should match pattern"),
-        ("--name", "flowers-", "--name 'flowers-': String should match pattern"),  # as the store says
+        ("--name", "flowers-", "--name 'flowers-': String should match pattern"),  # the store's own message
         ("--name", "f" * 64, f"--name '{'f' * 64}': String should match pattern"),
         ("--depth", 1, "--depth 1: Input should be greater than or equal to 2"),
         ("--size", 4, "--size 4; expected at least 6 pixels"),
     ],
 )
-def test_wrong_options_are_one_clear_line_before_the_data_is_read(
+def test_invalid_options_are_one_clear_line_before_the_data_is_read(
     option: str, value: object, expected: str, tmp_path: Path
 ) -> None:
     options = ("--name", "toy", "--out", tmp_path / "run", option, value)
@@ -524,10 +524,10 @@ def test_wrong_options_are_one_clear_line_before_the_data_is_read(
         ("lr", float("nan")),
     ],
 )
-def test_a_hyperparameter_out_of_bounds_is_one_clear_line(
+def test_an_out_of_range_hyperparameter_is_one_clear_line(
     name: str, value: float, toy_run: Path, tmp_path: Path
 ) -> None:
-    """Typed, or on record in the run that another is trained like."""
+    """Typed, or recorded in the run that --like names."""
     flag, typed = "--" + name.replace("_", "-"), ["photos", "--name", "it", "--out", "it"]
     with pytest.raises(data.DataError, match=f"^{flag} {value}: Input should be"):
         parse_arguments([*typed, flag, str(value)])
@@ -538,7 +538,7 @@ def test_a_hyperparameter_out_of_bounds_is_one_clear_line(
         parse_arguments([*typed, "--like", str(run)])
 
 
-def test_help_tells_what_each_hyperparameter_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_each_hyperparameter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     told = " ".join(capsys.readouterr().out.split())
@@ -546,7 +546,7 @@ def test_help_tells_what_each_hyperparameter_is(capsys: pytest.CaptureFixture[st
         assert f"{field.description} (default: {field.default})" in told, name
 
 
-def test_muon_keeps_its_momentum_where_it_is() -> None:
+def test_muon_updates_its_momentum_in_place() -> None:
     weight = torch.nn.Parameter(torch.ones(8, 4, 3, 3))
     optimizer = Muon([weight], lr=0.1, momentum=0.6)
     places = set()
@@ -557,13 +557,13 @@ def test_muon_keeps_its_momentum_where_it_is() -> None:
     assert len(places) == 1
 
 
-def test_the_network_follows_the_data(loaded: data.Data) -> None:
+def test_the_network_shape_follows_from_the_data(loaded: data.Data) -> None:
     config = build_config("toy", loaded, Recipe(widths="8,32"))
     assert config.classes == toy.CLASSES
-    assert config.widths == (8, 32, 32)  # 24 pixels: 12, 6, 3
+    assert config.widths == (8, 32, 32)  # 24 pixels become 12, 6, 3
 
 
-def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_same_result(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
     arguments = [toy_folder, "--name", "toy", "--out", tmp_path, *toy.RECIPE]
     process = subprocess.Popen(
         [sys.executable, "-m", "train.fit", *map(str, arguments)], cwd=toy.ROOT, stdout=subprocess.PIPE, text=True
@@ -579,11 +579,11 @@ def test_a_run_is_resumed_after_a_kill_with_the_same_result(toy_folder: Path, to
     assert [epoch["epoch"] for epoch in json.loads((tmp_path / RUN).read_text())["history"]] == [1, 2, 3, 4, 5, 6]
     resumed, whole = (load_file(run / CHECKPOINT) for run in (tmp_path, toy_run))
     assert resumed.keys() == whole.keys()
-    for name, tensor in whole.items():  # weights and momentum, to the bit
+    for name, tensor in whole.items():  # weights and momentum, bit for bit
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_a_kill_in_validation_costs_no_epoch(
+def test_a_kill_during_validation_loses_no_epoch(
     loaded: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(epochs=2, batch_size=32, widths="8,32", depth=2)
@@ -608,7 +608,7 @@ def test_a_kill_in_validation_costs_no_epoch(
             assert epoch[figure] == pytest.approx(expected[figure], abs=0.05)
 
 
-def test_large_images_are_judged_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_evaluated_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [data.batch_of((side, side), 100) for side in (24, 224, 4000)] == [100, 41, 1]
     seen: list[int] = []
     images = np.zeros((50, 224, 224, 3), np.uint8)
@@ -640,7 +640,7 @@ def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background of a shell, an interrupt is ignored unless it is made to count.
+        # Shells start background jobs with SIGINT ignored; restore its default.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
@@ -654,17 +654,17 @@ def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Pat
     assert "Traceback" not in errors
     config, network = load_run(tmp_path)
     assert config.classes == toy.CLASSES
-    assert float(network.stages[0].reduce[-2].running_mean.abs().sum()) > 0  # it has seen images
+    assert float(network.stages[0].reduce[-2].running_mean.abs().sum()) > 0  # the network has seen images
 
 
-def test_resuming_with_another_recipe_is_refused(toy_folder: Path, toy_run: Path) -> None:
+def test_resuming_with_a_different_recipe_is_refused(toy_folder: Path, toy_run: Path) -> None:
     printed = toy.run(
         "train.fit", toy_folder, "--name", "toy", "--out", toy_run, *toy.RECIPE, "--epochs", 9, "--resume", code=1
     )
     assert printed.endswith("its recipe has {'epochs': 6}; expected {'epochs': 9}\n")
 
 
-def test_resuming_under_another_name_is_refused(toy_folder: Path, toy_run: Path) -> None:
+def test_resuming_under_a_different_name_is_refused(toy_folder: Path, toy_run: Path) -> None:
     before = (toy_run / CONFIG).read_bytes()
     common = (toy_folder, "--out", toy_run, *toy.RECIPE, "--resume")
     printed = toy.run("train.fit", *common, "--name", "other", code=1)
@@ -672,8 +672,8 @@ def test_resuming_under_another_name_is_refused(toy_folder: Path, toy_run: Path)
     assert (toy_run / CONFIG).read_bytes() == before
 
 
-def test_a_student_learns_from_teachers_alone(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
-    """With no weight on the labels, which says whose verdicts it learned."""
+def test_a_student_can_learn_from_teachers_alone(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+    """With no weight on the labels, only the teacher's verdicts can have taught it."""
     recipe = ("--epochs", 8, "--batch-size", 32, "--widths", "8,16", "--depth", 2, "--distill", 1)
     common = (toy_folder, "--name", "student", *recipe)
     toy.run("train.fit", *common, "--out", tmp_path / "taught", "--teacher", toy_run)
@@ -683,8 +683,8 @@ def test_a_student_learns_from_teachers_alone(toy_folder: Path, toy_run: Path, t
     assert run["parameters"] < run["teachers"][0]["parameters"]
 
 
-def test_training_goes_on_from_an_artifact(toy_folder: Path, toy_artifact: Artifact, tmp_path: Path) -> None:
-    """One epoch of hardly any learning keeps what the artifact knew."""
+def test_training_can_start_from_an_artifact(toy_folder: Path, toy_artifact: Artifact, tmp_path: Path) -> None:
+    """One epoch at a tiny learning rate keeps what the artifact knew."""
     common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
     calm = ("--epochs", 1, "--lr", 1e-6, "--muon-lr", 1e-6, "--low-res", 0)
     toy.run("train.fit", *common, *calm, "--start", toy_artifact.path)
@@ -694,7 +694,7 @@ def test_training_goes_on_from_an_artifact(toy_folder: Path, toy_artifact: Artif
 
 
 def given_splits(flat: Path, root: Path) -> data.Data:
-    """The images of ``flat`` in other splits: those whose names end in 7 are test images."""
+    """The images of ``flat`` in other splits: files whose names end in 7 become test images."""
     for path in flat.rglob("*.png"):
         folder = root / ("test" if path.stem.endswith("7") else "train") / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -710,7 +710,7 @@ def begin_from(start: Trained, source: data.Data) -> Fit:
     return fit
 
 
-def test_a_start_that_has_learned_from_held_out_images_is_refused(
+def test_a_start_trained_on_held_out_images_is_refused(
     loaded: data.Data, toy_folder: Path, toy_run: Path, tmp_path: Path
 ) -> None:
     other = given_splits(toy_folder, tmp_path)
@@ -722,7 +722,7 @@ def test_a_start_that_has_learned_from_held_out_images_is_refused(
         begin_from(Trained.read(toy_run), other)
 
 
-def test_a_folder_that_has_grown_is_gone_on_with(
+def test_training_can_start_from_a_run_on_a_smaller_version_of_the_folder(
     toy_folder: Path, toy_run: Path, toy_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grown = shutil.copytree(toy_folder, tmp_path / "grown")
@@ -732,17 +732,17 @@ def test_a_folder_that_has_grown_is_gone_on_with(
     found = data.load(str(grown))
     run = Trained.read(toy_run)
     assert run.digests
-    # A run that starts from this one tells of the images of both; an artifact tells of none.
+    # A run that starts from this one records the images of both; artifacts keep no such record.
     assert begin_from(run, found).digests == run.digests.union(found.train.digests)
     assert begin_from(Trained.read(toy_artifact.path), found).digests is None
     assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", ["run", "start"])
-def test_a_start_of_other_data_without_record_of_its_images_is_told(
+def test_a_start_on_other_data_without_a_record_of_its_images_is_reported(
     link: str, loaded: data.Data, toy_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of all runs that led to it each has to have held images out by their content."""
+    """Every run in its ancestry must have held images out by their content."""
     start = Trained.read(toy_artifact.path)
     older = {**start.record, "data_sha256": "0" * 64, "held_out_by_content": False}
     records = {"run": older, "start": {**older, "held_out_by_content": True, "start": older}}
@@ -753,8 +753,8 @@ def test_a_start_of_other_data_without_record_of_its_images_is_told(
     )
 
 
-def test_a_start_brings_its_normalisation(toy_run: Path, tmp_path: Path) -> None:
-    """Its filters have learned with it, and the configuration tells what the weights hold."""
+def test_a_start_keeps_its_normalisation(toy_run: Path, tmp_path: Path) -> None:
+    """Its filters were learned with it, and the configuration must describe what the weights hold."""
     other = toy.make_folder(tmp_path / "other", per_class=24, seed=1)
     common = (other, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE, "--epochs", 1)
     toy.run("train.fit", *common, "--start", toy_run)
@@ -766,7 +766,7 @@ def test_a_start_brings_its_normalisation(toy_run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("option", ["--out=", "--out", ""])
-def test_paths_of_the_machine_stay_out_of_the_card(option: str) -> None:
+def test_local_paths_stay_out_of_the_card(option: str) -> None:
     given, told = {
         "--out=": (["--out=/home/me/x=y/run"], ["--out=run"]),
         "--out": (["--out", "/home/me/run"], ["--out", "run"]),
@@ -777,7 +777,7 @@ def test_paths_of_the_machine_stay_out_of_the_card(option: str) -> None:
     )
 
 
-def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:
+def test_like_copies_another_networks_recipe(toy_run: Path) -> None:
     typed = ["photos", "--name", "it", "--out", "it", "--like", str(toy_run)]
     options, recipe = parse_arguments(typed)
     assert recipe == Recipe(**json.loads((toy_run / RUN).read_text())["recipe"]) != Recipe()
@@ -787,7 +787,7 @@ def test_a_network_is_trained_as_another_was(toy_run: Path) -> None:
     assert (options.size, options.batch_size) == (64, 7)
 
 
-def test_what_a_training_does_not_take_over_of_another_is_told(
+def test_like_reports_what_it_does_not_take_over(
     toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(toy_run, tmp_path / "run")
@@ -803,7 +803,7 @@ def test_what_a_training_does_not_take_over_of_another_is_told(
     assert not capsys.readouterr().out
 
 
-def test_what_is_neither_run_nor_artifact_is_no_start(toy_folder: Path, tmp_path: Path) -> None:
+def test_a_start_must_be_a_run_or_an_artifact(toy_folder: Path, tmp_path: Path) -> None:
     common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
     printed = toy.run("train.fit", *common, "--start", tmp_path, code=1)
     assert "expected a finished run or an artifact" in printed
@@ -830,15 +830,15 @@ def test_a_damaged_run_is_one_clear_line(toy_run: Path, tmp_path: Path) -> None:
             read(damaged)
 
 
-def test_a_corrected_command_finds_no_run_of_the_wrong_one(toy_folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_command_leaves_no_run_behind(toy_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE)
     assert "expected a finished run" in toy.run("train.fit", *common, "--teacher", tmp_path / "typo", code=1)
     assert not (out / CHECKPOINT).exists()
 
 
-def test_a_run_begun_on_a_cpu_is_resumed_on_a_gpu(loaded: data.Data, tmp_path: Path) -> None:
-    """Where there is a scale of the loss, of which the checkpoint knows nothing; here it is one for the CPU."""
+def test_a_run_started_on_a_cpu_resumes_on_a_gpu(loaded: data.Data, tmp_path: Path) -> None:
+    """A GPU has a loss scale, which the checkpoint lacks; here a CPU scaler stands in for it."""
     recipe = Recipe(batch_size=32, widths="8,32", depth=2)
     fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
     fit.save()
@@ -847,8 +847,8 @@ def test_a_run_begun_on_a_cpu_is_resumed_on_a_gpu(loaded: data.Data, tmp_path: P
     assert fit.scaler.get_scale() == 1024
 
 
-def test_whitening_is_the_same_in_parts(loaded: data.Data) -> None:
-    """Of which each takes a bounded memory."""
+def test_whitening_is_the_same_when_computed_in_parts(loaded: data.Data) -> None:
+    """Each part needs a bounded amount of memory."""
     images = torch.from_numpy(loaded.train.images)
     whole, parts = (ConvNet(build_config("toy", loaded, Recipe())) for _ in range(2))
     whole.init_whitening(images, len(images))
@@ -860,10 +860,10 @@ def test_whitening_is_the_same_in_parts(loaded: data.Data) -> None:
 
 
 @pytest.mark.parametrize("option", ["--start", "--teacher"])
-def test_a_run_is_not_resumed_without_what_it_learned_from(
+def test_a_run_does_not_resume_without_its_start_or_teacher(
     option: str, toy_folder: Path, toy_run: Path, toy_artifact: Artifact, tmp_path: Path
 ) -> None:
-    """Nor with another network in the same place: the artifact's weights are rounded."""
+    """Nor with another network at the same path: the artifact's weights are rounded."""
     out = tmp_path / "run"
     common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE, "--epochs", 1)
     toy.run("train.fit", *common, option, toy_run)
@@ -874,7 +874,7 @@ def test_a_run_is_not_resumed_without_what_it_learned_from(
     assert f"for {option} are" in toy.run("train.fit", *common, option, toy_artifact.path, "--resume", code=1)
 
 
-def test_a_checkpoint_without_record_of_teachers_resumes_only_without_them(
+def test_a_checkpoint_without_a_record_of_teachers_resumes_only_without_them(
     loaded: data.Data, toy_run: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe(batch_size=32, widths="8,32", depth=2)
@@ -888,9 +888,7 @@ def test_a_checkpoint_without_record_of_teachers_resumes_only_without_them(
         fit.resume()
 
 
-def test_a_run_that_is_older_than_a_hyperparameter_is_resumed_with_its_default(
-    loaded: data.Data, tmp_path: Path
-) -> None:
+def test_a_run_older_than_a_hyperparameter_resumes_with_its_default(loaded: data.Data, tmp_path: Path) -> None:
     recipe = Recipe(batch_size=32, widths="8,32", depth=2)
     fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
     tensors, position = fit.state()
@@ -902,7 +900,7 @@ def test_a_run_that_is_older_than_a_hyperparameter_is_resumed_with_its_default(
         fit.resume()
 
 
-def test_teachers_are_asked_in_turn_each_with_the_mirrored_images_too(loaded: data.Data, tmp_path: Path) -> None:
+def test_teachers_are_asked_in_turn_and_on_mirrored_images_too(loaded: data.Data, tmp_path: Path) -> None:
     class Teacher(nn.Module):
         def __init__(self, number: int) -> None:
             super().__init__()
@@ -917,7 +915,7 @@ def test_teachers_are_asked_in_turn_each_with_the_mirrored_images_too(loaded: da
     for flip in (1, 0):
         one = recipe.model_copy(update={"flip": flip})
         fit = Fit(build_config("toy", loaded, one), loaded, one, tmp_path, torch.device("cpu"), ALONE)
-        fit.teachers = [Teacher(0), Teacher(1)]  # type: ignore[list-item]  # as good as networks
+        fit.teachers = [Teacher(0), Teacher(1)]  # type: ignore[list-item]  # stand-ins for networks
         for batch in itertools.islice(fit.batches.epoch(0), 4):
             fit.backward(batch)
     turns = [(0, "as it is"), (1, "as it is")]
@@ -935,7 +933,7 @@ def test_weights_that_cannot_be_written_are_one_clear_line(tmp_path: Path) -> No
         write_weights({"a": torch.zeros(1)}, tmp_path / "no" / "weights")
 
 
-def test_a_bank_may_have_fewer_images_than_neighbours_are_asked(loaded: data.Data) -> None:
+def test_a_bank_may_have_fewer_images_than_neighbours_requested(loaded: data.Data) -> None:
     config = build_config("net", loaded, Recipe(widths="4,8", depth=2)).model_copy(update={"bank": 2})
     network = ServedNet(config).eval()
     images = torch.from_numpy(loaded.train.images[:2])
@@ -943,14 +941,14 @@ def test_a_bank_may_have_fewer_images_than_neighbours_are_asked(loaded: data.Dat
     assert network(images)[:, -1].max() < 1, "the farther of the two, which is not the image itself"
 
 
-def test_a_teacher_of_other_data_is_told(toy_run: Path, tmp_path: Path) -> None:
+def test_a_teacher_trained_on_other_data_is_reported(toy_run: Path, tmp_path: Path) -> None:
     other = toy.make_folder(tmp_path / "other", seed=1)
     common = (other, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE, "--epochs", 1)
     printed = toy.run("train.fit", *common, "--teacher", toy_run)
     assert f"--teacher {toy_run}: was trained on other data, folder\n" in printed
 
 
-def test_a_teacher_of_other_classes_is_refused(toy_run: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_classes_is_refused(toy_run: Path, tmp_path: Path) -> None:
     other = toy.make_folder(tmp_path / "other", per_class=24)
     (other / "disc").rename(other / "zebra")
     common = ("--name", "student", "--out", tmp_path / "run", "--teacher", toy_run)
@@ -959,7 +957,7 @@ def test_a_teacher_of_other_classes_is_refused(toy_run: Path, tmp_path: Path) ->
 
 
 class TestExport:
-    def test_the_artifact_is_small_complete_and_learned_something(self, toy_artifact: Artifact) -> None:
+    def test_the_artifact_is_small_and_complete_and_has_learned(self, toy_artifact: Artifact) -> None:
         card = toy_artifact.card
         assert card["validation"]["fp32_accuracy"] >= 0.9
         assert toy_artifact.file(ONNX).stat().st_size < toy_artifact.file(TORCH).stat().st_size, "it refers to them"
@@ -975,7 +973,7 @@ class TestExport:
         with pytest.raises(ParityError, match=f"INT8 accuracy {1 - 2 / len(loaded.val):.4f}"):
             parity(right, wrong, loaded.val)
 
-    def test_an_export_that_loses_just_what_it_may_is_none_the_worse(self) -> None:
+    def test_an_export_that_loses_exactly_the_limit_is_accepted(self) -> None:
         split = data.Split(np.zeros((1000, 1, 1, 3), np.uint8), np.zeros(1000, np.int64))
         right = np.eye(3, dtype=np.float32)[split.labels]
         wrong = right.copy()
@@ -986,36 +984,36 @@ class TestExport:
         with pytest.raises(ParityError):
             parity(right, wrong, split)
 
-    def test_a_network_that_is_right_on_few_images_is_not_made_sure_of_everything(self) -> None:
+    def test_the_temperature_of_a_perfect_network_stays_finite(self) -> None:
         labels = np.arange(2000) % 3
         outputs = np.append(4.0 * np.eye(3)[labels], np.zeros((2000, 1)), axis=1).astype(np.float32)
         few, many = (fit_temperature(outputs[:count], labels[:count]) for count in (20, 2000))
-        # The least loss is where the right class has a probability of 21 / 22: 4 / T = log(2 * 21).
+        # The loss is lowest where the right class has a probability of 21 / 22: 4 / T = log(2 * 21).
         assert few == pytest.approx(4 / np.log(42), rel=0.01)
         assert many == pytest.approx(4 / np.log(4002), rel=0.01)
 
-    def test_the_temperature_undoes_what_logits_were_multiplied_with(self) -> None:
+    def test_the_temperature_undoes_a_scaling_of_the_logits(self) -> None:
         rng = np.random.default_rng(0)
         outputs = rng.normal(0, 2, (20_000, 4)).astype(np.float32)
-        # A label drawn with the probabilities that the outputs tell.
+        # A label drawn from the probabilities given by the outputs.
         labels = (outputs[:, :-1] + rng.gumbel(size=(20_000, 3))).argmax(axis=1)
         assert fit_temperature(outputs, labels) == pytest.approx(1, rel=0.05)
         assert fit_temperature(outputs * 3, labels) == pytest.approx(3, rel=0.05)
 
-    def test_images_sorted_by_class_are_spread_over_all_of_them(self) -> None:
+    def test_a_sample_of_images_sorted_by_class_covers_all_classes(self) -> None:
         sorted_images = np.repeat(np.arange(10, dtype=np.uint8), 100)[:, None, None, None]
         for count in (16, BANK_IMAGES, 1000, 2000):
             chosen = evenly_spaced(sorted_images, count)
             assert len(chosen) == min(count, 1000)
             assert set(np.bincount(chosen.ravel(), minlength=10)) <= {count // 10, count // 10 + 1, 100}
 
-    def test_data_of_other_classes_is_refused(self, toy_run: Path, tmp_path: Path) -> None:
+    def test_data_with_other_classes_is_refused(self, toy_run: Path, tmp_path: Path) -> None:
         other = toy.make_folder(tmp_path / "other", per_class=12)
         (other / "disc").rename(other / "zebra")
         printed = toy.run("train.export", toy_run, other, "--out", tmp_path / "out", code=1)
         assert "expected those of the run, ['disc', 'frame', 'stripes']" in printed
 
-    def test_other_files_would_mix_the_splits_and_are_refused(
+    def test_changed_files_that_would_mix_the_splits_are_refused(
         self, toy_folder: Path, toy_run: Path, toy_artifact: Artifact, tmp_path: Path
     ) -> None:
         grown = shutil.copytree(toy_folder, tmp_path / "grown")
@@ -1032,7 +1030,7 @@ class TestExport:
 
 
 class TestEvaluate:
-    def test_the_figures_of_known_answers(self) -> None:
+    def test_figures_of_known_answers(self) -> None:
         # Wilson's interval for 81 of 263, as worked in Newcombe, 1998, Statistics in Medicine 17:857.
         assert accuracy_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
         labels, verdicts = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
@@ -1041,7 +1039,7 @@ class TestEvaluate:
         assert expected_calibration_error(sure, np.array([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
         assert expected_calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
 
-    def test_the_calibration_error_by_chance_is_that_of_all_outcomes(self) -> None:
+    def test_the_calibration_error_by_chance_averages_over_all_outcomes(self) -> None:
         images, confidence = np.array([1, 0, 7, 20, 3]), np.array([0.25, 0.0, 0.6, 0.8, 1.0])
         deviation = sum(
             math.comb(n, hits) * p**hits * (1 - p) ** (n - hits) * abs(hits - n * p)
@@ -1051,7 +1049,7 @@ class TestEvaluate:
         found = Reliability(images, confidence, confidence)
         assert calibration_error_by_chance(found) == pytest.approx(deviation / images.sum())
 
-    def test_the_processor_is_named_with_what_makes_int8_fast(self) -> None:
+    def test_the_cpu_is_named_with_the_features_that_speed_up_int8(self) -> None:
         x86 = (
             "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512_vnni sse\nbugs\t\t: amx_int8\n"
         )
@@ -1059,23 +1057,23 @@ class TestEvaluate:
         assert cpu_name(x86.replace("avx512_vnni", "")) == "Some CPU @ 2 GHz (avx2)"
         assert cpu_name("processor\t: 0\nFeatures\t: fp asimddp\n") == f"{platform.machine()} (asimddp)"
 
-    def test_cifar10_itself_has_no_files_to_send(self, toy_artifact: Artifact) -> None:
+    def test_cifar10_cannot_be_sent_to_a_service(self, toy_artifact: Artifact) -> None:
         printed = toy.run("train.evaluate", toy_artifact.path, "cifar10", "--url", "http://127.0.0.1:9", code=1)
         assert printed == "error: 'cifar10' has no files to send; expected a folder or a tar archive\n"
 
-    def test_a_service_of_other_classes_is_one_clear_line(self, toy_artifact: Artifact, embedded: Server) -> None:
+    def test_a_service_with_other_classes_is_one_clear_line(self, toy_artifact: Artifact, embedded: Server) -> None:
         folder = toy_artifact.path.parent / "folder"
         printed = toy.run("train.evaluate", toy_artifact.path, folder, "--url", embedded.url, code=1)
         assert printed.startswith(f"error: {embedded.url}: serves classes ['airplane', ")
         assert printed.endswith("; expected ['disc', 'frame', 'stripes']\n")
 
-    def test_a_service_that_is_not_there_is_one_clear_line(self, toy_artifact: Artifact) -> None:
+    def test_an_unreachable_service_is_one_clear_line(self, toy_artifact: Artifact) -> None:
         folder = toy_artifact.path.parent / "folder"
         printed = toy.run("train.evaluate", toy_artifact.path, folder, "--url", "http://127.0.0.1:9", code=1)
         assert "error: http://127.0.0.1:9: " in printed
         assert "Traceback" not in printed
 
-    def test_every_runtime_is_measured_and_the_card_keeps_it(
+    def test_every_runtime_is_measured_and_recorded_in_the_card(
         self, toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
     ) -> None:
         path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
@@ -1095,18 +1093,18 @@ class TestEvaluate:
             assert f"{name}: accuracy {figures['accuracy']:.2%}" in printed
 
 
-def test_what_cannot_be_written_is_one_clear_line(toy_folder: Path) -> None:
+def test_unwritable_output_is_one_clear_line(toy_folder: Path) -> None:
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", "/dev/null/run", *toy.RECIPE, code=1)
     assert printed.endswith("error: [Errno 20] Not a directory: '/dev/null/run'\n")
 
 
-def test_images_that_do_not_fit_into_memory_are_one_clear_line(toy_folder: Path) -> None:
+def test_images_that_exceed_memory_are_one_clear_line(toy_folder: Path) -> None:
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", "run", "--size", 40_000, code=1)
     assert re.search(r"images of 40000x40000 pixels take [\d.]+ GiB of memory; expected at most [\d.]+, which", printed)
     assert "Traceback" not in printed
 
 
-def test_a_start_of_another_shape_is_one_clear_line(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_a_start_with_another_shape_is_one_clear_line(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
     recipe = ("--epochs", 1, "--widths", "8,16", "--depth", 2)
     printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *recipe, "--start", toy_run, code=1)
     assert printed.endswith(
@@ -1149,6 +1147,6 @@ def test_a_folder_too_small_for_three_splits_is_one_clear_line(toy_folder: Path,
         data.load(str(tmp_path))
 
 
-def test_an_interval_is_of_proportions() -> None:
+def test_intervals_stay_between_0_and_1() -> None:
     assert accuracy_interval(0, 37)[0] == 0
     assert accuracy_interval(37, 37)[1] == 1

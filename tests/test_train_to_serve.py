@@ -1,4 +1,4 @@
-"""Another classifier all the way: trained on made-up classes, stored, served, asked."""
+"""Another classifier from end to end: trained on synthetic classes, stored, served and queried."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_classifier_of_other_classes_is_served(toy_artifact: Artifact, tmp_pat
 
 
 def accuracy(printed: str) -> str:
-    """As a command told it, with its interval and the number of images."""
+    """The accuracy as a command printed it, with its interval and the number of images."""
     return re.findall(r"accuracy [^)]+\)", printed)[-1]
 
 

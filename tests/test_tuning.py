@@ -1,4 +1,4 @@
-"""What is made of measurements."""
+"""Decisions derived from measured batch times."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from model.tuning import BATCHES, LONG_SECONDS, ROUNDS, best_batch, images_per_s
         ({4: 0.04, 8: 0.03, 16: 0.08}, 8),
         ({4: 0.0400, 8: 0.0795, 16: 0.158}, 4),  # a smaller batch answers sooner
         ({4: 0.04, 64: 0.07}, 64),
-        ({4: 0.0010, 8: 0.0020, 16: 0.0040}, 16),  # of what takes no time, many together: handing over takes some
+        ({4: 0.0010, 8: 0.0020, 16: 0.0040}, 16),  # if computing takes almost no time, the largest
     ],
 )
-def test_the_smallest_of_the_best_batches_is_taken(seconds: dict[int, float], best: int) -> None:
+def test_the_smallest_of_the_best_batches_is_chosen(seconds: dict[int, float], best: int) -> None:
     assert best_batch(seconds) == best
 
 
-def test_a_rate_is_images_over_the_median_time() -> None:
+def test_a_rate_is_the_batch_size_over_the_median_time() -> None:
     class Engine:
-        """Takes 0.02 s, and once half a second, of a clock that only it moves."""
+        """Takes 0.02 s, and half a second once, on a clock that only it advances."""
 
         name = "fake"
         calls, now = 0, 0.0
@@ -44,8 +44,8 @@ def test_a_rate_is_images_over_the_median_time() -> None:
     assert images_per_second(engine, np.zeros((8, 4, 4, 3), np.uint8), lambda: engine.now) == pytest.approx(400)
 
 
-def test_batches_are_measured_when_nobody_waits_and_the_least_time_counts() -> None:
-    """Of an engine whose first batch of 8 meets a bad moment, and whose batches of 32 and more would take long."""
+def test_batches_are_measured_while_idle_and_the_least_time_counts() -> None:
+    """The engine's first batch of 8 meets a bad moment, and its batches of 32 and more would take long."""
     measured: Counter[int] = Counter()
     idle = False
 

@@ -1,4 +1,4 @@
-"""Rates and quotas, by a clock of the test's own; and the file that holds the counts."""
+"""Rates and quotas on a clock that the test controls, and the file that holds the counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refusal(account: Account, limits: Key, images: int, now: float) -> tuple[str
     return caught.value.code, int(caught.value.headers["retry-after"])
 
 
-def test_a_second_of_images_may_come_at_once_and_then_as_many_a_second() -> None:
+def test_one_seconds_worth_may_come_at_once_and_then_the_rate_holds() -> None:
     limits, account = key(images_per_second=10), Account()
     for _ in range(10):
         account = account.charge(limits, 1, NOON)
@@ -43,26 +43,26 @@ def test_a_second_of_images_may_come_at_once_and_then_as_many_a_second() -> None
         now += 0.01
         with contextlib.suppress(ApiError):
             account, taken = account.charge(limits, 1, now), taken + 1
-    assert 100 <= taken <= 111  # ten seconds' worth, and the ten that were saved up before
+    assert 100 <= taken <= 111  # ten seconds' worth, plus the ten saved up before
 
 
-def test_a_batch_larger_than_a_second_waits_for_a_full_bucket_and_owes_the_rest() -> None:
+def test_a_batch_larger_than_the_bucket_waits_until_it_is_full_and_owes_the_rest() -> None:
     limits = key(images_per_second=2)
     account = Account().charge(limits, 20, NOON)
-    assert refusal(account, limits, 1, NOON) == ("rate_limited", 10)  # 18 owed, one wanted, two a second
+    assert refusal(account, limits, 1, NOON) == ("rate_limited", 10)  # 18 owed, one requested, two per second
     assert refusal(account, limits, 20, NOON) == ("rate_limited", 10)
     assert refusal(account, limits, 1, NOON + 9.4) == ("rate_limited", 1)
     assert account.charge(limits, 1, NOON + 9.6)
 
 
-def test_less_than_one_image_a_second() -> None:
+def test_rates_below_one_image_per_second_work() -> None:
     limits = key(images_per_second=0.1)
     account = Account().charge(limits, 1, NOON)
     assert refusal(account, limits, 1, NOON + 1) == ("rate_limited", 9)
     assert account.charge(limits, 1, NOON + 10.1)
 
 
-def test_a_clock_set_back_gives_nothing_and_blocks_nobody() -> None:
+def test_setting_the_clock_back_grants_nothing_and_blocks_nobody() -> None:
     limits = key(images_per_second=1)
     account = Account().charge(limits, 1, NOON)
     refusal(account, limits, 1, NOON - 3600)
@@ -70,7 +70,7 @@ def test_a_clock_set_back_gives_nothing_and_blocks_nobody() -> None:
     assert account.charge(limits, 1, NOON - 3598)
 
 
-def test_who_is_refused_after_a_clock_was_set_back_is_so_for_a_second(
+def test_a_refusal_after_the_clock_was_set_back_lasts_one_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage, limits, now = Usage(tmp_path / "usage.sqlite"), key(images_per_second=1), NOON
@@ -83,18 +83,18 @@ def test_who_is_refused_after_a_clock_was_set_back_is_so_for_a_second(
     asyncio.run(usage.charge("a", limits, 1))
 
 
-def test_a_quota_is_for_a_day_by_utc() -> None:
+def test_a_quota_covers_one_utc_day() -> None:
     limits = key(images_per_day=100)
     account = Account().charge(limits, 60, NOON).charge(limits, 40, NOON + 1)
     assert refusal(account, limits, 1, NOON + 2) == ("quota_exceeded", DAY_SECONDS // 2 - 2)
     with pytest.raises(ApiError, match=r"^the request has 101 images; expected at most 100, those of a day$") as caught:
-        Account().charge(limits, 101, NOON)  # not to be asked again, on no day
+        Account().charge(limits, 101, NOON)  # no use in asking again, on any day
     assert (caught.value.status, caught.value.code) == (413, "too_large")
     tomorrow = account.charge(limits, 100, NOON + DAY_SECONDS / 2)
     assert tomorrow.images == 100
 
 
-def test_what_is_refused_is_not_charged(tmp_path: Path) -> None:
+def test_refused_images_are_not_charged(tmp_path: Path) -> None:
     usage, limits = Usage(tmp_path / "usage"), key(images_per_day=10)
 
     async def send(*batches: int) -> list[bool]:
@@ -104,7 +104,7 @@ def test_what_is_refused_is_not_charged(tmp_path: Path) -> None:
     assert asyncio.run(send(8, 3, 2, 1)) == [True, False, True, False]
 
 
-def test_two_processes_share_the_file_and_a_restart_keeps_it(tmp_path: Path) -> None:
+def test_two_processes_share_the_file_and_restarts_keep_it(tmp_path: Path) -> None:
     limits = key(images_per_day=5)
 
     def taken(usage: Usage, name: str = "a") -> int:
@@ -120,13 +120,13 @@ def test_two_processes_share_the_file_and_a_restart_keeps_it(tmp_path: Path) -> 
     assert taken(Usage(tmp_path / "usage")) == 0
 
 
-def test_without_limits_nothing_is_counted(tmp_path: Path) -> None:
+def test_nothing_is_counted_without_limits(tmp_path: Path) -> None:
     usage = Usage(tmp_path / "usage")
     (tmp_path / "usage").write_bytes(b"gone")
     asyncio.run(usage.charge("a", key(), 1_000_000))
 
 
-def test_a_file_that_fails_limits_nobody_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_file_limits_nobody_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     usage = Usage(tmp_path / "usage")
     asyncio.run(usage.charge("a", key(images_per_day=1), 1))
     with contextlib.closing(sqlite3.connect(tmp_path / "usage", isolation_level=None)) as other:
@@ -137,7 +137,7 @@ def test_a_file_that_fails_limits_nobody_and_is_logged_once(tmp_path: Path, capl
     assert [record.message for record in caplog.records] == ["API keys are not limited"]
 
 
-def test_a_file_that_another_process_keeps_holds_up_one_request_and_no_more(tmp_path: Path) -> None:
+def test_a_file_locked_by_another_process_delays_only_one_request(tmp_path: Path) -> None:
     usage, limits = Usage(tmp_path / "usage"), key(images_per_day=1)
 
     async def send() -> list[BaseException | None]:
@@ -150,15 +150,13 @@ def test_a_file_that_another_process_keeps_holds_up_one_request_and_no_more(tmp_
         assert time.monotonic() - started < 3 * PATIENCE_SECONDS
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "usage").write_bytes(b"not a database" * 100)
     with pytest.raises(AccessError, match=r"^USAGE_FILE='.*usage': file is not a database$"):
         Usage(tmp_path / "usage")
 
 
-def test_a_worker_that_is_started_again_does_not_end_of_a_file_that_fails(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_restarted_worker_survives_a_failing_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "usage").write_bytes(b"not a database" * 100)
     with caplog.at_level(logging.ERROR):
         asyncio.run(Usage(tmp_path / "usage", is_running=True).charge("a", key(images_per_day=1), 1))

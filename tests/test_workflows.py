@@ -1,4 +1,4 @@
-"""The workflows call make and nothing else, with the least rights. `make check-workflows` validates the rest."""
+"""The workflows only call make, with minimal permissions. `make check-workflows` validates the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TARGETS = set(re.findall(r"^([a-z0-9-]+):(?!=)", (ROOT / "Makefile").read_text()
 ON = True
 """YAML 1.1 reads the key `on` as a boolean."""
 ONLY_WHEN_PUSHED = "github.event_name == 'push'"
-"""Condition of a job that no pull request starts."""
+"""Condition of a job that pull requests do not run."""
 every_workflow = pytest.mark.parametrize("name", WORKFLOWS)
 
 
@@ -40,7 +40,7 @@ def test_steps_run_make_targets_that_exist(name: str) -> None:
 
 
 @every_workflow
-def test_rights_are_given_job_by_job(name: str) -> None:
+def test_permissions_are_granted_per_job(name: str) -> None:
     assert WORKFLOWS[name]["permissions"] == {}
     for job in WORKFLOWS[name]["jobs"].values():
         assert job["permissions"]
@@ -48,7 +48,7 @@ def test_rights_are_given_job_by_job(name: str) -> None:
 
 
 @every_workflow
-def test_actions_are_pinned_and_leave_no_credentials(name: str) -> None:
+def test_actions_are_pinned_and_keep_no_credentials(name: str) -> None:
     text = (ROOT / f".github/workflows/{name}.yml").read_text()
     for line in re.findall(r"uses: (.*)", text):
         assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
@@ -57,21 +57,21 @@ def test_actions_are_pinned_and_leave_no_credentials(name: str) -> None:
             assert step["with"]["persist-credentials"] is False
 
 
-def test_a_retrained_model_is_trained_and_measured_as_the_shipped_one_was() -> None:
-    """The recipe that is the default has no corrupted images: the gate would stop such a model, every month."""
+def test_a_retrained_model_uses_the_shipped_models_recipe_and_measurements() -> None:
+    """The default recipe uses no corrupted images: the gate would stop such a model every month."""
     commands = {words[1]: words for step in steps("retrain") if (words := shlex.split(step.get("run", "")))}
     assert list(commands).index("robustness") < list(commands).index("gate")
     assert commands["train"] == ["make", "train", "TRAIN_FLAGS=--start model/pretrained --like model/pretrained"]
 
 
-def test_a_change_of_any_shipped_model_is_gated() -> None:
+def test_a_change_to_any_shipped_model_is_gated() -> None:
     runs = [step.get("run", "") for step in steps("model")]
     assert [run.split(" SUMMARY")[0] for run in runs if "gate" in run] == ["make gate-shipped BASE=origin/main"]
 
 
 @pytest.mark.parametrize("worse", ["", "model/pretrained", "model/pretrained_accurate"])
-def test_each_model_that_both_commits_have_is_gated(worse: str, tmp_path: Path) -> None:
-    """All of them, whichever is worse: the python here fails for that one, and only writes down its arguments."""
+def test_every_model_that_both_commits_have_is_gated(worse: str, tmp_path: Path) -> None:
+    """Whichever is worse. The python here fails for that one, and otherwise only records its arguments."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$3 $4" >>{tmp_path}/called\ntest "$3" != "{worse}"\n')
     (tmp_path / "python").chmod(0o755)
@@ -92,8 +92,8 @@ def test_each_model_that_both_commits_have_is_gated(worse: str, tmp_path: Path) 
 
 
 @every_workflow
-def test_who_asks_a_registry_has_logged_in(name: str) -> None:
-    """A private package has neither signature nor image for others."""
+def test_jobs_that_query_a_registry_log_in_first(name: str) -> None:
+    """A private package shows neither signature nor image to others."""
     for job in WORKFLOWS[name]["jobs"].values():
         asks = [i for i, step in enumerate(job["steps"]) if re.match(r"make (verify|push|scan)\b", step.get("run", ""))]
         logins = [i for i, step in enumerate(job["steps"]) if step.get("uses", "").startswith("docker/login-action@")]
@@ -103,9 +103,9 @@ def test_who_asks_a_registry_has_logged_in(name: str) -> None:
 
 
 def make(target: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With programs that only write down in ``folder``, word by word, how they were called, and print ANSWER.
+    """Run a target with programs that only record their arguments in ``folder``, word by word, and print ANSWER.
 
-    They succeed, but for the command FAILS.
+    All of them succeed except the command FAILS.
     """
     for program in ("cosign", "docker", "gh"):
         (folder / program).write_text(
@@ -122,7 +122,7 @@ def make(target: str, folder: Path, **environment: str) -> subprocess.CompletedP
 IMAGE = "registry.example.com:5000/team/classifier@sha256:" + "0123456789abcdef" * 4
 
 
-def test_an_image_is_verified_by_digest_and_by_who_signed_it(tmp_path: Path) -> None:
+def test_an_image_is_verified_by_digest_and_signer(tmp_path: Path) -> None:
     done = make("verify", tmp_path, IMAGE=IMAGE, SIGNER="https://github.com/someone/classifier")
     assert done.returncode == 0, done.stderr
     verify, image, option, signer, *_ = (tmp_path / "called").read_text().splitlines()
@@ -132,7 +132,7 @@ def test_an_image_is_verified_by_digest_and_by_who_signed_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("target", ["verify", "k8s-pin"])
 @pytest.mark.parametrize("image", ["", "classifier:latest", f"-{IMAGE}", f"{IMAGE}\n--key=mine", f"{IMAGE};id"])
-def test_what_is_no_digest_is_refused(target: str, image: str, tmp_path: Path) -> None:
+def test_anything_but_a_digest_is_refused(target: str, image: str, tmp_path: Path) -> None:
     done = make(target, tmp_path, IMAGE=image, SIGNER="https://github.com/someone/classifier")
     assert done.returncode
     assert "error: IMAGE=" in done.stderr
@@ -140,7 +140,7 @@ def test_what_is_no_digest_is_refused(target: str, image: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("target", "name"), [("push", "IMAGE"), ("sign", "IMAGE"), ("notes", "TAG")])
-def test_what_a_caller_of_a_workflow_writes_is_never_run(target: str, name: str, tmp_path: Path) -> None:
+def test_inputs_of_a_workflow_are_never_executed(target: str, name: str, tmp_path: Path) -> None:
     touch = f"touch {tmp_path}/ran"
     text = f"x; {touch}; `{touch}` $({touch}) $(shell {touch}) '"
     make(target, tmp_path, **{name: text})
@@ -151,27 +151,27 @@ def test_what_a_caller_of_a_workflow_writes_is_never_run(target: str, name: str,
 @pytest.mark.parametrize(
     ("open_issue", "told"), [("", ["create", "--title"]), ("12", ["comment", "12"])], ids=["none", "one"]
 )
-def test_an_alarm_is_an_issue_and_later_ones_are_comments(open_issue: str, told: list[str], tmp_path: Path) -> None:
+def test_an_alarm_opens_an_issue_and_later_ones_comment_on_it(open_issue: str, told: list[str], tmp_path: Path) -> None:
     run = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "a/b", "GITHUB_RUN_ID": "7"}
     done = make("alarm", tmp_path, ANSWER=open_issue, **run)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "called").read_text().splitlines()
-    assert called[:4] == ["issue", "list", "--app", "github-actions"]  # anybody may open one of that title
+    assert called[:4] == ["issue", "list", "--app", "github-actions"]  # anybody could open an issue with that title
     second = called.index("issue", 1)
     assert called[second + 1 : second + 3] == told
     assert called[-1].endswith(" unsafe: https://github.com/a/b/actions/runs/7")
 
 
-def test_before_the_first_release_nothing_is_scanned_and_nobody_alarmed(tmp_path: Path) -> None:
+def test_before_the_first_release_nothing_is_scanned_and_no_alarm_raised(tmp_path: Path) -> None:
     image = [step for step in steps("rescan") if "registry" in step.get("with", {}) or step.get("run") == "make scan"]
     assert [step.get("if") for step in image] == ["${{ steps.release.outputs.tag }}"] * 2
     done = make("newest", tmp_path, ANSWER="")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output").read_text() == ""
-    assert (tmp_path / "called").read_text().splitlines()[:2] == ["release", "list"]  # to view none is an error
+    assert (tmp_path / "called").read_text().splitlines()[:2] == ["release", "list"]  # `view` fails if there is none
 
 
-def test_a_digest_is_told_of_what_was_pushed_alone(tmp_path: Path) -> None:
+def test_a_digest_is_reported_only_for_a_pushed_image(tmp_path: Path) -> None:
     done = make("push", tmp_path, IMAGE="classifier:1", ANSWER=IMAGE)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output").read_text() == f"digest={IMAGE.partition('@')[2]}\n"
@@ -182,8 +182,8 @@ def test_a_digest_is_told_of_what_was_pushed_alone(tmp_path: Path) -> None:
     assert not (failing / "output").exists()
 
 
-def test_a_scan_that_fails_is_an_issue() -> None:
-    """GitHub itself only mails who last changed the schedule."""
+def test_a_failing_scan_opens_an_issue() -> None:
+    """GitHub itself only mails whoever last changed the schedule."""
     *scans, alarm = WORKFLOWS["rescan"]["jobs"]
     job = WORKFLOWS["rescan"]["jobs"][alarm]
     assert job["needs"] == scans
@@ -194,7 +194,7 @@ def test_a_scan_that_fails_is_an_issue() -> None:
 
 
 @every_workflow
-def test_a_job_without_a_python_of_its_own_uses_the_runner_s(name: str) -> None:
+def test_jobs_without_their_own_python_use_the_runners(name: str) -> None:
     for job in WORKFLOWS[name]["jobs"].values():
         if not any(step.get("uses", "").startswith("actions/setup-python@") for step in job["steps"]):
             for command in (shlex.split(step["run"]) for step in job["steps"] if "run" in step):
@@ -202,7 +202,7 @@ def test_a_job_without_a_python_of_its_own_uses_the_runner_s(name: str) -> None:
                 assert not re.search(r"python3\.11|\.venv", dry.stdout), command
 
 
-def test_one_action_has_one_version() -> None:
+def test_every_use_of_an_action_has_the_same_version() -> None:
     used = {step["uses"] for name in WORKFLOWS for step in steps(name) if "uses" in step}
     assert len(used) == len({reference.partition("@")[0] for reference in used})
 

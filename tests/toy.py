@@ -1,4 +1,4 @@
-"""A made-up data set of other classes and another size than the shipped model's, and commands run on it."""
+"""A synthetic data set whose classes and image size differ from the shipped model's, and commands run on it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from model.preprocess import Pixels
 CLASSES = ("disc", "frame", "stripes")
 SIDE = 24
 RECIPE = ("--epochs", 6, "--batch-size", 32, "--widths", "8,32", "--depth", 2, "--lr", 0.1)
-"""A few seconds of training."""
+"""Trains within a few seconds."""
 ROOT = Path(__file__).parent.parent
 
 
 def draw(name: str, rng: np.random.Generator) -> Pixels:
-    """One noisy SIDE x SIDE picture of the class, in colours that tell nothing of it."""
+    """One noisy SIDE x SIDE picture of a class; its colours say nothing about the class."""
     background, colour = rng.integers(0, 256, (2, 3))
     image = np.full((SIDE, SIDE, 3), background, np.uint8)
     x, y = (int(v) for v in rng.integers(9, SIDE - 9, 2))
@@ -38,7 +38,7 @@ def draw(name: str, rng: np.random.Generator) -> Pixels:
 
 
 def make_folder(root: Path, per_class: int = 80, seed: int = 0, zoom: int = 1) -> Path:
-    """``root/<class>/<n>.png`` for each class, with one file that is no image."""
+    """Write ``root/<class>/<n>.png`` for each class, and one file that is no image."""
     rng = np.random.default_rng(seed)
     for name in CLASSES:
         (root / name).mkdir(parents=True)
@@ -54,9 +54,9 @@ FORKS.set_forkserver_preload(["torch"])
 
 
 def run(module: str, *arguments: object, code: int = 0) -> str:
-    """What ``python -m module arguments`` prints, after checking its exit status.
+    """Run ``python -m module arguments``, check its exit status and return what it printed.
 
-    In a process forked from one that has imported torch, for which every command would need three seconds of its own.
+    Runs in a fork of a process that has already imported torch, which would otherwise cost each command three seconds.
     """
     with NamedTemporaryFile() as output:
         process = FORKS.Process(

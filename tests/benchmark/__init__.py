@@ -1,1 +1,1 @@
-"""The bundle and what it is compared with, measured one after another: ``make bench``. pytest runs none of it."""
+"""Measures the bundle and other servers one after another: ``make bench``. Not part of the pytest suite."""

@@ -25,16 +25,16 @@ from tests.benchmark.workloads import Workload
 CONNECTIONS = (1, 8, 64, 256)
 PHOTOGRAPH_CONNECTIONS, BATCH_CONNECTIONS, ENDURANCE_CONNECTIONS = 64, 4, 64
 ENDURANCE_SECONDS = 90
-"""Of the runner, which is to answer 50,000 requests without an error, also on a slow machine."""
+"""For the runner topology, which must answer 50,000 requests without an error even on a slow machine."""
 OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
-"""Offered load of the open loop, in units of the server's own best rate in the closed loop."""
+"""Loads offered in the open loop, as multiples of the server's best rate in the closed loop."""
 START_SECONDS = 15.0
-"""What starting and stopping a server is taken to cost, for the time left."""
+"""Assumed cost of starting and stopping a server, for the estimate of the time left."""
 QUICK_SECONDS = 2
 
 
 class Progress:
-    """Says what has been measured and how long the rest will take, from the pace so far."""
+    """Prints what has been measured and, from the pace so far, how long the rest will take."""
 
     def __init__(self, planned: float) -> None:
         self._planned, self._done, self._started = planned, 0.0, time.monotonic()
@@ -46,7 +46,7 @@ class Progress:
 
 
 class Loop(NamedTuple):
-    """A closed loop."""
+    """One closed-loop run."""
 
     workload: Workload
     connections: int
@@ -72,7 +72,7 @@ def planned_seconds(server: Server, sent: list[Workload], options: argparse.Name
 def measure(
     server: Server, sent: list[Workload], home: Path, options: argparse.Namespace, progress: Progress
 ) -> dict[str, Any]:
-    """Everything about one server; what went wrong is under ``problem``, beside what was measured until then."""
+    """All measurements of one server. A failure is recorded under ``problem``, beside what was measured before it."""
     record: dict[str, Any] = {"name": server.name, "kind": server.kind, "closed": [], "open": []}
     try:
         started = time.monotonic()
@@ -137,7 +137,7 @@ def _target(server: Server, running: servers.Running, workload: Workload, home: 
 
 
 def _batch_sizes(server: Server, url: str) -> dict[str, float]:
-    """How many batches had at most that many images, so far; empty for a peer."""
+    """Cumulative count of batches by the histogram bucket of their size; empty for a peer."""
     if server.kind != servers.BUNDLE:
         return {}
     prefix = 'classifier_batch_images_bucket{le="'
@@ -166,7 +166,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no server is left behind
     chosen = [server for server in servers.ALL if any(part in server.name for part in options.only)]
     sent = [workloads.small(), workloads.batch()]
     sent += [workloads.photographs(options.photos)] if options.photos else []

@@ -1,4 +1,4 @@
-"""What the bundle is held to, judged from the raw numbers."""
+"""The targets that the bundle must meet, judged from the raw numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tests.benchmark.results import DEPENDS, EMBEDDED, ONE_WORKER, RUNNER, Results, Run
 
 Verdict = tuple[str, str, str, str]
-"""What, measured, bar, met."""
+"""What is judged, measured value, target, whether it was met."""
 CONNECTIONS = 64
 FIVEFOLD = 5.0
 REQUESTS = 50_000
@@ -15,7 +15,7 @@ ALLOWED = {"200", "429", "503"}
 
 
 def judge(results: Results) -> Iterator[Verdict]:
-    """One row for each bar that the run has the numbers for."""
+    """One row for each target whose numbers the run contains."""
     for rows in (against_peers, single_latency, ceiling, runner, overload, start, scaling):
         yield from rows(results)
 
@@ -26,7 +26,7 @@ def verdict(what: str, measured: str, bar: str, met: bool) -> Verdict:
 
 def best_peer(results: Results, workload: str, connections: int, key: str = "rate") -> tuple[str, Run] | None:
     runs = [(name, run) for name in results.others if (run := results.closed(name, workload, connections))]
-    if key == "p50":  # of answers, not of refusals
+    if key == "p50":  # refusals are fast: compare latency only among runs without errors
         runs = [(name, run) for name, run in runs if not run["errors"]]
     best = min if key == "p50" else max
     return best(runs, key=lambda pair: pair[1][key]) if runs else None
@@ -77,7 +77,7 @@ def runner(results: Results) -> Iterator[Verdict]:
 
 
 def overload(results: Results) -> Iterator[Verdict]:
-    # Where a core is left to the generator, one worker shows what others do when the load comes from another machine.
+    # A single worker leaves a core to the generator, and shows how a server behaves under load from another machine.
     for name in (EMBEDDED, ONE_WORKER, RUNNER):
         if run := results.open(name, FIVEFOLD):
             curve = [r["good"] for factor in results.factors if (r := results.open(name, factor))]

@@ -1,4 +1,4 @@
-"""From what was measured to ``docs/capacity.md``: how many workers for how many images a second, and what they cost.
+"""Turn measurements into ``docs/capacity.md``: how many workers a given rate of images needs, and what they cost.
 
 python -m tests.benchmark.capacity docs/benchmarks.json --price 0.05 --out docs/capacity.md
 """
@@ -18,46 +18,46 @@ from tests.benchmark.results import EMBEDDED, ONE_WORKER, Results
 from tests.benchmark.workloads import SAMPLE
 
 OBJECTIVE = 0.1
-"""Seconds, of 99 % of the requests: monitoring/prometheus/rules/slo.yml."""
+"""Seconds within which 99 % of the requests must be answered: monitoring/prometheus/rules/slo.yml."""
 WANTED = (100, 1_000, 10_000, 100_000, 1_000_000)
 HEADERS = 300
-"""Bytes of a request around its image, about."""
+"""Approximate bytes of a request other than its image."""
 LINK = 10
-"""Gbit/s of a usual network card."""
+"""Gbit/s of an ordinary network card."""
 
 
 class Worker(NamedTuple):
-    """One worker on one core, its neighbours at work."""
+    """One worker on one core, while the other workers are busy too."""
 
     rate: float
-    """Images a second at most."""
+    """Maximum images per second."""
     elsewhere: float
-    """Seconds of a request that are not the worker's time: network, parsing, waiting for a thread."""
+    """Seconds of a request spent outside the worker: network, parsing, waiting for a thread."""
     utilisation: float
-    """At which 99 % of the requests are within the objective by the corrected model; at most the highest measured."""
+    """Highest at which the corrected model keeps the p99 within the objective; capped at the highest measured."""
 
     @classmethod
     def of(cls, results: Results, images_per_second: float) -> Worker:
-        """One of the workers that do so much together."""
+        """One of the workers that together classify ``images_per_second``."""
         rate = images_per_second / results.raw["cores"]
         elsewhere = time_elsewhere(results, rate)
         limit = OBJECTIVE / shortfall(results) - elsewhere
         return cls(rate, elsewhere, min(highest_measured(results), highest_utilisation(limit * rate)))
 
     def replicas(self, images_per_second: float) -> int | None:
-        """With one to spare: the objective holds while one is away. None where an idle worker is too slow for it."""
+        """One of them is a spare, so the objective holds while one is away. None if even an idle worker is too slow."""
         return ceil(images_per_second / (self.utilisation * self.rate)) + 1 if self.utilisation else None
 
 
 class Check(NamedTuple):
-    """An open loop below saturation: p99 in seconds by the model, and as it was."""
+    """An open loop below saturation: the modelled and the measured p99, in seconds."""
 
     workers: int
     utilisation: float
     offered: float
     predicted: float
     measured: float | None
-    """None where nothing was classified."""
+    """None if nothing was classified."""
 
 
 def compared(results: Results) -> Iterator[Check]:
@@ -76,12 +76,12 @@ def time_elsewhere(results: Results, rate: float) -> float:
 
 
 def shortfall(results: Results) -> float:
-    """The largest ratio of a measured p99 to the model's; 1 where none was longer."""
+    """The largest ratio of a measured p99 to the modelled one, and at least 1."""
     return max([1.0, *(check.measured / check.predicted for check in compared(results) if check.measured)])
 
 
 def highest_measured(results: Results) -> float:
-    """The highest utilisation of all workers at which the objective was met; 0 where it never was."""
+    """The highest utilisation, with all workers running, at which the objective was met; 0 if it never was."""
     every = (check for check in compared(results) if check.workers == results.raw["cores"])
     return max((check.utilisation for check in every if check.measured and check.measured <= OBJECTIVE), default=0.0)
 

@@ -1,4 +1,4 @@
-"""What this machine could do at most: the service's own decoding and inference in a process for each core, no HTTP."""
+"""The upper bound on this machine: the service's own decoding and inference, without HTTP, one process per core."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCHES = (1, 4, 8, 16, 32)
 
 
 def measure(workloads: list[Workload], seconds: float) -> dict[str, dict[int, float]]:
-    """Images a second over all cores, by workload and batch size."""
+    """Images per second over all cores, by workload and batch size."""
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
     with context.Pool(cores, _prepare, (context.Barrier(cores),)) as pool:
@@ -46,7 +46,7 @@ def _engine() -> tuple[Classifier, runtimes.Runtime]:
 
 
 def _rate(images: list[bytes], size: int, seconds: float) -> float:
-    """Of one core, in batches of ``size``; every core starts at the same moment, so that each process does one."""
+    """Images per second of one core, in batches of ``size``. A barrier makes all cores start at the same moment."""
     classifier, runtime = _engine()
     _together.wait()
     done, started = 0, time.perf_counter()

@@ -1,4 +1,6 @@
-"""Latency of a deployed service from here: a few threads, each with one connection. Needs nothing but Python.
+"""Measure the latency of a deployed service from here, with a few threads of one connection each.
+
+Needs only Python's standard library.
 
 python -m tests.benchmark.client http://localhost:3000 photo.jpg -n 200 -c 8
 """
@@ -24,7 +26,7 @@ class Reply(NamedTuple):
 
 
 def send(url: str, image: bytes, content_type: str, count: int) -> list[Reply]:
-    """``count`` requests one after another over one connection, which is opened anew after a failure."""
+    """Send ``count`` requests one after another over one connection, and reconnect after a failure."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=30)

@@ -1,8 +1,8 @@
-"""The command line against what the service can do with batches, in turns, on a folder of images of one size.
+"""Compare the command line with the service's own batch rate, in alternation, on a folder of images of one size.
 
 python -m tests.benchmark.command_line FOLDER --rounds 3
 
-The service has the workers that `make serve` gives it, on the same machine: who sends takes cores from who answers.
+The service has as many workers as `make serve` gives it, on the same machine: the client takes cores from the server.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.benchmark.loads import Target, closed
 from tests.benchmark.workloads import BATCH, Workload, multipart
 
 BAR = 0.8
-"""Share of the service's own rate."""
+"""Minimum share of the service's own rate."""
 CONNECTIONS, SECONDS = 8, 8
-"""Of wrk: with fewer connections one of two workers may get most of them."""
+"""For wrk: with fewer connections, one of two workers may get most of them."""
 
 
 def command_rate(folder: str, images: int, url: str, out: Path) -> float:
-    """Images a second of the whole command, from its start to its end."""
+    """Images per second of the whole command, from its start to its exit."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "client", folder, "--url", url, "--out", out], check=True)
     return images / (time.perf_counter() - started)

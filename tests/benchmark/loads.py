@@ -1,4 +1,4 @@
-"""One load on one server: closed by wrk, open by ``tests.benchmark.openloop``; the generator's own cost is kept."""
+"""One load on one server: closed by wrk, open by ``tests.benchmark.openloop``. Keeps the generator's cost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.benchmark.workloads import Pack, Workload
 
 SCRIPT = Path(__file__).with_name("wrk.lua")
 TIMEOUT = 10
-"""Seconds after which a reply counts as an error of the closed loop."""
+"""Seconds after which the closed loop counts a reply as an error."""
 
 
 class Target:
-    """A workload packed for one server, as files that both generators read."""
+    """A workload packed for one server, in files that both load generators read."""
 
     def __init__(self, url: str, workload: Workload, pack: Pack, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ class Target:
 
 
 def closed(target: Target, connections: int, seconds: int) -> dict[str, Any]:
-    """``connections`` clients, each sending its next request as soon as it has its reply. Times are in seconds."""
+    """``connections`` clients, each sending its next request as soon as it has its reply. Times in seconds."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={TIMEOUT}s", "-s", str(SCRIPT)]
     measured, share = _run([*command, target.url, "--", target.content_type, *map(str, target.files)])
     replies, status_errors = measured["replies"], measured["status_errors"]
@@ -47,7 +47,7 @@ def closed(target: Target, connections: int, seconds: int) -> dict[str, Any]:
 
 
 def opened(target: Target, rate: float, seconds: float, deadline: float) -> dict[str, Any]:
-    """``rate`` requests a second, whatever comes back."""
+    """Send ``rate`` requests per second, whether or not they are answered."""
     command = [sys.executable, "-m", "tests.benchmark.openloop", target.url, str(target.files[0]), target.content_type]
     options = {"rate": rate, "seconds": seconds, "deadline": deadline}
     measured, share = _run(command + [f"--{name}={value:g}" for name, value in options.items()])
@@ -55,7 +55,7 @@ def opened(target: Target, rate: float, seconds: float, deadline: float) -> dict
 
 
 def _run(command: list[str]) -> tuple[dict[str, Any], float]:
-    """The last line of output as JSON, and the share of one core that the command took."""
+    """The last line of output, parsed as JSON, and the share of one core that the command used."""
     before, started = _cpu_seconds(), time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_raise_limit)
     if done.returncode:
@@ -70,6 +70,6 @@ def _cpu_seconds() -> float:
 
 
 def _raise_limit() -> None:
-    """As many open files as are allowed: an open loop may need thousands of connections."""
+    """Raise the limit on open files to the maximum: an open loop may need thousands of connections."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

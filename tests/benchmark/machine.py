@@ -1,4 +1,4 @@
-"""Where and on what a benchmark ran."""
+"""Describes the machine, and the software that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """Of ``packages`` as installed for ``python``."""
+    """Versions of ``packages`` as installed for the interpreter ``python``."""
     code = "import json, sys, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
     reported: dict[str, str] = json.loads(subprocess.check_output([python, "-c", code, *packages]))
     return reported

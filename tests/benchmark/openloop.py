@@ -1,10 +1,10 @@
-"""Open loop: requests leave when they are due (Poisson), whether or not earlier ones have been answered.
+"""Open loop: requests leave when they are due (a Poisson process), whether or not earlier ones have been answered.
 
     python -m tests.benchmark.openloop URL BODY_FILE CONTENT_TYPE --rate 5000 --seconds 8 --deadline 1
 
-A reply is good when it is a 200 within the deadline, counted from the moment its request was due, so that nothing is
-hidden by a generator or a connection that comes late (Schroeder et al., "Open versus closed", NSDI 2006).
-It is written here because it must share two cores with the server: at 15,000 requests a second every generator costs.
+A reply is good if it is a 200 within the deadline, counted from the moment when its request was due, so that a late
+generator or connection hides nothing (Schroeder et al., "Open versus closed", NSDI 2006).
+Written for this benchmark because it shares two cores with the server: at 15,000 requests/s any generator is costly.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import uvloop
 from tests.benchmark.workloads import Body
 
 MAX_CONNECTIONS = 4096
-"""Beyond it a request is given up as unsent, as by a proxy with that limit. Connections are opened when needed."""
+"""Beyond this limit a request counts as unsent, as at a proxy with such a limit. Connections are opened on demand."""
 IDLE_SECONDS = 4.0
-"""After which a connection is not used again, for a server may be about to close it: BentoML does after 5 s."""
+"""An idle connection older than this is not reused, because the server may be closing it: BentoML does after 5 s."""
 TICK = 0.001
 GIVEN_UP, LOST, UNANSWERED = "unsent", "connection lost", "unanswered"
-"""What is counted in place of a status when there is none."""
+"""Outcomes counted in place of a status code."""
 
 
 class Reply(NamedTuple):
-    """Outcome of one request: ``due`` and ``answered`` are seconds since the start."""
+    """Outcome of one request; ``due`` and ``answered`` are seconds since the start."""
 
     outcome: str
     due: float
@@ -43,7 +43,7 @@ class Reply(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection, with at most one request on its way."""
+    """One keep-alive connection with at most one request in flight."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not an instance of it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport is no subclass of it
         self._load.open.add(self)
 
     def abort(self) -> None:
@@ -90,7 +90,7 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    """``bodies`` are sent in turn."""
+    """Sends ``bodies`` in turn, each when it is due."""
 
     def __init__(self, url: str, *bodies: Body) -> None:
         parts = urlsplit(url)
@@ -98,7 +98,7 @@ class Load:
         head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
         self.requests = cycle([_request(head, body) for body in bodies])
         self.idle: list[Connection] = []
-        """The last one used first, so that no more are open than are needed."""
+        """A stack: reusing the most recent connection keeps no more of them open than needed."""
         self.open: set[Connection] = set()
         self.connections = 0
         self.sent = 0
@@ -134,13 +134,13 @@ class Load:
             raise RuntimeError(f"the generator itself failed: {self._faults[0]}")
 
     def settle(self, outcome: str, due: float) -> None:
-        if self._ended:  # by our own hand: it stays unanswered
+        if self._ended:  # closed by us at the end of the run: the request stays unanswered
             return
         self.replies.append(Reply(outcome, due, self.now()))
         self._check()
 
     def stop(self) -> None:
-        """Send no more; from any thread."""
+        """Send no more requests. Thread-safe."""
         self._stopped = True
 
     def _check(self) -> None:
@@ -148,7 +148,7 @@ class Load:
             self._complete.set()
 
     def now(self) -> float:
-        """Seconds since the start, as replies have them."""
+        """Seconds since the start, on the clock of the replies."""
         return self._loop.time() - self._start
 
     def _fire(self, due: float) -> None:
@@ -178,14 +178,14 @@ def _request(head: str, body: Body) -> bytes:
 
 
 def arrivals(rate: float, seconds: float, seed: int = 0) -> np.ndarray:
-    """Moments of a Poisson process, the same at every call with the same seed."""
+    """Arrival times of a Poisson process in seconds; the same seed always gives the same times."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds * 1.1) + 100)
     moments = gaps.cumsum()
     return np.asarray(moments[moments < seconds])
 
 
 def report(load: Load, due: np.ndarray, seconds: float, deadline: float) -> dict[str, Any]:
-    """Goodput is counted over the time after the first ``deadline``, when a server has what queue it will have."""
+    """Goodput excludes the first ``deadline`` seconds, while the server's queue is still filling."""
     outcomes = Counter(reply.outcome for reply in load.replies)
     outcomes[UNANSWERED] = len(due) - len(load.replies)
     latencies = [r.answered - r.due for r in load.replies if r.outcome == "200"]

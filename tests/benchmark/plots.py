@@ -32,7 +32,7 @@ def draw(results: Results, directory: Path) -> None:
 
 
 def style(results: Results, name: str) -> dict[str, Any]:
-    """A colour for each server in every plot; the bundle's lines are the thick ones."""
+    """A fixed colour for each server across all plots; the bundle's lines are thicker."""
     ours = results.kinds[name] in OURS
     colour = mpl.colormaps["tab20"](results.names.index(name))
     return {"color": colour, "linewidth": 3 if ours else 1.2, "marker": "o" if ours else "."}

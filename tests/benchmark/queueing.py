@@ -1,7 +1,7 @@
-"""How long a request waits before a worker, from the rate of arrivals and the time it takes to serve one.
+"""How long a request waits for a worker, given the arrival rate and the time it takes to serve one request.
 
-A worker serves one request after another in a time that hardly varies, and requests come independently of each other:
-M/D/1. Its mean is known in closed form, its percentiles are not in a useful one, and are simulated.
+A worker serves requests one after another, each in nearly the same time, and requests arrive independently: M/D/1.
+Its mean wait has a closed form; its percentiles have no practical one and are simulated.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 ARRIVALS = 1_000_000
 WARM_UP = ARRIVALS // 10
 STEPS = 12
-"""Of the search for a utilisation: 1 in 4,096."""
+"""Bisection steps in the search for a utilisation: a resolution of 1 in 4,096."""
 
 
 def waits(utilisation: float, services: NDArray[np.float64], gaps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each request in one queue, in mean service times; ``gaps`` and ``services`` have a mean of 1.
+    """Waiting time of each request in one queue, in mean service times; ``gaps`` and ``services`` have a mean of 1.
 
-    Lindley's recursion, w[n+1] = max(0, w[n] + s[n] - g[n] / utilisation), as a walk above its own minimum.
+    Lindley's recursion, w[n+1] = max(0, w[n] + s[n] - g[n] / utilisation), as a random walk above its running minimum.
     """
     walk = np.concatenate([[0.0], np.cumsum(services - gaps / utilisation)])
     return (walk - np.minimum.accumulate(walk))[WARM_UP:]
@@ -32,12 +32,12 @@ def _gaps() -> NDArray[np.float64]:
 
 
 def response(utilisation: float, quantile: float = 0.99) -> float:
-    """That quantile of waiting and being served in M/D/1, in service times."""
+    """That quantile of the response time (waiting plus service) in M/D/1, in service times."""
     return 1 + float(np.quantile(waits(utilisation, np.ones(ARRIVALS), _gaps()), quantile))
 
 
 def highest_utilisation(limit: float, quantile: float = 0.99) -> float:
-    """At which that quantile of the response is still ``limit`` service times; 0 where an idle worker is slower."""
+    """Highest with that quantile of the response within ``limit`` service times; 0 if an idle worker is slower."""
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2

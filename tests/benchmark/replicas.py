@@ -1,4 +1,4 @@
-"""Replicas of the bundle behind Nginx, as one server that stops on SIGTERM.
+"""Replicas of the bundle behind Nginx, run as one server that stops on SIGTERM.
 
 python -m tests.benchmark.replicas PORT REPLICAS
 """
@@ -17,7 +17,7 @@ from tests import live, nginx
 
 def main() -> None:
     port, count = map(int, sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # not blocked: the replicas would inherit that
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # no blocked signal: the replicas would inherit it
     home = Path(os.environ["BENTOML_HOME"])
     ports = [live.free_port() for _ in range(count)]
     with ExitStack() as running:

@@ -1,4 +1,4 @@
-"""Raw numbers to ``docs/benchmarks.md`` and its plots; every figure there comes from here.
+"""Write ``docs/benchmarks.md`` and its plots from the raw numbers; every figure there is computed here.
 
 python -m tests.benchmark.report docs/benchmarks.json
 """
@@ -16,7 +16,7 @@ from tests.benchmark.results import EMBEDDED, ONE_REPLICA, ONE_WORKER, TWO_REPLI
 
 NONE = "-"
 MIDDLE = 64
-"""Connections."""
+"""Connections at which the tables quote latencies."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -28,7 +28,7 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def latencies(run: Run) -> str:
-    """p50, p95 and p99; wrk times refusals too, which come sooner than answers."""
+    """p50, p95 and p99, or the number of errors: wrk also times refusals, which are faster than answers."""
     if run["errors"]:
         return f"{run['errors']:,} errors"
     return " / ".join(milliseconds(run[p]) for p in ("p50", "p95", "p99"))
@@ -107,7 +107,7 @@ def resources(results: Results) -> Iterator[str]:
 
 
 def scaling(results: Results) -> Iterator[str]:
-    """Workers of a server, and replicas of one worker behind Nginx."""
+    """Workers of one server, and single-worker replicas behind Nginx."""
     rows = []
     for name in (ONE_WORKER, EMBEDDED, ONE_REPLICA, TWO_REPLICAS):
         if name in results.names:

@@ -1,4 +1,4 @@
-"""The raw numbers of a run, over its rounds: rates and times are medians, counts are sums."""
+"""The raw numbers of a run, merged over its rounds: medians of rates and times, sums of counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = dict[str, Any]
 
 
 def without_folders(text: str) -> str:
-    """``text`` with no more than the names of this machine's paths in it; what is told is public."""
+    """``text`` with every path of this machine reduced to its last name, because the results are published."""
     return re.sub(r"(?<![\w:./])/(?:[^\s'\"/]+/)+", "", text)
 
 
@@ -40,7 +40,7 @@ class Results:
         return [name for name in self.names if self.kinds[name] not in OURS]
 
     def closed(self, name: str, workload: str, connections: int | None = None) -> Run | None:
-        """The closed loop of ``name``; without ``connections`` the only one of that workload."""
+        """The closed loop of server ``name``; without ``connections``, the only one for that workload."""
         return _merge(
             [
                 run
@@ -61,7 +61,7 @@ class Results:
         return max(run["rate"] for c in self.connections if (run := self.closed(name, "small", c)))
 
     def errors(self, name: str, connections: int | None = None) -> tuple[int, int]:
-        """Errors and replies of every closed loop, or of those with so many ``connections``."""
+        """Errors and replies over all closed loops, or over those with ``connections`` connections."""
         runs = [
             run for record in self._of(name) for run in record["closed"] if connections in (None, run["connections"])
         ]

@@ -1,4 +1,4 @@
-"""The servers under test: how each is started, and what it is sent."""
+"""The servers under test: how to start each one, and what to send it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VENVS = live.REPOSITORY / ".venv-bench"
 PEERS_PYTHON, MLSERVER_PYTHON = (VENVS / name / "bin" / "python" for name in ("peers", "mlserver"))
 BENTOML, PEER = "bentoml", "peer"
 WORKERS = len(os.sched_getaffinity(0))
-"""Of each peer, as of the bundle. Those that are told in their own files have it from ``peers/common.py``."""
+"""Workers of each peer and of the bundle. Apps with their own module take the number from ``peers/common.py``."""
 SETTLE_SECONDS = 30.0
 
 MULTIPART = multipart("image")
@@ -32,7 +32,7 @@ MULTIPART = multipart("image")
 
 @dataclass(frozen=True)
 class Server:
-    """``command`` makes the command line for a port; ``pack`` and ``path`` are of requests with one image."""
+    """``command`` builds the command line for a port; ``pack`` and ``path`` apply to requests with a single image."""
 
     name: str
     kind: str
@@ -52,13 +52,13 @@ class Running(NamedTuple):
 
 
 def _bundle(name: str, **settings: object) -> Server:
-    """As shipped, but for the access log, which is off at every peer, too."""
+    """As shipped, except that the access log is off, as for every peer."""
     settings = {"RUNTIME": "onnx-int8", "LOG_REQUESTS": "false", **settings}
     return Server(name, BUNDLE, Path(sys.executable), live.command, ("bentoml",), settings, takes_batches=True)
 
 
 def _replicas(name: str, count: int) -> Server:
-    """Of one worker each, behind Nginx: the address of a service on several machines, on one."""
+    """Single-worker replicas behind Nginx: stands in for a service on several machines behind one address."""
 
     def command(port: int) -> list[str]:
         return [sys.executable, "-m", "tests.benchmark.replicas", str(port), str(count)]
@@ -105,7 +105,7 @@ def _mlserver() -> Server:
 
 
 PATIENT = ("--timeout-worker-healthcheck", "30")
-"""By default uvicorn kills a worker that is silent for five seconds, as on a machine that is busy while it starts."""
+"""By default uvicorn kills a worker that is silent for five seconds, which happens when a busy machine starts it."""
 EACH_CORE = ("--workers", str(WORKERS))
 UVICORN = ("uvicorn", f"{PEERS}.fastapi_app:app", *EACH_CORE, "--no-access-log", *PATIENT, "--port", "{port}")
 GUNICORN = ("gunicorn", f"{PEERS}.flask_app:app", *EACH_CORE, "--threads", "4", "--bind", "127.0.0.1:{port}")
@@ -128,7 +128,7 @@ ALL = (
 
 @contextmanager
 def start(server: Server, home: Path) -> Iterator[Running]:
-    """``server``, once it has classified the sample image correctly."""
+    """Start ``server`` and yield once it has classified the sample image correctly."""
     port = live.free_port()
     url = f"http://127.0.0.1:{port}"
     body = server.pack([SAMPLE.read_bytes()])
@@ -144,7 +144,7 @@ def start(server: Server, home: Path) -> Iterator[Running]:
 def settle(server: Server, url: str, deadline: float) -> None:
     """Wait, at most ``SETTLE_SECONDS``, until ``server`` at ``url`` classifies the sample image within ``deadline``.
 
-    A server that works on for clients that have gone would begin the next load with the queue of the last one.
+    A server that keeps working for clients that have left would start the next load with the last one's queue.
     """
     body = server.pack([SAMPLE.read_bytes()])
     until = time.monotonic() + SETTLE_SECONDS
@@ -152,7 +152,7 @@ def settle(server: Server, url: str, deadline: float) -> None:
         with suppress(requests.RequestException):
             if _answers(url + server.path, body, deadline):
                 return
-        time.sleep(0.1)  # a refusal comes at once
+        time.sleep(0.1)  # refusals return at once: do not spin
 
 
 def _answers(url: str, body: Body, seconds: float = 30.0) -> bool:
@@ -161,7 +161,7 @@ def _answers(url: str, body: Body, seconds: float = 30.0) -> bool:
 
 
 def memory(pid: int) -> float:
-    """Proportional set size of a process and its descendants in MiB: what is shared counts once."""
+    """Proportional set size of a process and its descendants in MiB: shared pages count once."""
     return sum(_pss(member) for member in live.family(pid)) / 1024
 
 

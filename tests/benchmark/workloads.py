@@ -1,4 +1,4 @@
-"""What is sent: images, and how each server wants them packed."""
+"""The workloads: which images are sent, and how each server wants them packed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 IMAGES = sorted((Path(__file__).parents[1] / "images").glob("*.jpg"))
 SAMPLE = IMAGES[len(IMAGES) // 2]
 VERDICT = SAMPLE.stem
-"""The one small image, and what every server must say of it before it is measured."""
+"""The single small image, and the class that a server must answer for it before it is measured."""
 BATCH = 64
 BOUNDARY = "-" * 10 + "benchmark"
 
@@ -23,7 +23,7 @@ class Body(NamedTuple):
 
 
 Pack = Callable[[list[bytes]], Body]
-"""Images of one request to its body."""
+"""Turns the images of one request into its body."""
 
 
 def multipart(field: str) -> Pack:
@@ -39,7 +39,7 @@ def multipart(field: str) -> Pack:
 
 
 def v2(images: list[bytes]) -> Body:
-    """The Open Inference Protocol, which MLServer speaks: binary data travels as base64."""
+    """The Open Inference Protocol (V2), which MLServer speaks: binary data as base64 in JSON."""
     data = [base64.b64encode(image).decode() for image in images]
     tensor = {"name": "image", "shape": [len(data), 1], "datatype": "BYTES", "data": data}
     return Body(
@@ -48,7 +48,7 @@ def v2(images: list[bytes]) -> Body:
 
 
 class Workload(NamedTuple):
-    """Each of ``requests`` is the images of one request; they are sent in turn."""
+    """Each element of ``requests`` holds the images of one request; requests are sent in turn."""
 
     name: str
     requests: list[list[bytes]]
@@ -68,7 +68,7 @@ def batch() -> Workload:
 
 
 def photographs(archive: Path) -> Workload:
-    """Every JPEG of a tar archive, one a request."""
+    """Every JPEG of a tar archive, one per request."""
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar if m.name.lower().endswith((".jpg", ".jpeg"))), key=lambda member: member.name)
         files = [tar.extractfile(member) for member in members]

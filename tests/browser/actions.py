@@ -1,4 +1,4 @@
-"""What people do with the page."""
+"""What people do with the page, as functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def choose(page: Page, *files: Path) -> None:
 
 
 def drop(page: Page, *paths: Path) -> None:
-    """Files or folders, as the window system would bring them."""
+    """Drop files or folders on the page, as the window system would deliver them."""
     devtools = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "drop"):
@@ -37,7 +37,7 @@ def paste(page: Page, file: Path) -> None:
 
 
 def verdict(page: Page) -> str:
-    """The class that is answered, once it is."""
+    """Wait for the answer and return its class."""
     name = page.locator("#class-name")
     name.wait_for()
     page.wait_for_selector("#answer[aria-busy=false]")
@@ -45,13 +45,13 @@ def verdict(page: Page) -> str:
 
 
 def finish(page: Page) -> None:
-    """Wait for the last portion of a batch."""
+    """Wait until the last portion of a batch is answered."""
     page.wait_for_selector("#batch")
     page.wait_for_selector("#progress", state="hidden")
 
 
 def column(page: Page, number: int) -> list[str]:
-    """Cells of the rows that have an answer."""
+    """Cells of one column, for the rows that have an answer."""
     return page.locator(f"#rows tr:not(.failed) > :nth-child({number})").all_inner_texts()
 
 
@@ -62,7 +62,7 @@ def sort_by(page: Page, name: str) -> Locator:
 
 
 def ask(url: str, files: Sequence[Path], **options: Any) -> list[dict[str, Any]]:
-    """What the service says of these, without any page."""
+    """What the service answers for these files when asked directly."""
     parts = [("images", (file.name, file.read_bytes(), "image/jpeg")) for file in files]
     reply = requests.post(f"{url}/classify/batch", files=parts, params=options, timeout=60)
     results: list[dict[str, Any]] = reply.json()["results"]

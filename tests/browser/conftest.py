@@ -1,4 +1,4 @@
-"""The real server, and Debian's Chromium looking at its page."""
+"""The real server, and Debian's Chromium to open its page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from tests.live import LIMITS, serve
 
 PATIENCE_MS = 60_000
-"""For a machine with other work."""
+"""Generous, for a machine that is busy with other work."""
 VIEWS: dict[str, dict[str, Any]] = {
     "light": {"viewport": {"width": 1200, "height": 860}},
     "dark": {"viewport": {"width": 1200, "height": 860}, "color_scheme": "dark"},
@@ -38,7 +38,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        # No sandbox: a container, as CI is, has no rights to make one. Nothing but our own page is opened.
+        # No sandbox: containers, such as CI's, lack the rights to create one. Only our own page is opened.
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -46,13 +46,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def view() -> str:
-    """Parametrized by the tests that look at another."""
+    """The default viewport; tests parametrize it to use another."""
     return "light"
 
 
 @pytest.fixture
 def blank(browser: Browser, view: str) -> Iterator[Page]:
-    """A tab that fails its test when a script does, or when anything is against the Content-Security-Policy."""
+    """A blank tab that fails its test on any script error or violation of the Content-Security-Policy."""
     context = browser.new_context(**VIEWS[view], accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(PATIENCE_MS)
@@ -68,7 +68,7 @@ def blank(browser: Browser, view: str) -> Iterator[Page]:
 
 @pytest.fixture
 def page(blank: Page, url: str) -> Page:
-    """The page, with its samples and the model card."""
+    """The page, once its samples and the model card are shown."""
     blank.goto(url)
     blank.wait_for_selector(".sample")
     return blank
@@ -76,7 +76,7 @@ def page(blank: Page, url: str) -> Page:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """A file that says it is a JPEG, and has a name that a spreadsheet would take for a formula."""
+    """A file that starts like a JPEG but holds no image, with a name that a spreadsheet would run as a formula."""
     file = tmp_path / "=broken.jpg"
     file.write_bytes(b"\xff\xd8\xff\xe0 and no more")
     return file

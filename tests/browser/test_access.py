@@ -1,4 +1,4 @@
-"""The page for everyone: keyboard, phone, dark, reduced motion, and axe's rules in each. UPDATE=1 draws docs/images."""
+"""Accessibility: keyboard, phone, dark mode, reduced motion, and axe's rules in each. UPDATE=1 draws docs/images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ every_view = pytest.mark.parametrize("view", VIEWS)
 
 def violations(page: Page) -> list[str]:
     page.evaluate(AXE)
-    page.wait_for_timeout(400)  # colours in transition have no contrast of their own
+    page.wait_for_timeout(400)  # colours in mid-transition would fail the contrast rule
     found: dict[str, Any] = page.evaluate("rules => axe.run({runOnly: rules})", RULES)
     assert len(found["passes"]) > 20
     return [f"{rule['id']}: {node['html']}" for rule in found["violations"] for node in rule["nodes"]]
@@ -35,8 +35,8 @@ def scrolls_sideways(page: Page) -> bool:
 
 
 @every_view
-def test_nothing_stands_in_anyones_way(page: Page, broken: Path) -> None:
-    """In every state: empty, an answer with evidence, a table, an error, an API key."""
+def test_axe_finds_no_violation_in_any_state(page: Page, broken: Path) -> None:
+    """Empty, an answer with evidence, a table, an error, an API key."""
     assert violations(page) == []
     choose(page, CAT)
     verdict(page)
@@ -55,7 +55,7 @@ def test_nothing_stands_in_anyones_way(page: Page, broken: Path) -> None:
 
 @pytest.mark.parametrize("view", ["phone"])
 @pytest.mark.parametrize("width", [320, 390])
-def test_a_phone_scrolls_in_one_direction(page: Page, broken: Path, width: int) -> None:
+def test_a_phone_scrolls_in_one_direction_only(page: Page, broken: Path, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     assert not scrolls_sideways(page)
     expect(page.get_by_text("Take a photo")).to_be_visible()
@@ -79,7 +79,7 @@ def test_colours_follow_the_system(page: Page, is_dark: bool) -> None:
 
 
 def focused(page: Page) -> str:
-    """What has the focus, by how it is called; it must be seen to have it."""
+    """The accessible name of the focused element, which must be visibly focused."""
     seen = """() => {
         const element = document.activeElement;
         const shown = element.matches("input") ? element.labels[0].querySelector("span") ?? element.labels[0] : element;
@@ -101,7 +101,7 @@ def tab_to(page: Page, name: str, key: str = "Tab") -> None:
     raise AssertionError(f"{name!r} is not reached by {key}: {passed}")
 
 
-def test_everything_by_keyboard(page: Page) -> None:
+def test_everything_works_by_keyboard(page: Page) -> None:
     page.keyboard.press("Tab")
     assert focused(page) == "Skip to the content"
     tab_to(page, "Sample: ship")
@@ -118,7 +118,7 @@ def test_everything_by_keyboard(page: Page) -> None:
     page.keyboard.press("Space")
     expect(page.get_by_alt_text("Where the evidence for ship lies")).to_be_visible()
 
-    choose(page, *PICTURES)  # the dialog of the system is not the page's
+    choose(page, *PICTURES)  # the system's file dialog is not part of the page
     finish(page)
     tab_to(page, "Download CSV")
     tab_to(page, "Confidence")
@@ -130,7 +130,7 @@ def test_everything_by_keyboard(page: Page) -> None:
     expect(page.locator("#caption")).to_contain_text("ship.jpg")
 
 
-def test_the_chooser_opens_by_keyboard(page: Page) -> None:
+def test_the_file_chooser_opens_by_keyboard(page: Page) -> None:
     tab_to(page, "choose")
     with page.expect_file_chooser() as opened:
         page.keyboard.press("Space")
@@ -150,8 +150,8 @@ def test_motion_is_reduced_on_request(page: Page) -> None:
 
 
 @every_view
-def test_pictures_of_the_page(page: Page, view: str) -> None:
-    """Small enough for the repository; with UPDATE=1 they are the repository's."""
+def test_pictures_of_the_page_are_small(page: Page, view: str) -> None:
+    """Small enough for the repository; UPDATE=1 writes them into it."""
     page.locator(".sample").nth(5).click()
     verdict(page)
     if view == "dark":
@@ -159,7 +159,7 @@ def test_pictures_of_the_page(page: Page, view: str) -> None:
         page.locator("#overlay").wait_for()
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
-    page.wait_for_timeout(500)  # the bars grow
+    page.wait_for_timeout(500)  # while the bars grow
     file = io.BytesIO()
     shot = Image.open(io.BytesIO(page.screenshot(full_page=view != "phone")))
     shot.convert("RGB").quantize(256, kmeans=1).save(file, "PNG", optimize=True)

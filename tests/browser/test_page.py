@@ -1,4 +1,4 @@
-"""What the page does with pictures and with errors: `make check-page`."""
+"""How the page handles pictures and errors: `make check-page`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 def percent(share: float) -> str:
-    """As browsers round: half of a digit goes up."""
+    """Rounded half up, as browsers do."""
     return f"{(100 * Decimal(repr(share))).quantize(Decimal('0.1'), ROUND_HALF_UP)}%"
 
 
-def test_a_sample_is_one_click(page: Page, url: str) -> None:
+def test_a_sample_is_classified_with_one_click(page: Page, url: str) -> None:
     page.get_by_role("button", name="Sample: cat").click()
     assert verdict(page) == "cat"
     (said,) = ask(url, [CAT], prediction_set=0.95)
@@ -45,14 +45,14 @@ def test_a_sample_is_one_click(page: Page, url: str) -> None:
 
 
 def test_a_sample_may_have_any_name(blank: Page, url: str) -> None:
-    """They are named after classes, and those after folders."""
+    """Samples are named after classes, and classes after folders."""
     asked: list[str] = []
 
     def answer(route: Route) -> None:
         asked.append(route.request.url)
         route.fulfill(path=CAT)
 
-    blank.route("**/model", lambda route: route.fulfill(status=500))  # which would hide a sample of another class
+    blank.route("**/model", lambda route: route.fulfill(status=500))  # the card would hide this sample
     blank.route("**/page/samples.json", lambda route: route.fulfill(json=["samples/50% no. #1?.jpg"]))
     blank.route("**/page/samples/**", answer)
     blank.goto(url)
@@ -61,7 +61,7 @@ def test_a_sample_may_have_any_name(blank: Page, url: str) -> None:
     assert set(asked) == {f"{url}/page/samples/50%25%20no.%20%231%3F.jpg"}
 
 
-def test_stages_of_the_answer_are_timed(page: Page) -> None:
+def test_the_answer_shows_the_time_of_each_stage(page: Page) -> None:
     choose(page, CAT)
     verdict(page)
     shown = dict(line.split("\n") for line in page.locator("#stages div").all_inner_texts())
@@ -85,7 +85,7 @@ def test_the_level_changes_the_prediction_set(page: Page, url: str, tmp_path: Pa
     expect(page.locator("#set li")).to_have_text(wide[unsure])
 
 
-def test_evidence_lies_over_the_picture(page: Page) -> None:
+def test_evidence_is_drawn_over_the_picture(page: Page) -> None:
     choose(page, CAT)
     verdict(page)
     button = page.get_by_role("button", name="Show evidence")
@@ -99,8 +99,8 @@ def test_evidence_lies_over_the_picture(page: Page) -> None:
     expect(button).to_have_attribute("aria-pressed", "false")
 
 
-def test_evidence_is_shown_where_its_button_is_down(page: Page) -> None:
-    """Whatever is pressed before it comes."""
+def test_evidence_is_shown_if_and_only_if_its_button_is_pressed(page: Page) -> None:
+    """Whatever else is pressed before the evidence arrives."""
     held: list[Route] = []
     page.route("**/explain", lambda route: held.append(route))
     choose(page, CAT)
@@ -122,7 +122,7 @@ def test_evidence_is_shown_where_its_button_is_down(page: Page) -> None:
     expect(overlay).to_be_hidden()
 
 
-def test_a_foreign_image_is_told(page: Page, url: str, tmp_path: Path) -> None:
+def test_a_foreign_image_is_flagged(page: Page, url: str, tmp_path: Path) -> None:
     black = tmp_path / "lens-cap.png"
     Image.new("RGB", (32, 32)).save(black)
     assert not ask(url, [black])[0]["in_distribution"]
@@ -132,7 +132,7 @@ def test_a_foreign_image_is_told(page: Page, url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a,b.jpg", "a;b.jpg", "the cat's.jpg", 'a "cat".jpg', "back\\slash.jpg", " cat.jpg"])
-def test_the_command_to_copy_works_for_any_file(page: Page, tmp_path: Path, name: str) -> None:
+def test_the_copied_command_works_for_any_file_name(page: Page, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(CAT.read_bytes())
     choose(page, tmp_path / name)
     verdict(page)
@@ -144,14 +144,14 @@ def test_the_command_to_copy_works_for_any_file(page: Page, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("bring", [drop, paste, choose])
-def test_every_way_in(page: Page, bring: object) -> None:
+def test_pictures_are_accepted_every_way(page: Page, bring: object) -> None:
     bring(page, CAT.with_name("dog.jpg"))  # type: ignore[operator]
     assert verdict(page) == "dog"
     expect(page.locator("#caption")).to_have_text("dog.jpg, 32 \u00d7 32 pixels")
     expect(page.locator("#veil")).to_be_hidden()
 
 
-def test_the_camera_is_offered_where_there_is_one(page: Page) -> None:
+def test_a_photo_can_be_taken_with_the_camera(page: Page) -> None:
     assert page.locator("#photo").get_attribute("capture") == "environment"
     page.set_input_files("#photo", CAT)
     assert verdict(page) == "cat"
@@ -162,7 +162,7 @@ def test_a_drop_without_files_is_explained(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("There was no picture in that")
 
 
-def test_a_folder_becomes_a_table_to_sort_and_a_csv(page: Page, url: str, tmp_path: Path, broken: Path) -> None:
+def test_a_folder_becomes_a_sortable_table_and_a_csv(page: Page, url: str, tmp_path: Path, broken: Path) -> None:
     folder = tmp_path / "=folder"
     (folder / "deep").mkdir(parents=True)
     for file in [*PICTURES, broken]:
@@ -201,8 +201,8 @@ def test_a_folder_becomes_a_table_to_sort_and_a_csv(page: Page, url: str, tmp_pa
     assert verdict(page) == "frog"
 
 
-def test_a_large_folder_is_shown_in_parts_and_answered_whole(page: Page, tmp_path: Path) -> None:
-    """A browser lays out a table of thousands of rows anew for every answer; with all of them it would stand still."""
+def test_a_large_folder_is_shown_in_parts_but_classified_whole(page: Page, tmp_path: Path) -> None:
+    """A browser lays out the whole table again for every answer: with thousands of rows, the page would freeze."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for number in range(205):
@@ -225,7 +225,7 @@ def test_a_large_folder_is_shown_in_parts_and_answered_whole(page: Page, tmp_pat
     expect(more).to_be_hidden()
 
 
-def test_who_reads_the_table_keeps_the_place_while_answers_come(page: Page) -> None:
+def test_a_row_keeps_the_focus_while_answers_arrive(page: Page) -> None:
     held: list[Route] = []
     page.route("**/classify/batch*", lambda route: held.append(route))
     choose(page, *PICTURES, *PICTURES)
@@ -240,7 +240,7 @@ def test_who_reads_the_table_keeps_the_place_while_answers_come(page: Page) -> N
     assert name.evaluate("element => element === document.activeElement")
 
 
-def test_portions_that_the_service_finds_too_large_are_halved(page: Page, tmp_path: Path) -> None:
+def test_portions_too_large_for_the_service_are_halved(page: Page, tmp_path: Path) -> None:
     files = [tmp_path / f"{index}.bmp" for index in range(6)]
     for index, file in enumerate(files):
         file.write_bytes(encode(picture(index, 500, 400), "BMP"))
@@ -251,7 +251,7 @@ def test_portions_that_the_service_finds_too_large_are_halved(page: Page, tmp_pa
     expect(page.locator("#batch-summary")).to_have_text("6 of 6 classified")
 
 
-def test_a_batch_can_be_stopped_and_gone_on_with(page: Page) -> None:
+def test_a_batch_can_be_stopped_and_resumed(page: Page) -> None:
     slow = True
 
     def hold(route: Route) -> None:
@@ -267,12 +267,12 @@ def test_a_batch_can_be_stopped_and_gone_on_with(page: Page) -> None:
     expect(page.locator("#batch-summary")).to_have_text("10 of 10 classified")
 
 
-def test_a_file_that_is_deleted_meanwhile_spoils_no_others(page: Page, tmp_path: Path) -> None:
+def test_a_file_deleted_during_a_batch_fails_alone(page: Page, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("1.jpg", "2.jpg", "deleted.jpg"):
         (folder / name).write_bytes(CAT.read_bytes())
-    page.route("**/classify/batch*", lambda route: None)  # held, until it is stopped
+    page.route("**/classify/batch*", lambda route: None)  # held until the batch is stopped
     drop(page, folder)
     page.get_by_role("button", name="Stop").click()
     (folder / "deleted.jpg").unlink()
@@ -285,7 +285,7 @@ def test_a_file_that_is_deleted_meanwhile_spoils_no_others(page: Page, tmp_path:
     expect(page.get_by_role("alert")).to_contain_text("This file cannot be read")
 
 
-def test_what_a_dropped_folder_does_not_give_away_spoils_no_others(page: Page) -> None:
+def test_an_unreadable_entry_of_a_dropped_folder_fails_alone(page: Page) -> None:
     page.evaluate(
         """() => {
             const { webkitGetAsEntry } = DataTransferItem.prototype;
@@ -334,7 +334,7 @@ def error(status: int, code: str, **headers: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("status", "code"), [(429, "overloaded"), (503, "not_ready"), (502, "bad_gateway")])
-def test_the_page_waits_as_long_as_it_is_asked_to(page: Page, status: int, code: str) -> None:
+def test_the_page_waits_for_as_long_as_retry_after_says(page: Page, status: int, code: str) -> None:
     attempts: list[float] = []
 
     def refuse_once(route: Route) -> None:
@@ -351,7 +351,7 @@ def test_the_page_waits_as_long_as_it_is_asked_to(page: Page, status: int, code:
     assert attempts[1] - attempts[0] >= 2
 
 
-def test_the_page_gives_up_when_the_wait_is_long(page: Page) -> None:
+def test_the_page_gives_up_when_told_to_wait_long(page: Page) -> None:
     page.route(
         "**/classify*",
         lambda route: route.fulfill(**error(429, "quota_exceeded", **{"Retry-After": "7200"})),  # type: ignore[arg-type]
@@ -360,7 +360,7 @@ def test_the_page_gives_up_when_the_wait_is_long(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("The service asks to wait 2 hours")
 
 
-def test_a_batch_ends_when_the_wait_is_long(page: Page) -> None:
+def test_a_batch_ends_when_told_to_wait_long(page: Page) -> None:
     requests: list[Route] = []
 
     def refuse(route: Route) -> None:
@@ -375,7 +375,9 @@ def test_a_batch_ends_when_the_wait_is_long(page: Page) -> None:
 
 
 @pytest.mark.parametrize("bring", [choose, lambda page, _: page.get_by_role("button", name="Sample: cat").click()])
-def test_without_a_service_the_page_says_so_and_tries_again(page: Page, bring: Callable[[Page, Path], None]) -> None:
+def test_an_unreachable_service_is_explained_and_can_be_retried(
+    page: Page, bring: Callable[[Page, Path], None]
+) -> None:
     page.context.set_offline(True)
     bring(page, CAT)
     expect(page.get_by_role("alert")).to_contain_text("The service cannot be reached")
@@ -385,25 +387,25 @@ def test_without_a_service_the_page_says_so_and_tries_again(page: Page, bring: C
 
 
 @pytest.mark.parametrize(("status", "code"), [(504, "deadline_exceeded"), (500, "internal")])
-def test_failures_of_the_service_are_explained_at_once(page: Page, status: int, code: str) -> None:
+def test_errors_that_waiting_does_not_help_are_explained_at_once(page: Page, status: int, code: str) -> None:
     page.route("**/classify*", lambda route: route.fulfill(**error(status, code)))  # type: ignore[arg-type]
     choose(page, CAT)
     expect(page.get_by_role("alert")).to_contain_text(code)
 
 
-def test_what_is_not_of_the_service_is_explained_too(page: Page) -> None:
+def test_replies_that_are_not_the_services_are_explained(page: Page) -> None:
     page.route("**/classify*", lambda route: route.fulfill(status=418, body="<h1>a proxy</h1>"))
     choose(page, CAT)
     expect(page.get_by_role("alert")).to_contain_text("HTTP status 418")
 
 
-def test_an_api_key_is_asked_for_and_its_rate_held(blank: Page, tmp_path: Path) -> None:
+def test_an_api_key_is_asked_for_and_its_rate_respected(blank: Page, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     key = access.add(keys, "alice", images_per_second=0.5)
     with serve("embedded", tmp_path / "home", API_KEYS=keys, WORKERS=1) as url:
         blank.goto(url)
         field = blank.get_by_label("API key")
-        field.fill("schlüssel…")  # cannot be sent
+        field.fill("schlüssel…")  # not allowed in a header
         field.press("Enter")
         assert not field.evaluate("field => field.validity.valid")
         field.fill("wrong")
@@ -423,7 +425,7 @@ def test_an_api_key_is_asked_for_and_its_rate_held(blank: Page, tmp_path: Path) 
         assert blank.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
 
-def test_another_key_can_be_given_where_one_has_expired(blank: Page, tmp_path: Path) -> None:
+def test_an_expired_key_can_be_replaced(blank: Page, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     expired, key = access.add(keys, "alice", expires=date(2020, 1, 1)), access.add(keys, "bob")
     with serve("embedded", tmp_path / "home", API_KEYS=keys, WORKERS=1) as url:
@@ -438,7 +440,7 @@ def test_another_key_can_be_given_where_one_has_expired(blank: Page, tmp_path: P
         assert verdict(blank) == "cat"
 
 
-def test_the_card_is_told_in_words(page: Page) -> None:
+def test_the_model_card_is_shown_in_words(page: Page) -> None:
     shipped = json.loads((SHIPPED / "card.json").read_text())
     figures = shipped["metrics"]["onnx-int8"]
     card = page.get_by_role("region", name="About this model")
@@ -451,7 +453,7 @@ def test_the_card_is_told_in_words(page: Page) -> None:
     expect(page.locator("#about")).to_contain_text(about)
 
 
-def test_a_card_that_could_not_be_had_is_asked_for_again(blank: Page, url: str) -> None:
+def test_a_card_that_failed_to_load_is_requested_again(blank: Page, url: str) -> None:
     blank.route("**/model", lambda route: route.fulfill(status=500))
     blank.goto(url)
     expect(blank.locator("#about")).to_contain_text("cannot be told at the moment")
@@ -462,8 +464,8 @@ def test_a_card_that_could_not_be_had_is_asked_for_again(blank: Page, url: str) 
     expect(blank.locator("#about")).to_contain_text("10 classes")
 
 
-def test_the_policy_is_enforced_and_watched(browser: Browser, url: str) -> None:
-    """The fixture would see it if the page broke its own rules."""
+def test_the_policy_is_enforced_and_its_violations_are_seen(browser: Browser, url: str) -> None:
+    """Proves that the fixture would notice if the page broke its own policy."""
     page = browser.new_page()
     page.add_init_script(WATCH)
     page.goto(url)

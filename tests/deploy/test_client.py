@@ -1,4 +1,4 @@
-"""The command line over TLS, with the certificate that `make secrets` makes."""
+"""The command line over TLS, with the certificate that `make secrets` creates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.test_client import run, trouble
 SECRETS = Path(__file__).parents[2] / "deploy/secrets.sh"
 
 
-def test_a_certificate_of_ones_own_is_trusted_when_it_is_named(tmp_path: Path) -> None:
+def test_a_self_signed_certificate_is_trusted_only_when_named(tmp_path: Path) -> None:
     (tmp_path / "secrets.sh").write_bytes(SECRETS.read_bytes())
     subprocess.run(["sh", tmp_path / "secrets.sh"], check=True, capture_output=True)
     certificate = tmp_path / "secrets/tls_certificate"

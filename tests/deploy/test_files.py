@@ -1,4 +1,4 @@
-"""The files of deploy/, judged by the programs that read them: `make check-deploy`. Needs no Docker engine."""
+"""The files of deploy/, checked by the programs that read them: `make check-deploy`. Needs no Docker engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.e2e.stack import program
 from tests.live import free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-# Tools of the virtual environment; and Debian's package puts nginx where only root's path leads.
+# Tools of the virtual environment; and sbin, where Debian puts nginx but which is only on root's PATH.
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
 
 
@@ -32,14 +32,14 @@ def run(*arguments: str | Path) -> str:
 
 
 @pytest.mark.parametrize("overlays", [(), ("replicas",), ("gpu",), ("gpu", "replicas", "logs"), ("mtls",)])
-def test_compose_reads_the_files(overlays: tuple[str, ...]) -> None:
+def test_compose_accepts_its_files(overlays: tuple[str, ...]) -> None:
     names = ("compose.yaml", *(f"compose.{overlay}.yaml" for overlay in overlays))
     read = run(*program(), *(part for name in names for part in ("--file", DEPLOY / name)), "config")
     assert "warn" not in read.lower()
 
 
 @pytest.mark.parametrize("snippets", [(), ("mtls",)])
-def test_nginx_reads_its_configuration(snippets: tuple[str, ...], tmp_path: Path) -> None:
+def test_nginx_accepts_its_configuration(snippets: tuple[str, ...], tmp_path: Path) -> None:
     config = configuration(tmp_path, snippets)
     printed = run("nginx", "-t", "-c", config)
     assert "[warn]" not in printed
@@ -47,7 +47,7 @@ def test_nginx_reads_its_configuration(snippets: tuple[str, ...], tmp_path: Path
 
 
 def configuration(folder: Path, snippets: tuple[str, ...] = ()) -> Path:
-    """deploy/nginx for this machine's Nginx as a process, with files in ``folder`` and ``snippets`` of an overlay."""
+    """deploy/nginx for this machine's Nginx as a process, with files in ``folder`` and an overlay's ``snippets``."""
     config = nginx.configuration(folder / "nginx", nginx.version(run("nginx", "-v")))
     overlay = folder / "overlay"
     overlay.mkdir()
@@ -60,13 +60,13 @@ def configuration(folder: Path, snippets: tuple[str, ...] = ()) -> Path:
     (folder / "secrets.sh").write_bytes((DEPLOY / "secrets.sh").read_bytes())
     run("sh", folder / "secrets.sh")
     shutil.copy(folder / "secrets/tls_certificate", folder / "secrets/client_ca")
-    # No Docker, no such name; and nobody listens there, whoever runs a server here meanwhile.
+    # Docker's host name does not exist here; an address where nothing listens, even if a server runs on this machine.
     nginx.replace(config / "snippets/upstream.conf", "server classifier:3000", f"server localhost:{free_port()}")
     return config / "nginx.conf"
 
 
-def test_with_mtls_only_certificates_of_ours_get_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a replica that is not there: 502. The server's self-signed certificate is the authority and a caller's too."""
+def test_with_mtls_only_our_own_certificates_are_admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admitted requests get a 502: no replica runs. The self-signed server certificate is also CA and a caller's."""
     config, port = configuration(tmp_path, ("mtls",)), free_port()
     nginx.replace(config, "listen 8443 ssl", f"listen 127.0.0.1:{port} ssl")
     for unused in ("8080", "8081"):

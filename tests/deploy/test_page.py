@@ -1,4 +1,4 @@
-"""The page to try through a real Nginx, with a real gateway behind it: `make check-deploy`."""
+"""The page at ``/`` through a real Nginx with the real gateway behind it: `make check-deploy`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.live import free_port
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 SAMPLE = "/page/" + min(FOLDER.glob("samples/*.jpg")).relative_to(FOLDER).as_posix()
 OLD = (1, 22, 0)
-"""Every Nginx reads what this one does, and asks no name server of Docker's for the replicas."""
+"""A version whose configuration every Nginx reads, and which needs no DNS server of Docker's to find the replicas."""
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def get(url: str, path: str, method: str = "GET", **headers: str) -> requests.Re
 
 
 @pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/page.css", SAMPLE])
-def test_the_page_comes_through_with_the_headers_of_the_service(url: str, path: str) -> None:
+def test_the_page_passes_nginx_with_the_services_headers(url: str, path: str) -> None:
     reply = get(url, path)
     file = FOLDER / ("index.html" if path == "/" else path.removeprefix("/page/"))
     assert (reply.status_code, reply.content) == (200, file.read_bytes())
-    # One of each: of two policies a browser enforces both.
+    # Exactly one of each: browsers enforce every policy they receive.
     assert {name: reply.headers[name] for name in HEADERS} == HEADERS
     assert "max-age=" in reply.headers["Strict-Transport-Security"]
     assert len(reply.headers["X-Request-Id"]) == 32
@@ -100,7 +100,7 @@ def test_the_page_comes_through_with_the_headers_of_the_service(url: str, path: 
         ("DELETE", "/page/main.js", 405, "method_not_allowed"),
     ],
 )
-def test_nothing_else_does(url: str, method: str, path: str, status: int, code: str) -> None:
+def test_nothing_but_the_page_passes(url: str, method: str, path: str, status: int, code: str) -> None:
     reply = get(url, path, method)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
     assert reply.headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"

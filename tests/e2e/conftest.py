@@ -12,7 +12,7 @@ from tests.e2e.stack import Stack, running, session
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The CPU image, built if missing."""
+    """The CPU image; built if it is missing."""
     if not has_image(IMAGE):
         subprocess.run(("make", "image-cpu", f"IMAGE_CPU={IMAGE}"), cwd=ROOT, check=True)
     return IMAGE

@@ -15,7 +15,7 @@ IMAGE = os.environ.get("IMAGE_CPU", "classifier:cpu")
 
 
 def docker(*arguments: str, code: int | None = 0) -> str:
-    """``docker arguments``; returns what it printed, after checking its exit status unless ``code`` is None."""
+    """Run ``docker arguments`` and return its output. Checks the exit status unless ``code`` is None."""
     done = subprocess.run(("docker", *arguments), capture_output=True, text=True, timeout=120)
     assert code is None or done.returncode == code, done.stdout + done.stderr
     return (done.stdout + done.stderr).strip()
@@ -26,11 +26,11 @@ def has_image(name: str) -> bool:
 
 
 def process_statuses(identity: str) -> list[dict[str, str]]:
-    """/proc/PID/status of each process of a container."""
+    """/proc/PID/status of each process in a container."""
     pids = docker("top", identity, "-o", "pid").split()[1:]
     texts = []
     for pid in pids:
-        with suppress(FileNotFoundError):  # a health check that has ended meanwhile
+        with suppress(FileNotFoundError):  # a health check's process may have ended
             texts.append(Path(f"/proc/{pid}/status").read_text())
     return [dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line) for text in texts]
 

@@ -1,4 +1,4 @@
-"""The stack of deploy/compose.yaml with two replicas, under a name, ports and Nginx configuration of its own."""
+"""The stack of deploy/compose.yaml with two replicas and its own project name, ports and Nginx configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STAND_INS = {
         ENTRYPOINT ["prometheus-blackbox-exporter"]
     """
 }
-"""Built from Debian's package on the base of our own image, where the public image cannot be had."""
+"""Built from Debian's package on our own image's base, where the public image is out of reach."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Stack:
         return nginx.version(docker("exec", self.container("nginx"), "nginx", "-v"))
 
     def containers(self, service: str | None = None) -> list[str]:
-        """Identities of those that run."""
+        """Ids of the running containers."""
         labels = [f"label=com.docker.compose.project={PROJECT}"]
         labels += [f"label=com.docker.compose.service={service}"] if service else []
         return docker(
@@ -76,17 +76,17 @@ class Stack:
         return self.containers(service)[0]
 
     def logs(self, service: str) -> list[dict[str, Any]]:
-        """The JSON lines of all its containers."""
+        """The JSON lines logged by all containers of ``service``."""
         lines = [line for identity in self.containers(service) for line in docker("logs", identity).splitlines()]
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     @property
     def reloads_nginx(self) -> bool:
-        """Whether its Nginx is too old to find replicas by itself."""
+        """Whether its Nginx is too old to discover replicas by itself."""
         return self.nginx_version < nginx.RESOLVES
 
     def find_replicas(self) -> None:
-        """Tell an Nginx that does not find out by itself that replicas have come."""
+        """Reload an Nginx that does not discover new replicas by itself."""
         if self.reloads_nginx:
             docker("exec", self.container("nginx"), "nginx", "-s", "reload")
 
@@ -112,7 +112,7 @@ def wait_until_healthy(identity: str) -> None:
 
 @contextmanager
 def running(image: str, folder: Path) -> Iterator[Stack]:
-    """``folder`` takes the configurations of Nginx and Alertmanager."""
+    """``folder`` receives the configurations of Nginx and Alertmanager."""
     subprocess.run(ROOT / "deploy/secrets.sh", check=True)
     images = {name: s["image"] for name, s in services().items() if name not in ("classifier", "nginx")}
     proxy = nginx_image()
@@ -127,7 +127,7 @@ def running(image: str, folder: Path) -> Iterator[Stack]:
             "ALERTMANAGER_CONFIG": str(alertmanager.parent),
             **{name: free_port() for name in ("HTTP_PORT", "HTTPS_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")},
             "GRAFANA_PORT": free_port(),
-            "COMPOSE_HTTP_TIMEOUT": str(READY_SECONDS),  # docker-compose 1.29 gives up on a busy machine after 60 s
+            "COMPOSE_HTTP_TIMEOUT": str(READY_SECONDS),  # docker-compose 1.29 gives up after 60 s on a busy machine
         },
         services=("classifier", "nginx", *(name for name, tag in images.items() if obtain(tag))),
         alertmanager_config=alertmanager,
@@ -142,7 +142,7 @@ def running(image: str, folder: Path) -> Iterator[Stack]:
 
 
 def program() -> tuple[str, ...]:
-    """Compose v2 where it is installed, else docker-compose 1.29."""
+    """Compose v2 if it is installed, otherwise docker-compose 1.29."""
     modern = subprocess.run(("docker", "compose", "version"), capture_output=True).returncode == 0
     return ("docker", "compose") if modern else ("docker-compose",)
 
@@ -158,7 +158,7 @@ def services() -> dict[str, Any]:
 
 
 def nginx_image() -> str:
-    """The pinned image, or where no registry is reached a local one of the same tag."""
+    """The pinned image, or a local one of the same tag if no registry can be reached."""
     pinned = os.environ.get("NGINX_IMAGE") or services()["nginx"]["image"].removeprefix("${NGINX_IMAGE:-").rstrip("}")
     tag: str = pinned.split("@")[0]
     return tag if has_image(tag) else pinned
@@ -178,7 +178,7 @@ def build(tag: str, dockerfile: str) -> None:
 
 
 def alertmanager_configuration(folder: Path) -> Path:
-    """A copy of monitoring/alertmanager that Debian's Alertmanager can read as well; returns its main file."""
+    """A copy of monitoring/alertmanager that Debian's Alertmanager can also read; returns its main file."""
     shutil.copytree(ROOT / "monitoring/alertmanager", folder)
     file = folder / "alertmanager.yml"
     file.write_text(readable_by_debian(file.read_text(), "http://localhost:9"))
@@ -195,10 +195,10 @@ def free_port() -> str:
 
 
 def session() -> requests.Session:
-    """Trusts the local certificate only, and has the key that `make secrets` made."""
+    """Trusts only the local certificate, and sends the key created by `make secrets`."""
     client = requests.Session()
     client.verify = str(CERTIFICATE)
-    client.trust_env = False  # or REQUESTS_CA_BUNDLE goes before it
+    client.trust_env = False  # otherwise REQUESTS_CA_BUNDLE takes precedence
     client.headers["X-API-Key"] = API_KEY.read_text()
     return client
 

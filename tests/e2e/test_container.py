@@ -1,7 +1,7 @@
-"""The CPU image, built and run as in production: not root, no capabilities, nothing writable but /tmp.
+"""The CPU image, built and run as in production: non-root, no capabilities, only /tmp writable.
 
-make e2e                # builds the image if there is none
-make image-cpu e2e      # builds it anew
+make e2e                # builds the image if it is missing
+make image-cpu e2e      # rebuilds it
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def wait_until_ready(identity: str, url: str) -> None:
         try:
             if requests.get(f"{url}/readyz", timeout=5).ok:
                 return
-        except (requests.ConnectionError, requests.Timeout):  # the socket is there before its workers
+        except (requests.ConnectionError, requests.Timeout):  # the socket opens before its workers are ready
             pass
         time.sleep(0.1)
     pytest.fail(f"not ready after {READY_SECONDS} s\n{docker('logs', identity)}")
 
 
-def test_classifies(container: Container) -> None:
+def test_it_classifies(container: Container) -> None:
     reply = requests.post(f"{container.url}/classify", files={"image": ("disc.jpg", jpeg(), "image/jpeg")}, timeout=30)
     assert reply.status_code == 200, reply.text
     answer = reply.json()
@@ -74,20 +74,20 @@ def test_classifies(container: Container) -> None:
     assert card["runtime"] == "onnx-int8"
 
 
-def test_a_broken_image_is_the_clients_error(container: Container) -> None:
+def test_a_broken_image_is_a_client_error(container: Container) -> None:
     body = jpeg()[:100]
     reply = requests.post(f"{container.url}/classify", body, headers={"Content-Type": "image/jpeg"}, timeout=30)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_image")
 
 
-def test_metrics(container: Container) -> None:
+def test_it_exposes_metrics(container: Container) -> None:
     requests.post(f"{container.url}/classify", jpeg(), headers={"Content-Type": "image/jpeg"}, timeout=30)
     lines = requests.get(f"{container.url}/metrics", timeout=30).text.splitlines()
     for metric in ("classifier_model_info{", "classifier_images_total{", "classifier_stage_seconds_count{"):
         assert any(line.startswith(metric) for line in lines), metric
 
 
-def test_runs_without_privileges(container: Container) -> None:
+def test_it_runs_without_privileges(container: Container) -> None:
     statuses = process_statuses(container.id)
     assert len(statuses) >= 2  # the parent and its workers
     for status in statuses:
@@ -97,20 +97,22 @@ def test_runs_without_privileges(container: Container) -> None:
     assert "Read-only file system" in container.run("touch /home/bentoml/bento/src/service.py", code=1)
 
 
-def test_holds_neither_torch_nor_compilers(container: Container) -> None:
+def test_it_contains_neither_torch_nor_compilers(container: Container) -> None:
     packages = {package["name"] for package in json.loads(container.run("uv pip list --quiet --format json"))}
     assert {"bentoml", "onnxruntime"} <= packages
     assert not packages & {"torch", "torchvision", "triton", "nvidia-cublas"}
     assert container.run("command -v cc gcc g++ make git", code=None) == ""
 
 
-def test_sends_no_usage_statistics(container: Container) -> None:
-    """ONNX Runtime's sender warns on a read-only disk; where it runs, it does so when a model is loaded."""
+def test_it_sends_no_usage_statistics(container: Container) -> None:
+    """ONNX Runtime's telemetry warns on a read-only disk; if it is active, it does so when a model is loaded."""
     assert "loaded" in docker("logs", container.id)
     assert "telemetry" not in docker("logs", container.id)
 
 
-def test_sizes(container: Container, image: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_image_adds_little_to_its_base(
+    container: Container, image: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     size = image_size(image)
     over_base = size - image_size(BASE_IMAGE)
     resident = [int(status["VmRSS"].split()[0]) / 1024 for status in process_statuses(container.id)]
@@ -124,14 +126,14 @@ def test_sizes(container: Container, image: str, capsys: pytest.CaptureFixture[s
 
 
 def image_size(name: str) -> int:
-    """Bytes; a base image that only the builder has is pulled."""
+    """Bytes. Pulls the base image if only the builder has it."""
     if not has_image(name):
         docker("pull", "--quiet", name)
     return int(docker("image", "inspect", name, "--format", "{{.Size}}"))
 
 
 def test_a_killed_worker_is_replaced(container: Container) -> None:
-    """BentoML leaves it dead in a container, unless it was the last."""
+    """In a container, BentoML itself would leave it dead, unless it was the last."""
     find = "grep -l -e '[-]-worker-id' /proc/[0-9]*/cmdline | cut -d / -f 3"
     before = container.run(find).split()
     ups = docker("logs", container.id).count("Service classifier initialized")
@@ -145,7 +147,7 @@ def test_a_killed_worker_is_replaced(container: Container) -> None:
     assert before[0] not in after
 
 
-def test_stops_when_told(container: Container) -> None:
-    """Last: the container is gone afterwards."""
+def test_it_stops_on_sigterm(container: Container) -> None:
+    """Runs last, because it stops the container."""
     docker("stop", "--time", str(STOP_SECONDS), container.id)
     assert docker("inspect", container.id, "--format", "{{.State.ExitCode}} {{.State.OOMKilled}}") == "0 false"

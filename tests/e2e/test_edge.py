@@ -1,4 +1,4 @@
-"""What callers meet outside: Nginx in front of the stack. `make e2e-stack`."""
+"""The stack as callers see it from outside, through Nginx. `make e2e-stack`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tests.e2e.stack import CERTIFICATE, Stack, address, assert_error, post, ses
 
 MAX_BODY_BYTES = Settings.model_fields["max_body_bytes"].default
 CONNECTIONS = 64
-"""One address may have these under way: limit_conn."""
+"""Concurrent requests allowed per address: limit_conn."""
 
 
-def test_classifies_over_tls(client: requests.Session, stack: Stack) -> None:
+def test_it_classifies_over_tls(client: requests.Session, stack: Stack) -> None:
     reply = post(client, stack)
     assert reply.status_code == 200, reply.text
     assert reply.json()["confidence"] == max(reply.json()["all_probabilities"].values())
 
 
-def test_without_a_key_nobody_may_call(stack: Stack) -> None:
+def test_calls_without_a_key_are_refused(stack: Stack) -> None:
     stranger = session()
     del stranger.headers["X-API-Key"]
     assert_error(post(stranger, stack), 401, "unauthorized")
@@ -38,7 +38,7 @@ def test_without_a_key_nobody_may_call(stack: Stack) -> None:
     assert stranger.get(f"{stack.url}/readyz", timeout=20).status_code == 200
 
 
-def test_nothing_is_served_in_the_clear(stack: Stack) -> None:
+def test_nothing_is_served_without_tls(stack: Stack) -> None:
     plain = f"http://localhost:{stack.environment['HTTP_PORT']}/classify"
     reply = requests.post(plain, jpeg(), allow_redirects=False, timeout=20)
     assert (reply.status_code, reply.headers["Location"]) == (308, "https://localhost/classify")
@@ -46,7 +46,7 @@ def test_nothing_is_served_in_the_clear(stack: Stack) -> None:
 
 def handshake(stack: Stack, version: ssl.TLSVersion) -> str | None:
     context = ssl.create_default_context(cafile=str(CERTIFICATE))
-    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # this side would speak TLS 1.1
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # lets this side offer TLS 1.1
     context.minimum_version = context.maximum_version = version
     with (
         socket.create_connection(("localhost", int(stack.environment["HTTPS_PORT"])), timeout=20) as raw,
@@ -55,7 +55,7 @@ def handshake(stack: Stack, version: ssl.TLSVersion) -> str | None:
         return connection.version()
 
 
-def test_tls_versions(stack: Stack) -> None:
+def test_tls_1_2_and_1_3_are_accepted(stack: Stack) -> None:
     assert handshake(stack, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
     assert handshake(stack, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
 
@@ -66,20 +66,20 @@ def test_old_tls_is_refused(stack: Stack) -> None:
         handshake(stack, ssl.TLSVersion.TLSv1_1)
 
 
-def test_request_id_from_end_to_end(client: requests.Session, stack: Stack) -> None:
+def test_one_request_id_appears_in_the_reply_and_the_logs(client: requests.Session, stack: Stack) -> None:
     sent = f"e2e-{time.time_ns()}"
     reply = post(client, stack, **{"X-Request-Id": sent})
     assert reply.headers["X-Request-Id"] == reply.json()["request_id"] == sent
     (outside,) = [line for line in stack.logs("nginx") if line["request_id"] == sent]
     assert (outside["path"], outside["status"], outside["upstream_status"]) == ("/classify", 200, "200")
-    assert float(outside["upstream_seconds"]) <= outside["seconds"] + 0.002  # Nginx rounds to ms
+    assert float(outside["upstream_seconds"]) <= outside["seconds"] + 0.002  # Nginx rounds to milliseconds
     assert [line["status"] for line in stack.logs("classifier") if line.get("request_id") == sent] == [200]
 
 
-def test_the_audit_log_names_key_and_client(client: requests.Session, stack: Stack) -> None:
+def test_the_audit_log_names_key_and_client_address(client: requests.Session, stack: Stack) -> None:
     sent = f"audit-{time.time_ns()}"
     answer = post(client, stack, **{"X-Request-Id": sent, "X-Forwarded-For": "203.0.113.7"}).json()
-    time.sleep(1)  # a thread writes it
+    time.sleep(1)  # a thread writes the log
     lines = docker("exec", stack.container("classifier"), "sh", "-c", "cat /audit/*.jsonl").splitlines()
     (line,) = [line for line in map(json.loads, lines) if line["request_id"] == sent]
     (outside,) = [line for line in stack.logs("nginx") if line["request_id"] == sent]
@@ -108,7 +108,7 @@ def test_bad_request_ids_are_replaced(client: requests.Session, stack: Stack, ba
         "/classify/",
     ],
 )
-def test_inner_paths_are_not_found(client: requests.Session, stack: Stack, path: str) -> None:
+def test_internal_paths_are_not_found(client: requests.Session, stack: Stack, path: str) -> None:
     assert_error(client.get(f"{stack.url}{path}", timeout=20), 404, "not_found")
 
 
@@ -128,15 +128,15 @@ def test_other_methods_are_refused(client: requests.Session, stack: Stack, metho
 
 
 @pytest.mark.parametrize("path", ["/", "/model", "/livez", "/readyz"])
-def test_open_paths(client: requests.Session, stack: Stack, path: str) -> None:
+def test_public_paths_need_no_key(client: requests.Session, stack: Stack, path: str) -> None:
     assert client.get(f"{stack.url}{path}", timeout=20).status_code == 200
     assert client.head(f"{stack.url}{path}", timeout=20).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/model", "/nowhere"])
-def test_security_headers(client: requests.Session, stack: Stack, path: str) -> None:
+def test_security_headers_are_sent(client: requests.Session, stack: Stack, path: str) -> None:
     headers = client.get(f"{stack.url}{path}", timeout=20).headers
-    assert headers["Server"] == "nginx"  # no version
+    assert headers["Server"] == "nginx"  # without its version
     for name, part in {
         "Strict-Transport-Security": "max-age=",
         "X-Content-Type-Options": "nosniff",
@@ -146,8 +146,8 @@ def test_security_headers(client: requests.Session, stack: Stack, path: str) -> 
         assert part in headers[name]
 
 
-def test_body_limit_is_the_services(client: requests.Session, stack: Stack) -> None:
-    """One byte more is refused by Nginx; the limit itself reaches the service, which refuses so large an image."""
+def test_nginx_has_the_services_body_limit(client: requests.Session, stack: Stack) -> None:
+    """Nginx refuses one byte more. At the limit, the request reaches the service, which refuses so large an image."""
     sent = {"Content-Type": "image/jpeg"}
     assert_error(
         client.post(f"{stack.url}/classify", b"x" * (MAX_BODY_BYTES + 1), headers=sent, timeout=60), 413, "too_large"
@@ -162,7 +162,7 @@ def test_body_limit_is_the_services(client: requests.Session, stack: Stack) -> N
     assert {line["method"] for line in from_nginx} == {"POST"}
 
 
-def test_garbage_has_the_form_of_errors(stack: Stack) -> None:
+def test_malformed_http_gets_the_common_error_format(stack: Stack) -> None:
     with opened(stack) as connection:
         connection.sendall(b"garbage\r\n\r\n")
         head, body = connection.makefile("rb").read().split(b"\r\n\r\n", 1)
@@ -180,7 +180,7 @@ def opened(stack: Stack) -> Iterator[ssl.SSLSocket]:
         yield connection
 
 
-def test_connection_limit(client: requests.Session, stack: Stack) -> None:
+def test_connections_per_address_are_limited(client: requests.Session, stack: Stack) -> None:
     with ExitStack() as opening:
         for _ in range(CONNECTIONS):
             connection = opening.enter_context(opened(stack))
@@ -193,8 +193,8 @@ def test_connection_limit(client: requests.Session, stack: Stack) -> None:
     assert post(client, stack).status_code == 200
 
 
-def test_request_limit(stack: Stack) -> None:
-    """600 at once: the burst passes, the rest is told to come back, and after the time named it may."""
+def test_requests_per_address_are_limited(stack: Stack) -> None:
+    """600 at once: the burst passes, the others are told when to come back, and may then."""
     own = threading.local()
 
     def get(_: int) -> requests.Response:
@@ -209,4 +209,4 @@ def test_request_limit(stack: Stack) -> None:
     assert_error(refused[0], 429, "too_many_requests")
     time.sleep(int(refused[0].headers["Retry-After"]))
     assert session().get(f"{stack.url}/livez", timeout=20).status_code == 200
-    time.sleep(2)  # until the burst is free for the tests that follow
+    time.sleep(2)  # lets the burst recover for the tests that follow

@@ -1,4 +1,4 @@
-"""What Vector would make of the lines of this run; none of its images is needed: `make e2e-stack`."""
+"""This run's log lines, processed as Vector would; needs none of the logging images: `make e2e-stack`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The whole stack, run by Compose as in production: `make e2e-stack`.
 
-Needs Docker with Compose and, where no registry is reached, local images of the tags in deploy/compose.yaml.
+Needs Docker with Compose and, if no registry can be reached, local images with the tags of deploy/compose.yaml.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.monitoring.stack import Received, local_alertmanager
 
 
 def test_every_service_runs(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but those whose image this machine cannot get, which is said."""
+    """All but those whose image this machine cannot get; those are printed."""
     missing = set(services()) - set(stack.services)
     if missing:
         with capsys.disabled():
@@ -45,12 +45,12 @@ def test_every_service_runs(stack: Stack, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_every_target_is_up(stack: Stack) -> None:
-    """Every scrape job whose exporter runs here has targets; every target is up; each replica is one."""
+    """Every scrape job whose exporter runs here has targets, all of them up; each replica is a target of its own."""
     jobs = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())["scrape_configs"]
     expected = {job["job_name"] for job in jobs} - {"gpu", "logs"} - (set(services()) - set(stack.services))
     assert {"classifier", "nginx", "node", "edge", "prometheus", "alertmanager"} <= expected
     deadline = time.monotonic() + 60
-    while True:  # the first scrapes take an interval
+    while True:  # the first scrapes take one interval
         reply = requests.get(f"{stack.prometheus}/api/v1/targets", {"state": "active"}, timeout=10)
         targets = reply.json()["data"]["activeTargets"]
         states = [(target["labels"]["job"], target["health"]) for target in targets]
@@ -62,7 +62,7 @@ def test_every_target_is_up(stack: Stack) -> None:
 
 
 class Traffic:
-    """Callers that post batches without a pause: some requests are always under way."""
+    """Callers that post batches continuously, so that some requests are always in flight."""
 
     def __init__(self, stack: Stack, callers: int = 4, images: int = 24) -> None:
         self._stack = stack
@@ -74,7 +74,7 @@ class Traffic:
     def _call(self) -> None:
         client = session()
         while not self._end.is_set():
-            if self._stack.reloads_nginx:  # which closes idle connections, a request under way on one or not
+            if self._stack.reloads_nginx:  # a reload closes idle connections even if a request is just arriving on one
                 client = session()
             try:
                 reply = client.post(f"{self._stack.url}/classify/batch", files=self._files, timeout=20)
@@ -83,7 +83,7 @@ class Traffic:
                 )
             except requests.RequestException as error:
                 self.outcomes.append(repr(error))
-            self._end.wait(0.04)  # stays below the limit of one address
+            self._end.wait(0.04)  # stays below the limit per address
 
     def __enter__(self) -> Traffic:
         for thread in self._threads:
@@ -98,7 +98,7 @@ class Traffic:
 
 @pytest.mark.parametrize("way", ["kill", "stop"])
 def test_a_lost_replica_fails_no_request(stack: Stack, way: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed, or told to stop, under traffic; when it is back, with whatever address, it has work again."""
+    """Killed, or told to stop, under traffic. Once it is back, at whatever address, it gets work again."""
     before = len(stack.logs("nginx"))
     victim = stack.containers("classifier")[0]
     with Traffic(stack) as traffic:
@@ -121,7 +121,7 @@ def test_a_lost_replica_fails_no_request(stack: Stack, way: str, capsys: pytest.
         assert retried
 
 
-def test_more_replicas_are_found(stack: Stack) -> None:
+def test_new_replicas_are_discovered(stack: Stack) -> None:
     stack.compose("up", "--detach", "--no-recreate", "--scale", f"classifier={REPLICAS + 1}", *stack.services)
     for identity in stack.containers("classifier"):
         wait_until_healthy(identity)
@@ -154,7 +154,7 @@ def test_containers_are_hardened(stack: Stack) -> None:
             assert status["NoNewPrivs"] == "1", name
 
 
-def test_only_nginx_is_published(stack: Stack) -> None:
+def test_only_nginx_publishes_ports(stack: Stack) -> None:
     for identity in stack.containers():
         about = inspect(identity)
         service = about["Config"]["Labels"]["com.docker.compose.service"]
@@ -172,7 +172,7 @@ def is_internal(network: str) -> bool:
     return docker("network", "inspect", network, "--format", "{{.Internal}}") == "true"
 
 
-def test_smoke(stack: Stack) -> None:
+def test_the_smoke_test_passes(stack: Stack) -> None:
     environment = {**os.environ, **stack.environment}
     done = subprocess.run((sys.executable, ROOT / "deploy/smoke.py"), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -181,7 +181,7 @@ def test_smoke(stack: Stack) -> None:
 
 @pytest.fixture
 def received(stack: Stack) -> Iterator[Received]:
-    """What Alertmanager sends, now that it sends everything here and waits less; this machine is its gateway."""
+    """What Alertmanager sends, once it is told to send everything to this machine, its gateway, and to wait less."""
     (network,) = json.loads(docker("network", "inspect", f"{PROJECT}_operators"))
     received = Received(network["IPAM"]["Config"][0]["Gateway"])
     local_alertmanager(stack.alertmanager_config.parent, received, "/etc/alertmanager")
@@ -190,13 +190,13 @@ def received(stack: Stack) -> Iterator[Received]:
     received.close()
 
 
-def test_without_replicas(client: requests.Session, stack: Stack, received: Received) -> None:
-    """The error has the form, smoke says what fails, an alert reaches people, and so does the news that it is over."""
+def test_losing_all_replicas_raises_an_alert(client: requests.Session, stack: Stack, received: Received) -> None:
+    """The error has the common format, smoke names the failure, and people get the alert and later its resolution."""
     replicas = stack.containers("classifier")
     for identity in replicas:
         docker("kill", identity)
     replies = [post(client, stack) for _ in range(3)]
-    for reply in replies[:-1]:  # the first ones may find out by a connection that times out
+    for reply in replies[:-1]:  # the first ones may notice only by a connection timeout
         assert_error(reply, *((504, "deadline_exceeded") if reply.status_code == 504 else (502, "bad_gateway")))
     assert_error(replies[-1], 502, "bad_gateway")
     assert int(replies[-1].headers["Retry-After"]) >= 1

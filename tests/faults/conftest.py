@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Prints a figure that a test has measured."""
+    """Prints a figure that a test has measured, past pytest's capture."""
 
     def printed(line: str) -> None:
         with capsys.disabled():

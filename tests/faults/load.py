@@ -1,4 +1,4 @@
-"""Traffic beside a fault, and what became of it."""
+"""Traffic during a fault, and the outcome of each request."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.benchmark.openloop import UNANSWERED, Load, arrivals
 from tests.benchmark.workloads import SAMPLE, Body
 
 RATE, SHARE = 200.0, 1 / 3
-"""Requests a second; at most that share of what one engine could answer on this machine, for no overload is meant."""
+"""Requests per second, capped at that share of what one engine can answer on this machine: no overload is intended."""
 PATIENCE = 20.0
-"""Seconds after the last request in which its reply may come."""
+"""Seconds after the last request within which replies still count."""
 AROUND_SECONDS = 2.0
 LONGEST_SECONDS = 600.0
 RESTORED_SECONDS = 10.0
-"""Within which the service must have healed by itself."""
+"""Seconds within which the service must have healed itself."""
 SLACK = 0.1
-"""Seconds by which this process may learn late of what happened to another."""
+"""Seconds of tolerance for learning late about an event in another process."""
 ONE_IMAGE = Body("image/jpeg", SAMPLE.read_bytes())
 
 
 class Traffic:
-    """Requests that leave when they are due, whatever becomes of the others."""
+    """Requests that leave when they are due, whether or not earlier ones have been answered."""
 
     def __init__(self, url: str) -> None:
         self.load = Load(f"{url}/classify", ONE_IMAGE)
@@ -42,7 +42,7 @@ class Traffic:
 
     @property
     def outcomes(self) -> Counter[str]:
-        """Of every request: a status, or why there is none."""
+        """The status of each request, or why it has none, counted."""
         counted = Counter(reply.outcome for reply in self.load.replies)
         return counted + Counter({UNANSWERED: self.load.sent - len(self.load.replies)})
 
@@ -51,7 +51,7 @@ class Traffic:
         return self.outcomes.total() - self.outcomes["200"]
 
     def under_way(self, since: float, until: float) -> int:
-        """Requests that were sent and not answered at some moment between two of ``load.now()``."""
+        """Requests in flight at some moment between ``since`` and ``until``, both times of ``load.now()``."""
         return sum(reply.due <= until + SLACK and reply.answered >= since - SLACK for reply in self.load.replies)
 
     def __str__(self) -> str:
@@ -61,14 +61,14 @@ class Traffic:
 
 @cache
 def _engine_rate() -> float:
-    """Images a second of the shipped model, one at a time on one core."""
+    """Images per second of the shipped model on one core, one image at a time."""
     artifact = Artifact.load(SHIPPED)
     return images_per_second(create(ONNX_INT8, artifact), artifact.reference(ONNX_INT8).images[:1])
 
 
 @contextmanager
 def traffic(url: str) -> Iterator[Traffic]:
-    """Requests at a steady rate beside what is done meanwhile, and a little before and after; then all are settled."""
+    """Send requests at a steady rate during the block and shortly before and after; all of them are settled on exit."""
     running = Traffic(url)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(running.run)
@@ -82,7 +82,7 @@ def traffic(url: str) -> Iterator[Traffic]:
 
 
 def seconds_until(condition: Callable[[], bool], limit: float) -> float:
-    """How long it takes; fails after ``limit`` seconds."""
+    """How long ``condition`` takes to become true; fails after ``limit`` seconds."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit, f"not within {limit} s"

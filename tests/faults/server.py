@@ -1,4 +1,4 @@
-"""What the tests of faults ask of a server: its processes, by their service, and an image."""
+"""Helpers for the fault tests: a server's processes by service, and a request with one image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ API, RUNNER = "classifier", "runner"
 
 
 def workers(home: Path, service: str) -> list[int]:
-    """Processes of one service."""
+    """Process ids of one service."""
     asked = f"--service-name\0{service}\0"
     return [pid for pid in live.processes(home) if asked in _command(pid)]
 
@@ -26,7 +26,7 @@ def _command(pid: int) -> str:
 
 
 def starts(home: Path, service: str) -> int:
-    """How often a process of the service has come up."""
+    """How often a process of the service has started."""
     return (home / live.LOG).read_text().count(f'"Service {service} initialized"')
 
 

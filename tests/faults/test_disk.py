@@ -1,4 +1,4 @@
-"""A disk that is full, of metrics, logs and audit lines at once."""
+"""A full disk that holds metrics, logs and audit lines at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fill(folder: Path) -> Path:
 
 
 @needs_root
-def test_a_full_disk_costs_no_request(tmp_path: Path, say: Callable[[str], None]) -> None:
+def test_a_full_disk_fails_no_request(tmp_path: Path, say: Callable[[str], None]) -> None:
     with small_disk(tmp_path / "prometheus_multiproc_dir") as disk:
         folders = {"LOG_DIRECTORY": disk, "AUDIT_DIRECTORY": disk}
         with live.serve("embedded", tmp_path, WORKERS=2, **folders) as url:
@@ -55,7 +55,7 @@ def test_a_full_disk_costs_no_request(tmp_path: Path, say: Callable[[str], None]
             values = live.samples(url)
             assert workers(tmp_path, API) == before
             assert live.total(values, "classifier_rejected_total", reason="not_found") == REQUESTS
-            # One that dies meanwhile cannot be replaced at once, but is when there is room again.
+            # A worker that dies meanwhile can only be replaced once there is room again.
             os.kill(before[0], signal.SIGKILL)
             for _ in range(REQUESTS):
                 assert classify(url).status_code == 200
@@ -66,7 +66,7 @@ def test_a_full_disk_costs_no_request(tmp_path: Path, say: Callable[[str], None]
 
 
 @needs_root
-def test_a_start_without_room_for_the_model_says_so(tmp_path: Path) -> None:
+def test_starting_without_disk_space_for_the_model_says_so(tmp_path: Path) -> None:
     with small_disk(tmp_path / "home") as home:
         done = subprocess.run(
             live.command(live.free_port()),

@@ -1,4 +1,4 @@
-"""Processes that die or are told to stop, under load."""
+"""Processes that are killed or told to stop, under load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.faults.load import RESTORED_SECONDS, seconds_until, traffic
 from tests.faults.server import API, RUNNER, classify, starts, workers
 
 CONTAINER = {"BENTOML_CONTAINERIZED": "true"}
-"""What BentoML's images set, and by which it decides not to replace a worker that died."""
+"""Set in BentoML's images: it makes BentoML leave a dead worker unreplaced."""
 CGROUP = Path("/sys/fs/cgroup/memory")
 Say = Callable[[str], None]
 
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
     ("topology", "service", "count"),
     [("embedded", API, 2), ("embedded", API, 1), ("runner", API, 2), ("runner", RUNNER, 2)],
 )
-def test_a_killed_process_is_replaced_and_costs_what_it_held(
+def test_a_killed_process_is_replaced_and_loses_only_what_it_held(
     tmp_path: Path, topology: str, service: str, count: int, place: str, say: Say
 ) -> None:
     container = CONTAINER if place == "container" else {}
@@ -52,17 +52,17 @@ def test_a_killed_process_is_replaced_and_costs_what_it_held(
 
 
 def proofs(home: Path, service: str) -> int:
-    """How often a process of the service has found its engine right."""
+    """How often a process of the service has verified its engine."""
     message = {API: "ready", RUNNER: "proven"}[service]
     return (home / live.LOG).read_text().count(f'"message":"{message}"')
 
 
 @pytest.mark.skipif(not os.access(CGROUP, os.W_OK), reason="by design: limiting memory as the kernel does needs root")
-def test_a_process_out_of_memory_costs_that_request_alone(tmp_path: Path, say: Say) -> None:
-    """The kernel kills whichever process decodes an image that takes 147 MB where 64 MiB are left."""
+def test_a_process_out_of_memory_loses_only_that_request(tmp_path: Path, say: Say) -> None:
+    """The kernel kills the process that decodes an image of 147 MB when 64 MiB are left."""
     large = live.encode(live.picture(0, 7000, 7000), "PNG", compress_level=1)
     with live.serve("embedded", tmp_path, WORKERS=2, MAX_IMAGE_BYTES=2**27, MAX_BODY_BYTES=2**27) as url:
-        # Measuring takes memory, too.
+        # Measuring the batch size needs memory too: wait until it is done.
         seconds_until(lambda: (tmp_path / live.LOG).read_text().count('"measured batches"') == 2, 60)
         with memory_limit(live.processes(tmp_path)[1:], 64 * 2**20) as group:
             with suppress(requests.ConnectionError):
@@ -77,11 +77,11 @@ def test_a_process_out_of_memory_costs_that_request_alone(tmp_path: Path, say: S
 
 @contextmanager
 def memory_limit(pids: list[int], more: int) -> Iterator[Path]:
-    """A group of these processes, which together may take ``more`` bytes on top of what they have."""
+    """A control group of these processes, which together may use ``more`` bytes beyond what they use now."""
     group = CGROUP / f"faults-{os.getpid()}"
     group.mkdir()
     try:
-        (group / "memory.limit_in_bytes").write_text(str(more))  # what they have stays charged to the group they leave
+        (group / "memory.limit_in_bytes").write_text(str(more))  # memory in use stays charged to the old group
         for pid in pids:
             (group / "cgroup.procs").write_text(str(pid))
         yield group
@@ -92,8 +92,8 @@ def memory_limit(pids: list[int], more: int) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("topology", ["embedded", "runner"])
-def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, topology: str, say: Say) -> None:
-    """Readiness goes off while requests are still answered; then the door closes, what is inside is answered."""
+def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path, topology: str, say: Say) -> None:
+    """Readiness fails while requests are still answered; then the port closes, and accepted requests are answered."""
     port = live.free_port()
     url = f"http://127.0.0.1:{port}"
     env = live.environment(tmp_path, TOPOLOGY=topology, RUNTIME="onnx-int8", WORKERS=2, DRAIN_SECONDS=2)

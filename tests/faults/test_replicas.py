@@ -1,4 +1,4 @@
-"""Two replicas behind Nginx: whatever becomes of one of them, callers notice nothing."""
+"""Two replicas behind Nginx: whatever happens to one of them, callers see no error."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Say = Callable[[str], None]
 
 
 class Replica:
-    """One server on a port of its own, which can be stopped, killed and started again with another model."""
+    """One server on its own port, which can be stopped, killed, and started again with another model."""
 
     def __init__(self, home: Path, port: int) -> None:
         self.home, self.port = home, port
         self._running = ExitStack()
 
     def start(self, model: str) -> None:
-        # Enough for two cores with a load generator and Nginx beside it.
+        # Sized for two cores shared with a load generator and Nginx.
         env = live.environment(self.home, TOPOLOGY="embedded", RUNTIME="onnx-int8", WORKERS=1, MODEL=model)
         log = self.home / live.LOG
         command = [*live.command(self.port), "--timeout-graceful-shutdown", "30"]
@@ -62,14 +62,14 @@ def replicas(tmp_path: Path) -> Iterator[list[Replica]]:
 
 @pytest.fixture
 def url(replicas: list[Replica], tmp_path: Path) -> Iterator[str]:
-    """Of Nginx in front of the replicas."""
+    """URL of Nginx in front of the replicas."""
     with nginx.before([replica.port for replica in replicas], live.free_port(), tmp_path) as url:
         yield url
 
 
 @contextmanager
 def beside(url: str, say: Say, what: str) -> Iterator[None]:
-    """Traffic of which not one request may fail."""
+    """Run traffic during the block; not one request may fail."""
     with traffic(url) as sent:
         yield
     say(f"{what}: {sent}")
@@ -87,7 +87,7 @@ def test_a_killed_replica_fails_no_request(replicas: list[Replica], url: str, sa
         replicas[0].start(SHIPPED_NAME)
 
 
-def test_a_restart_of_one_after_the_other_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+def test_a_rolling_restart_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
     with beside(url, say, "rolling restart"):
         for replica in replicas:
             replica.stop()
@@ -95,7 +95,7 @@ def test_a_restart_of_one_after_the_other_fails_no_request(replicas: list[Replic
 
 
 def other_version(home: Path) -> str:
-    """Another version of the shipped model in the store of a replica: the same network with another card."""
+    """Import another version of the shipped model into a replica's store: the same network with a different card."""
     folder = home / "other"
     shutil.copytree(SHIPPED, folder)
     card = json.loads((folder / "card.json").read_text())
@@ -111,7 +111,7 @@ def other_version(home: Path) -> str:
     return artifact.tag
 
 
-def test_upgrade_and_rollback_fail_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+def test_upgrading_and_rolling_back_fail_no_request(replicas: list[Replica], url: str, say: Say) -> None:
     (old,) = served(url)
     (new,) = {other_version(replica.home) for replica in replicas}
     assert new != old
@@ -123,8 +123,8 @@ def test_upgrade_and_rollback_fail_no_request(replicas: list[Replica], url: str,
         assert served(url) == {model}
 
 
-def test_a_killed_worker_of_a_replica_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
-    """Its replica has no other worker: requests wait at its door, or go to the other replica."""
+def test_killing_a_replicas_only_worker_fails_no_request(replicas: list[Replica], url: str, say: Say) -> None:
+    """Requests wait at the socket of that replica, or go to the other one."""
     home = replicas[0].home
     with beside(url, say, "worker of a replica killed"):
         (worker,) = workers(home, API)

@@ -1,4 +1,4 @@
-"""Clients that take their time to send: each is cut off, and meanwhile the others are served."""
+"""Clients that send slowly: each is cut off, and the others are served meanwhile."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests import live
 from tests.faults.load import traffic
 
 EACH = 50
-"""Clients of each kind, at once."""
+"""Number of clients of each kind, all at once."""
 BODY_SECONDS = 5.0
 """REQUEST_TIMEOUT of the server."""
 MARGIN = 6.0
-"""Seconds on top, for a busy machine."""
+"""Extra seconds, for a busy machine."""
 HEAD = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
 
 
 def dribble(port: int, start: bytes, drop: bytes) -> float:
-    """Send ``start`` and then ``drop`` again and again; seconds until the server has had enough."""
+    """Send ``start``, then ``drop`` repeatedly; returns the seconds until the server closes the connection."""
     started = time.monotonic()
     with socket.create_connection(("127.0.0.1", port)) as client:
         try:
@@ -43,7 +43,7 @@ def slow_body(port: int) -> float:
     return dribble(port, HEAD + b"Content-Length: 100000\r\n\r\n", b"x")
 
 
-def test_slow_clients_are_cut_off_and_the_others_served(tmp_path: Path, say: Callable[[str], None]) -> None:
+def test_slow_clients_are_cut_off_while_others_are_served(tmp_path: Path, say: Callable[[str], None]) -> None:
     with live.serve("embedded", tmp_path, WORKERS=2, REQUEST_TIMEOUT=BODY_SECONDS) as url:
         port = int(url.rpartition(":")[2])
         with ThreadPoolExecutor(3 * EACH) as pool:

@@ -1,14 +1,14 @@
-"""Coverage-guided fuzzing of the decoder and of the request parser, by atheris (libFuzzer).
+"""Coverage-guided fuzzing of the decoder and the request parser, with atheris (libFuzzer).
 
     make fuzz           both, FUZZ_SECONDS each
-    make fuzz-corpus    keep of what was found what leads furthest, in tests/fuzz/corpus
-    python -m tests.fuzz decoder FILE    one input again
+        make fuzz-corpus    minimise what was found into tests/fuzz/corpus
+        python -m tests.fuzz decoder FILE    replay one input
 
-Coverage is that of Python code alone: of ours, of Pillow's and of the multipart parser. It leads through every branch
-of ``model.headers`` and ``serving.requests``. Of OpenCV, libjpeg-turbo, libpng, libtiff and libwebp nothing is seen:
-they are only tried with what the mutations happen upon (their authors fuzz them on OSS-Fuzz). Checksums of PNG are
-repaired after most mutations, for without that few would get past them. Images that their decoder does not survive are
-kept in runs/fuzz/contained: they cost nobody else anything, and deserve a look.
+Coverage is measured in Python code only: ours, Pillow's and the multipart parser's. It guides the fuzzer through every
+branch of ``model.headers`` and ``serving.requests``. OpenCV, libjpeg-turbo, libpng, libtiff and libwebp are not
+instrumented: they only see what the mutations happen to produce (their authors fuzz them on OSS-Fuzz). Most mutations
+repair PNG checksums, because few inputs would get past them otherwise. Images that kill their decoder are kept in
+runs/fuzz/contained: the sandbox contains the damage, but they deserve a look.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def repair(data: bytes) -> bytes:
-    """A PNG with the right checksum after every chunk; anything else as it is."""
+    """A PNG with the correct checksum after every chunk; any other data unchanged."""
     if not data.startswith(PNG):
         return data
     repaired = bytearray(data)
@@ -52,7 +52,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def plant(target: str) -> None:
-    """The seeds, into the folder that is to grow."""
+    """Write the seeds into the folder that the fuzzer extends."""
     corpus = Path("runs/fuzz") / target
     corpus.mkdir(parents=True, exist_ok=True)
     images = seeds.images()
@@ -66,7 +66,7 @@ def plant(target: str) -> None:
 
 def main() -> None:
     _, target, *options = sys.argv
-    program = f"{sys.executable} -m tests.fuzz {target}"  # libFuzzer starts others of itself to merge
+    program = f"{sys.executable} -m tests.fuzz {target}"  # libFuzzer restarts itself to merge
     plant(target)
     limits = ["-max_len=8192", "-timeout=120", "-artifact_prefix=runs/fuzz/"]
     atheris.Setup([program, *limits, *options], TARGETS[target], custom_mutator=mutate)

@@ -1,4 +1,4 @@
-"""What is fuzzed, as functions of bytes that fail by an assertion: any bytes are answered, and only as documented."""
+"""Fuzz targets, as functions of bytes. They assert that any input gets a documented outcome."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from settings import Settings
 
 SIZE = (32, 32)
 MAX_PIXELS = 2**18
-"""Small, so that most of the time goes into many images rather than into large ones."""
+"""Small, so that the time goes into many images instead of large ones."""
 SETTINGS = Settings(max_body_bytes=20_000, max_image_bytes=4_096, max_request_images=8)
 ENDPOINTS = (read_image, read_images)
 
 
 CONTAINED = Path("runs/fuzz/contained")
-"""Where images are kept that their decoders did not survive."""
+"""Where images that killed their decoder are kept."""
 
 sandbox = cache(Sandbox)
 
 
 def decoder(data: bytes) -> None:
-    """An image file, decoded as the service does: a plain one here, any other in a process of its own."""
+    """Decode an image file as the service does: a plain one in this process, any other in the sandbox."""
     try:
         header = inspect(data, MAX_PIXELS)
         pixels = render(data, header, SIZE) if header.is_plain else sandbox().render(data, SIZE)
@@ -42,7 +42,7 @@ def decoder(data: bytes) -> None:
         (CONTAINED / hashlib.sha256(data).hexdigest()).write_bytes(data)
         return
     except ImageError as error:
-        assert str(error)  # noqa: PT017  # no test function
+        assert str(error)  # noqa: PT017  # not a test function
         assert " at 0x" not in str(error)  # noqa: PT017
         return
     assert pixels.shape == (*SIZE, 3)
@@ -50,7 +50,7 @@ def decoder(data: bytes) -> None:
 
 
 def parser(data: bytes) -> None:
-    """A content type, a line end and the body of a request; the parity of its length says how it arrives."""
+    """Parse a content type, a line break and a request body. The parity of the body's length selects how it arrives."""
     content_type, _, body = data.partition(b"\n")
     for read in ENDPOINTS:
         try:
@@ -76,7 +76,7 @@ def _request(content_type: bytes, body: bytes) -> Request:
 
 
 def _finish(work: Awaitable[Any]) -> Any:
-    """The result of what never waits: an event loop for each input would take most of the time."""
+    """The result of an awaitable that never waits: an event loop per input would dominate the run time."""
     try:
         work.__await__().send(None)
     except StopIteration as done:

@@ -1,4 +1,4 @@
-"""The torch engine on a GPU, with CUDA graphs and without."""
+"""The torch engine on a GPU, with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def images(artifact: Artifact, count: int, seed: int = 0) -> Pixels:
     return samples[np.random.default_rng(seed).integers(0, len(samples), count)]
 
 
-def test_the_reference_is_reproduced(artifact: Artifact, engine: TorchRuntime) -> None:
+def test_the_engine_reproduces_the_reference_outputs(artifact: Artifact, engine: TorchRuntime) -> None:
     verify(engine, artifact.reference(ONNX))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 100, GRAPHED_IMAGES, GRAPHED_IMAGES + 1])
-def test_every_batch_size_is_right(count: int, artifact: Artifact, engine: TorchRuntime) -> None:
-    """Against ONNX Runtime on the CPU, and twice, so that nothing is left of the batch before."""
+def test_every_batch_size_matches_onnx_runtime(count: int, artifact: Artifact, engine: TorchRuntime) -> None:
+    """Compared with ONNX Runtime on the CPU, twice, to show that nothing is left over from the previous batch."""
     expected = OnnxRuntime(artifact.file(ONNX), ONNX, threads=4)
     for seed in range(2):
         batch = images(artifact, count, seed)
         assert np.abs(engine(batch) - expected(batch)).max() < TOLERANCE[TORCH]
 
 
-def test_another_thread_may_replay_while_a_second_engine_does(artifact: Artifact, engine: TorchRuntime) -> None:
-    """As a worker's thread does, and a shadow's."""
+def test_two_engines_can_replay_graphs_in_two_threads(artifact: Artifact, engine: TorchRuntime) -> None:
+    """As a worker's engine and its shadow's do."""
     second = TorchRuntime(artifact)
     expected = OnnxRuntime(artifact.file(ONNX), ONNX, threads=4)
     batches = [images(artifact, count, count) for count in (1, 5, 64, 200)] * 10
@@ -67,13 +67,13 @@ def test_another_thread_may_replay_while_a_second_engine_does(artifact: Artifact
                 assert np.abs(future.result() - right).max() < TOLERANCE[TORCH]
 
 
-def test_the_evidence_is_that_of_the_cpu(artifact: Artifact, engine: TorchRuntime) -> None:
+def test_evidence_matches_that_of_the_cpu(artifact: Artifact, engine: TorchRuntime) -> None:
     batch = images(artifact, 5)
     ours, theirs = engine.evidence(batch), OnnxRuntime(artifact.file(ONNX), ONNX, threads=4).evidence(batch)
     assert np.abs(ours.sum(axis=(1, 2)) - theirs.sum(axis=(1, 2))).max() < TOLERANCE[TORCH]
 
 
-def test_a_training_learns(tmp_path: Path) -> None:
+def test_training_on_a_gpu_learns(tmp_path: Path) -> None:
     folder = toy.make_folder(tmp_path / "folder")
     toy.run("train.fit", folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
     record = json.loads((tmp_path / "run" / RUN).read_text())
@@ -90,8 +90,10 @@ def rate(function: Callable[[Pixels], object], batch: Pixels) -> float:
     return done / elapsed
 
 
-def test_images_per_second(artifact: Artifact, engine: TorchRuntime, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints a table; small batches slower with graphs than without would be a reason to leave them out."""
+def test_graphs_are_faster_for_small_batches(
+    artifact: Artifact, engine: TorchRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prints a table. If graphs were slower for small batches, they would not be worth having."""
     rows = []
     for count in (1, 8, 32, GRAPHED_IMAGES):
         batch = images(artifact, count)
@@ -106,5 +108,5 @@ def test_images_per_second(artifact: Artifact, engine: TorchRuntime, capsys: pyt
         print(f"\n{torch.cuda.get_device_name()}\nimages in a batch, images/s with CUDA graphs, without")
         for row in rows:
             print("{:>4} {:>12,.0f} {:>12,.0f}".format(*row))
-    # Of many images the kernels take longer than to launch them.
+    # For large batches, the kernels take longer than launching them.
     assert all(graphed > (eager if count <= 8 else 0.9 * eager) for count, graphed, eager in rows)

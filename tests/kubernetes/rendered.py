@@ -1,4 +1,4 @@
-"""The manifests of each overlay as kustomize renders them, and of production on GPUs."""
+"""The manifests of each overlay as kustomize renders them, including production with GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Manifest = dict[str, Any]
 
 
 def run(*command: str | Path, **options: Any) -> str:
-    """What the command printed, after checking its exit status."""
+    """Run a command, check its exit status and return its output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -30,7 +30,7 @@ def render(overlay: str, manifests: Path = MANIFESTS) -> list[Manifest]:
 
 
 def on_gpus(overlay: str) -> list[Manifest]:
-    """The overlay with the three lines that its first comment names taken out of their comments."""
+    """The overlay with the three lines uncommented that its first comment names."""
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(MANIFESTS, Path(folder) / "k8s")
         file = copy / "overlays" / overlay / "kustomization.yaml"
@@ -56,7 +56,7 @@ def only(overlay: str, *kinds: str) -> Manifest:
 
 
 def pods(overlay: str) -> Manifest:
-    """The pod template of the overlay's one workload."""
+    """The pod template of the overlay's only workload."""
     return only(overlay, "Deployment", "Rollout")["spec"]["template"]
 
 

@@ -1,6 +1,6 @@
-"""The canary: its parts know each other, and its analysis judges good, bad and missing figures as it should.
+"""The canary: its parts refer to each other correctly, and its analysis judges good, bad and missing figures correctly.
 
-promtool runs the analysis' own queries over made-up series; its conditions are evaluated on what comes out.
+promtool runs the analysis' own queries over synthetic series; its conditions are evaluated on the results.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_analysis(case: str, tmp_path: Path) -> None:
+def test_the_analysis_gives_the_right_verdict(case: str, tmp_path: Path) -> None:
     given, expected, verdict = CASES[case]
     expectations = [expectation(name, value) for name, value in expected.items()]
     test = {"tests": [{"interval": "1m", "input_series": given, "promql_expr_test": expectations}]}
@@ -82,7 +82,7 @@ def test_analysis(case: str, tmp_path: Path) -> None:
 
 
 def expectation(name: str, value: float | None) -> dict[str, object]:
-    """What promtool is to find. It compares exactly, hence the tolerance here; NaN alone differs from itself."""
+    """What promtool should find. It compares exactly, so the query has the tolerance; only NaN differs from itself."""
     query = "(" + METRICS[name]["provider"]["prometheus"]["query"].replace("{{args.canary}}", "abc") + ")"
     if value is None:
         return {"expr": query, "eval_time": f"{MINUTES}m", "exp_samples": []}
@@ -91,7 +91,7 @@ def expectation(name: str, value: float | None) -> dict[str, object]:
 
 
 def judge(name: str, result: list[float]) -> str:
-    """The phase of a measurement, as Argo Rollouts finds it."""
+    """The phase that Argo Rollouts would give a measurement."""
     if holds(METRICS[name]["failureCondition"], result):
         return "Failed"
     return "Successful" if holds(METRICS[name]["successCondition"], result) else "Inconclusive"
@@ -102,7 +102,7 @@ def holds(condition: str, result: list[float]) -> bool:
     return bool(eval(python, {"len": len, "isNaN": math.isnan, "result": result}))
 
 
-def test_the_canary_knows_its_services_route_and_analysis() -> None:
+def test_the_canary_refers_to_its_services_route_and_analysis() -> None:
     (rule,) = only("production", "HTTPRoute")["spec"]["rules"]
     weights = {backend["name"]: backend["weight"] for backend in rule["backendRefs"]}
     assert weights == {CANARY["stableService"]: 100, CANARY["canaryService"]: 0}
@@ -111,11 +111,11 @@ def test_the_canary_knows_its_services_route_and_analysis() -> None:
         assert {argument["name"] for argument in analysis["args"]} == {a["name"] for a in TEMPLATE["spec"]["args"]}
 
 
-def test_each_step_that_moves_requests_is_analysed() -> None:
+def test_every_step_that_shifts_traffic_is_analysed() -> None:
     assert [next(iter(step)) for step in CANARY["steps"]] == ["setWeight", "analysis"] * len(ANALYSES)
 
 
-def test_a_canary_ends_before_two_versions_are_an_alert() -> None:
+def test_a_canary_ends_before_two_versions_raise_an_alert() -> None:
     minutes = len(ANALYSES) * max(int(m["initialDelay"].removesuffix("m")) + m["count"] for m in METRICS.values())
     groups = yaml.safe_load((ROOT / "monitoring/prometheus/rules/service.yml").read_text())["groups"]
     alerts = {rule.get("alert"): rule for group in groups for rule in group["rules"]}

@@ -1,4 +1,4 @@
-"""The manifests as a cluster gets them: rendered, then held against schemas, policies and each other.
+"""The manifests as a cluster receives them: rendered, then checked against schemas, policies and each other.
 
 make check-k8s          # needs kubectl (its kustomize), Node.js 20 and promtool
 """
@@ -33,7 +33,7 @@ from tests.kubernetes.rendered import (
 KUBERNETES = "1.34"
 CHECKOV = "checkov==3.3.30"
 NODE_MODULES = ROOT / "tests/node/node_modules"
-CUSTOM = {  # package of the types of each group of custom resources
+CUSTOM = {  # npm package with the types of each group of custom resources
     "argoproj.io/Application": "argo-cd",
     "argoproj.io/AnalysisTemplate": "argo-rollouts",
     "argoproj.io/Rollout": "argo-rollouts",
@@ -49,13 +49,13 @@ every_overlay = pytest.mark.parametrize("overlay", DEPLOYED)
 
 
 def custom(manifest: Manifest) -> str | None:
-    """The package that knows a custom resource."""
+    """The package with the schema of a custom resource; None for Kubernetes' own resources."""
     group = manifest["apiVersion"].rpartition("/")[0]
     return CUSTOM.get(f"{group}/{manifest['kind']}")
 
 
 def as_deployment(manifest: Manifest) -> Manifest:
-    """A Rollout's pods, for programs that only know Deployments."""
+    """A Rollout's pods as a Deployment, for programs that only know Deployments."""
     if manifest["kind"] != "Rollout":
         return manifest
     kept = ("selector", "template", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds")
@@ -64,15 +64,15 @@ def as_deployment(manifest: Manifest) -> Manifest:
 
 
 @every_overlay
-def test_kubernetes_own_resources_satisfy_their_schemas(overlay: str) -> None:
+def test_built_in_resources_satisfy_their_schemas(overlay: str) -> None:
     for manifest in map(as_deployment, RENDERED[overlay]):
-        if not custom(manifest):  # an unknown kind raises
+        if not custom(manifest):  # raises for an unknown kind
             kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
 @pytest.mark.parametrize("overlay", RENDERED)
 def test_custom_resources_satisfy_their_schemas(overlay: str, tmp_path: Path) -> None:
-    """Types refuse unknown fields and validators bad values, so each becomes a typed constant that validates itself."""
+    """Types reject unknown fields, validators bad values: each resource becomes a typed, self-validating constant."""
     lines = [line for i, m in enumerate(RENDERED[overlay]) if custom(m) for line in typed(i, m)]
     (tmp_path / "resources.mts").write_text("\n".join(lines))
     (tmp_path / "node_modules").symlink_to(NODE_MODULES)
@@ -88,18 +88,18 @@ def typed(index: int, manifest: Manifest) -> Iterator[str]:
     yield f"new Kind{index}(resource{index}).validate();"
 
 
-def test_policies(tmp_path: Path) -> None:
-    """Checkov's rules for Kubernetes, but for those that deploy/k8s/checkov.yaml excuses."""
+def test_checkov_policies_pass(tmp_path: Path) -> None:
+    """Checkov's Kubernetes rules, except those that deploy/k8s/checkov.yaml excuses."""
     for overlay in DEPLOYED:
         (tmp_path / f"{overlay}.yaml").write_text(yaml.safe_dump_all(map(as_deployment, RENDERED[overlay])))
     command = ("uvx", "--quiet", "--from", CHECKOV, "checkov", "--config-file", MANIFESTS / "checkov.yaml")
     found = json.loads(run(*command, "--directory", tmp_path, "--output", "json"))
     assert found["summary"]["failed"] == 0
-    assert found["summary"]["passed"] > 240  # it has seen the pods of each
+    assert found["summary"]["passed"] > 240  # checked the pods of each overlay
 
 
 @every_overlay
-def test_selectors_and_references_find_what_they_name(overlay: str) -> None:
+def test_selectors_and_references_match_what_they_name(overlay: str) -> None:
     labels = pods(overlay)["metadata"]["labels"].items()
     names = {(m["kind"], m["metadata"]["name"]) for m in RENDERED[overlay]}
     ports = {port["name"] for port in container(overlay)["ports"]}
@@ -118,7 +118,7 @@ def test_selectors_and_references_find_what_they_name(overlay: str) -> None:
 
 
 @every_overlay
-def test_everything_lives_in_the_namespace_that_the_rules_name(overlay: str) -> None:
+def test_everything_lives_in_the_namespace_that_the_rules_expect(overlay: str) -> None:
     assert {m["metadata"]["namespace"] for m in RENDERED[overlay] if m["kind"] != "Namespace"} == {"classifier"}
     assert only(overlay, "Namespace")["metadata"]["name"] == "classifier"
 
@@ -132,7 +132,7 @@ def test_traffic_is_denied_unless_allowed(overlay: str) -> None:
 
 
 @every_overlay
-def test_one_scaler_owns_the_replicas(overlay: str) -> None:
+def test_one_autoscaler_owns_the_replica_count(overlay: str) -> None:
     workload = only(overlay, "Deployment", "Rollout")
     scaler = only(overlay, "HorizontalPodAutoscaler", "ScaledObject")
     target = {"apiVersion": "apps/v1", "kind": "Deployment", **scaler["spec"]["scaleTargetRef"]}
@@ -141,8 +141,8 @@ def test_one_scaler_owns_the_replicas(overlay: str) -> None:
 
 
 @every_overlay
-def test_a_pod_ends_after_its_requests(overlay: str) -> None:
-    """SIGTERM only comes when the endpoint has been taken away, and SIGKILL only when draining is over."""
+def test_a_pod_outlives_its_requests(overlay: str) -> None:
+    """SIGTERM comes only after the endpoint is removed, and SIGKILL only after draining ends."""
     args = container(overlay)["args"]
     draining = int(args[args.index("--timeout-graceful-shutdown") + 1])
     sleep = container(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -156,20 +156,20 @@ def test_probes_differ_and_liveness_is_the_most_patient(overlay: str) -> None:
         return probe["periodSeconds"] * probe["failureThreshold"]
 
     assert container(overlay)["readinessProbe"]["httpGet"]["path"] == "/readyz"
-    # The workers of the runner topology outlive a runner that died; only /readyz asks it.
+    # In the runner topology, workers outlive a dead runner; only /readyz asks the runner.
     assert container(overlay)["livenessProbe"]["httpGet"]["path"] == ("/readyz" if overlay in ON_GPUS else "/livez")
-    # They are also there before it: a startup probe that asks less than the liveness probe ends while CUDA still loads,
-    # and the liveness probe then kills the pod.
+    # They also start before it: a startup probe that checks less than the liveness probe passes while CUDA still loads,
+    # and then the liveness probe kills the pod.
     for key in ("path", "port"):
         assert container(overlay)["startupProbe"]["httpGet"][key] == container(overlay)["livenessProbe"]["httpGet"][key]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        if container(overlay)[probe]["httpGet"]["path"] == "/readyz":  # which gives the reference images 10 s
+        if container(overlay)[probe]["httpGet"]["path"] == "/readyz":  # allows 10 s for the reference images
             assert container(overlay)[probe]["timeoutSeconds"] > 10
     assert patience("readinessProbe") < patience("livenessProbe") < patience("startupProbe")
 
 
 @every_overlay
-def test_who_has_a_gpu_is_scaled_for_one(overlay: str) -> None:
+def test_autoscaling_thresholds_match_the_hardware(overlay: str) -> None:
     resources = container(overlay)["resources"]["limits"]
     assert ("nvidia.com/gpu" in resources) == (overlay in ON_GPUS)
     for scaler in of_kind(overlay, "ScaledObject"):
@@ -178,8 +178,8 @@ def test_who_has_a_gpu_is_scaled_for_one(overlay: str) -> None:
         assert scaler["spec"]["maxReplicaCount"] == (8 if overlay in ON_GPUS else 20)
 
 
-def test_a_canary_on_gpus_needs_no_second_set_of_them() -> None:
-    """All else of it is as without."""
+def test_a_canary_on_gpus_needs_no_second_set_of_gpus() -> None:
+    """Otherwise its strategy is the same as on CPUs."""
     on_gpus, on_cpus = (
         only(name, "Rollout")["spec"]["strategy"]["canary"] for name in ("production-gpu", "production")
     )
@@ -189,7 +189,7 @@ def test_a_canary_on_gpus_needs_no_second_set_of_them() -> None:
     assert on_gpus["dynamicStableScale"] is True
 
 
-def test_pods_are_scraped_once_ready_or_not() -> None:
+def test_every_pod_is_scraped_once_even_if_not_ready() -> None:
     wanted = only("production", "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
     (service,) = [s for s in of_kind("production", "Service") if wanted <= s["metadata"]["labels"].items()]
     assert service["spec"]["publishNotReadyAddresses"]
@@ -202,7 +202,7 @@ def test_argo_cd_points_at_the_production_overlay() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlay_runs_the_digest_it_is_pinned_to(overlay: str, tmp_path: Path) -> None:
+def test_pinning_an_overlay_sets_its_image_digest(overlay: str, tmp_path: Path) -> None:
     copy = shutil.copytree(MANIFESTS, tmp_path / "k8s")
     image = "registry.example.com:5000/team/classifier@sha256:" + "0123456789abcdef" * 4
     run(sys.executable, copy / "pin.py", overlay, image)
@@ -214,7 +214,7 @@ def test_an_overlay_runs_the_digest_it_is_pinned_to(overlay: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("overlay", "image"), [("cpu", "classifier:latest"), ("cpu", "x@sha256:12"), ("none", "x@sha256:" + "0" * 64)]
 )
-def test_a_tag_or_an_unknown_overlay_is_refused(overlay: str, image: str, tmp_path: Path) -> None:
+def test_pinning_refuses_a_tag_or_an_unknown_overlay(overlay: str, image: str, tmp_path: Path) -> None:
     copy = shutil.copytree(MANIFESTS, tmp_path / "k8s")
     done = subprocess.run((sys.executable, copy / "pin.py", overlay, image), capture_output=True, text=True)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The queries that KEDA scales on, run by promtool over made-up series: no answer to one of them is a failure."""
+"""The queries that KEDA scales on, run by promtool over synthetic series: a query without a result is a failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUESTS = 'bentoml_service_request_in_progress{namespace="classifier",pod="%s",
     ("series", "queued", "in_flight"),
     [
         ({}, None, None),
-        ({QUEUE % "a": 0, QUEUE % "b": 0}, 0, 0),  # as long as nobody has asked, there are no others
+        ({QUEUE % "a": 0, QUEUE % "b": 0}, 0, 0),  # until the first request there are no other series
         (
             {
                 QUEUE % "a": 40,
@@ -34,7 +34,7 @@ REQUESTS = 'bentoml_service_request_in_progress{namespace="classifier",pod="%s",
     ],
     ids=["nothing seen", "never asked", "busy"],
 )
-def test_a_service_is_scaled_by_what_is_seen_of_it(
+def test_scaling_queries_return_the_load_seen(
     series: dict[str, int], queued: int | None, in_flight: int | None, tmp_path: Path
 ) -> None:
     expectations = [

@@ -1,6 +1,6 @@
-"""Prometheus, Alertmanager, the exporters, Nginx and receivers as processes beside the real service.
+"""Prometheus, Alertmanager, the exporters, Nginx and receivers, run as processes beside the real service.
 
-They run generated copies of the committed configuration: other addresses, shorter times, and nothing else changed.
+They use generated copies of the committed configuration, with other addresses and shorter times, otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tests.live import REPOSITORY, free_port, tail
 MONITORING = REPOSITORY / "monitoring"
 START_SECONDS = 180.0
 TICK = "5s"
-"""Between scrapes, and between evaluations."""
+"""Interval of scrapes and of rule evaluations."""
 FASTER = 20
-"""How much shorter waiting times and windows are; windows have room for a few scrapes, and end before the test does."""
+"""Divides waiting times and windows. Windows still hold a few scrapes, and end before the test does."""
 MIN_WINDOW, MAX_WINDOW, OFFSET = 30, 90, 30
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -52,7 +52,7 @@ def faster_rules(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_prometheus(folder: Path, ports: dict[str, int]) -> Path:
-    """``ports`` by job; the classifier's replicas are in the file ``classifier.json``."""
+    """``ports`` by job; the file ``classifier.json`` lists the classifier's replicas."""
     config = yaml.safe_load((MONITORING / "prometheus/prometheus.yml").read_text())
     config["global"].update(scrape_interval=TICK, scrape_timeout=TICK, evaluation_interval=TICK)
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{ports['alertmanager']}"]
@@ -74,14 +74,14 @@ def local_prometheus(folder: Path, ports: dict[str, int]) -> Path:
 
 
 def readable_by_debian(config: str, url: str) -> str:
-    """Debian 12 has Alertmanager 0.25, which lacks ``url_file`` of webhooks, of 0.26: the one key that differs."""
+    """Debian 12 has Alertmanager 0.25, which lacks ``url_file`` for webhooks (0.26): the only key that differs."""
     changed, count = re.subn(r"url_file: /run/secrets/deadman_url", f"url: {url}", config)
     assert count == 1
     return changed
 
 
 def local_alertmanager(folder: Path, received: Received, seen_as: str) -> Path:
-    """Everything is sent to ``received``; ``folder``, to Alertmanager ``seen_as``, holds the secrets."""
+    """Route everything to ``received``. ``folder``, which Alertmanager sees as ``seen_as``, holds the secrets."""
     receiver = f"http://{received.host}:{received.http.server_address[1]}"
     for name, secret in {
         "slack_url": f"{receiver}/slack",
@@ -92,7 +92,7 @@ def local_alertmanager(folder: Path, received: Received, seen_as: str) -> Path:
     text = readable_by_debian((MONITORING / "alertmanager/alertmanager.yml").read_text(), f"{receiver}/deadman")
     config = yaml.safe_load(text.replace("/run/secrets", seen_as))
     config["global"].update(
-        # Passwords go in the clear to `localhost` only.
+        # Passwords are sent unencrypted only to `localhost`.
         smtp_smarthost=f"{received.host.replace('127.0.0.1', 'localhost')}:{received.smtp.server_address[1]}",
         smtp_require_tls=False,
         pagerduty_url=f"{receiver}/pagerduty",
@@ -107,7 +107,7 @@ def local_alertmanager(folder: Path, received: Received, seen_as: str) -> Path:
 
 
 class Received:
-    """What reached the receivers: (path, body) of HTTP, ("mail", text) of SMTP."""
+    """What reached the receivers: (path, body) over HTTP, ("mail", text) over SMTP."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self.host, self.messages = host, list[tuple[str, str]]()
@@ -122,14 +122,14 @@ class Received:
                 self.wfile.write(b"{}" if self.path == "/pagerduty" else b"ok")
 
             def log_message(self, *args: Any) -> None:
-                """Not on the tests' output."""
+                """Keep requests out of the tests' output."""
 
         class Smtp(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 received.messages.append(("mail", self._converse()))
 
             def _converse(self) -> str:
-                """As much of RFC 5321 as a client needs that behaves."""
+                """As much of RFC 5321 as a well-behaved client needs."""
                 said: list[str] = []
                 self.wfile.write(b"220 test\r\n")
                 while line := self.rfile.readline().decode().strip():
@@ -163,7 +163,7 @@ class Received:
         self.messages.clear()
 
     def wait_for(self, where: str, *parts: str, limit: float = 240) -> str:
-        """The first message to ``where`` that contains all of ``parts``."""
+        """Wait for a message to ``where`` that contains all of ``parts``, and return it."""
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
             for path, body in list(self.messages):
@@ -184,7 +184,7 @@ class Stack:
         self.url = f"http://127.0.0.1:{self.ports['prometheus']}"
 
     def point_to(self, classifier: str) -> None:
-        """Make this replica the one that Prometheus scrapes and Nginx sends requests to."""
+        """Make this replica the one that Prometheus scrapes and that Nginx forwards to."""
         host = classifier.removeprefix("http://")
         (self.folder / "classifier.new").write_text(json.dumps([{"targets": [host]}]))
         (self.folder / "classifier.new").replace(self.folder / "classifier.json")
@@ -235,7 +235,7 @@ class Stack:
         }
 
     def _nginx(self) -> Path:
-        """Just TLS and a status page: the product's own configuration is tested with the Compose stack."""
+        """TLS and a status page only: the Compose tests cover the shipped configuration."""
         subprocess.run(
             f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 90 -subj /CN=localhost "
             f"-addext subjectAltName=IP:127.0.0.1 "

@@ -1,4 +1,4 @@
-"""A really broken service makes a real alert reach people, and its repair too; dashboards show a real run.
+"""A service that really breaks raises a real alert, and resolves it once repaired; dashboards show a real run.
 
 make e2e-alerts                # UPDATE=1 also draws docs/images and records the names of all metrics
 apt-get install prometheus prometheus-alertmanager prometheus-node-exporter prometheus-blackbox-exporter
@@ -31,15 +31,15 @@ from tests.monitoring.stack import Stack, running
 IMAGES = [path.read_bytes() for path in sorted((REPOSITORY / "tests/images").glob("*.jpg"))]
 NAMES = REPOSITORY / "tests/monitoring/metric-names.txt"
 TRAFFIC_SECONDS, PAUSE = 150, 1
-"""Longer than the longest window and the offset of the baseline together."""
+"""Longer than the longest window plus the baseline's offset."""
 MINUTES = 4
-"""That the dashboards look back."""
+"""Time range of the dashboards."""
 NEEDS_GPU = {"GPU busy", "GPU memory used", "GPU temperature", "GPU power", "GPU last Xid"}
 PANELS = [(name, panel) for name, board in DASHBOARDS.items() for panel in board["panels"]]
 
 
 class Client(threading.Thread):
-    """Sends images through Nginx until stopped, and a quarter of what is none; goes on through an outage."""
+    """Sends images through Nginx until stopped, a quarter of them invalid; keeps going through an outage."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(daemon=True)
@@ -62,7 +62,7 @@ class Client(threading.Thread):
 
 @pytest.fixture(scope="module")
 def broken_later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A service for this module's last test to break; its base URL and its home."""
+    """A service for this module's last test to break: its base URL and its home."""
     home = tmp_path_factory.mktemp("service")
     with serve("embedded", home, WORKERS=2) as url:
         yield url, home
@@ -70,7 +70,7 @@ def broken_later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, broken_later: tuple[str, Path]) -> Iterator[Stack]:
-    """The whole stack, with traffic for some time before and on."""
+    """The whole stack, under traffic that starts well before the first test."""
     url, _ = broken_later
     with running(tmp_path_factory.mktemp("stack"), url) as stack:
         client = Client(stack)
@@ -98,12 +98,12 @@ def test_every_query_of_a_panel_returns_data(stack: Stack) -> None:
     assert not empty
 
 
-def test_no_rule_fails(stack: Stack) -> None:
+def test_no_rule_fails_to_evaluate(stack: Stack) -> None:
     groups = requests.get(f"{stack.url}/api/v1/rules", timeout=60).json()["data"]["groups"]
     assert not [(r["name"], r["lastError"]) for g in groups for r in g["rules"] if r["health"] != "ok"]
 
 
-def test_the_record_of_metric_names_is_true(stack: Stack) -> None:
+def test_recorded_metric_names_were_scraped(stack: Stack) -> None:
     names = requests.get(f"{stack.url}/api/v1/label/__name__/values", timeout=60).json()["data"]
     scraped = [name for name in names if ":" not in name and name not in ("ALERTS", "ALERTS_FOR_STATE")]
     if os.environ.get("UPDATE"):
@@ -121,7 +121,7 @@ def test_a_dashboard_can_be_drawn(stack: Stack, name: str, tmp_path: Path) -> No
     assert 10_000 < path.stat().st_size < 300_000
 
 
-def test_the_watchdog_reaches_the_switch(stack: Stack) -> None:
+def test_the_watchdog_reaches_the_dead_mans_switch(stack: Stack) -> None:
     assert json.loads(stack.received.wait_for("/deadman", "Watchdog"))["status"] == "firing"
 
 
@@ -131,12 +131,12 @@ def test_a_minor_alert_is_mailed(stack: Stack) -> None:
     assert "monitoring/runbooks/ClassifierInvalidRequests.md" in mail.replace("=\n", "")
 
 
-def test_a_killed_service_pages_once_and_its_return_resolves(
+def test_a_killed_service_pages_once_and_resolves_on_return(
     stack: Stack, broken_later: tuple[str, Path], tmp_path: Path
 ) -> None:
     while stack.ask('ALERTS{alertname="ClassifierDown"}'):  # on a machine too busy to answer a scrape in time
         time.sleep(1)
-    time.sleep(10)  # until that is over in Alertmanager too
+    time.sleep(10)  # until Alertmanager has resolved it too
     stack.received.forget()
     for pid in processes(broken_later[1]):
         with suppress(ProcessLookupError):
@@ -147,7 +147,7 @@ def test_a_killed_service_pages_once_and_its_return_resolves(
     assert "No classifier answers" in page["payload"]["custom_details"]["text"]
     assert "runbooks/ClassifierDown.md" in stack.received.wait_for("/slack", "[FIRING 1] ClassifierDown (critical)")
 
-    # What follows from it fires too, and is not sent beside it.
+    # Alerts that follow from this one fire too, but are inhibited.
     while not stack.ask('ALERTS{alertname="EdgeProbeFailing", alertstate="firing"}'):
         time.sleep(1)
     time.sleep(10)

@@ -1,4 +1,4 @@
-"""Log lines become events that can be searched; tests/e2e holds this of the lines of a run: make check-monitoring."""
+"""Log lines become searchable events: make check-monitoring. tests/e2e checks the same for the lines of a real run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def one(line: dict[str, Any]) -> dict[str, Any]:
     return event
 
 
-def test_a_line_of_the_service() -> None:
+def test_a_service_log_line_becomes_an_event() -> None:
     line = {"level": "INFO", "logger": "classifier.access", "request_id": "a1", "path": "/classify", "status": 200}
     event = one(from_docker("classifier", json.dumps({**line, "ms": 3.5})))
     assert json.loads(event.pop("message")) == {**line, "ms": 3.5}
@@ -40,7 +40,7 @@ def test_a_line_of_the_service() -> None:
     }
 
 
-def test_a_line_of_the_audit_log_has_its_own_time() -> None:
+def test_an_audit_line_keeps_its_own_time() -> None:
     event = one(from_audit(json.dumps({**AUDIT, "path": "/model", "status": 403, "code": "forbidden", "images": []})))
     assert event["timestamp"].startswith("2026-01-31 11:59:58.123")
     assert event["message"].endswith('"images": []}')
@@ -64,12 +64,12 @@ def test_a_line_of_the_audit_log_has_its_own_time() -> None:
         ("classifier", "", "info"),
     ],
 )
-def test_how_grave_a_line_is(service: str, line: str, level: str) -> None:
+def test_every_line_gets_a_level(service: str, line: str, level: str) -> None:
     event = one(from_docker(service, line))
     assert (event["level"], event.get("message", "")) == (level, line)
 
 
-def test_what_is_shipped_is_what_is_made_and_what_the_dashboard_asks_for() -> None:
+def test_shipped_fields_are_those_made_and_queried() -> None:
     made = one(from_audit(json.dumps({**AUDIT, "path": "/x", "status": 400, "code": "y", "seconds": 1.5})))
     sent = {**LOKI["labels"], **LOKI["structured_metadata"]}
     assert sent == {name: f"{{{{ {name} }}}}" for name in sent}
@@ -78,7 +78,7 @@ def test_what_is_shipped_is_what_is_made_and_what_the_dashboard_asks_for() -> No
     assert set(re.findall(r"(\w+)(?:=~|!=|=)", queries)) <= sent.keys()
 
 
-def test_ports_and_paths_agree() -> None:
+def test_ports_and_paths_agree_across_files() -> None:
     vector, loki = COMPOSE["services"]["vector"], COMPOSE["services"]["loki"]
     port = VECTOR["sources"]["containers"]["address"].split(":")[1]
     assert vector["ports"] == [f"127.0.0.1:{port}:{port}"]
@@ -98,8 +98,8 @@ def test_ports_and_paths_agree() -> None:
     assert VECTOR["transforms"]["lines"]["file"] == "/etc/vector/lines.vrl"
 
 
-def test_the_queries_of_the_dashboard_parse() -> None:
-    """By Grafana's grammar of LogQL; Grafana puts a duration in the place of $__auto before it parses."""
+def test_dashboard_queries_parse() -> None:
+    """By Grafana's LogQL grammar, after replacing $__auto with a duration as Grafana does."""
     queries = [target["expr"].replace("$__auto", "5m") for panel in DASHBOARD["panels"] for target in panel["targets"]]
     done = subprocess.run(
         ("node", REPOSITORY / "tests/node/logql.mjs"), input="\n".join(queries), capture_output=True, text=True

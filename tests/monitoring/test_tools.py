@@ -1,4 +1,4 @@
-"""The rules and routes, judged by Prometheus' and Alertmanager's own tools.
+"""Rules and routes, checked by the tools of Prometheus and Alertmanager.
 
 make check-monitoring        # apt-get install prometheus prometheus-alertmanager
 """
@@ -31,7 +31,7 @@ def tool(*command: object) -> str:
 
 @pytest.fixture(scope="module")
 def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration as this machine's Alertmanager can read it."""
+    """The configuration in a form that this machine's Alertmanager can read."""
     folder = tmp_path_factory.mktemp("alertmanager")
     config = (MONITORING / "alertmanager/alertmanager.yml").read_text()
     version = re.search(r"version (\d+)\.(\d+)", tool("amtool", "--version"))
@@ -47,16 +47,16 @@ def test_the_configuration_is_valid() -> None:
     tool("promtool", "check", "config", "--lint=all", "--lint-fatal", "prometheus.yml")
 
 
-def test_the_rules_are_clean() -> None:
+def test_the_rules_pass_the_linter() -> None:
     tool("promtool", "check", "rules", "--lint=all", "--lint-fatal", *RULES)
 
 
 @pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: path.stem)
-def test_the_alerts_fire_and_are_silent(path: Path) -> None:
+def test_alerts_fire_and_stay_silent_as_their_unit_tests_say(path: Path) -> None:
     tool("promtool", "test", "rules", path)
 
 
-def test_the_queries_of_the_dashboards_parse(tmp_path: Path) -> None:
+def test_dashboard_queries_parse(tmp_path: Path) -> None:
     queries = [t["expr"] for board in DASHBOARDS.values() for panel in board["panels"] for t in panel["targets"]]
     rules = [{"record": f"query:{i}", "expr": expr} for i, expr in enumerate(queries)]
     (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
@@ -78,7 +78,7 @@ def test_an_alert_reaches_the_receiver_of_its_severity(name: str, alertmanager: 
     )
 
 
-def test_what_has_no_severity_is_not_lost(alertmanager: Path) -> None:
+def test_an_alert_without_severity_is_not_lost(alertmanager: Path) -> None:
     tool(
         "amtool", "config", "routes", "test", f"--config.file={alertmanager}", "--verify.receivers=slack", "alertname=X"
     )

@@ -1,4 +1,4 @@
-"""monitoring/logging/lines.vrl, run by Vector's own engine of that language."""
+"""monitoring/logging/lines.vrl, run by Vector's own VRL engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def events(lines: list[Event]) -> list[Event]:
-    """What Vector makes of what its sources hand it."""
+    """What Vector makes of the events from its sources."""
     command = (
         "uv",
         "run",
@@ -44,7 +44,7 @@ def events(lines: list[Event]) -> list[Event]:
 
 
 def from_docker(service: str, line: str) -> Event:
-    """As the log driver `fluentd` sends it; the tag is that of compose.logs.yaml."""
+    """An event as the log driver `fluentd` sends it; the tag is set in compose.logs.yaml."""
     return {"log": line, "tag": service, "timestamp": "2026-01-31T12:00:00.5Z", "source": "stdout", "container_id": "x"}
 
 

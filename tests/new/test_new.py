@@ -1,4 +1,4 @@
-"""`make new` in a copy of this checkout: afterwards it is the other classifier's in every respect. `make check-new`"""
+"""`make new` in a copy of this checkout: afterwards the copy is entirely the new classifier's. `make check-new`"""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONCERNED = (
     "api", "audit", "benchmark", "client", "docs", "drift", "explain", "faults", "gate", "golden", "imports", "options",
     "page", "report", "review", "sandbox", "service", "settings", "several_models", "soak", "store",
 )  # fmt: skip
-"""Tests that ask the shipped model, send its pictures or read what is said of it."""
+"""Tests that query the shipped model, send its pictures, or read what the documentation says about it."""
 BEFORE = tuple(artifact.config.name for artifact in readme.shipped())
 MANUAL = ("docs/tutorial.md", "docs/upgrade.md", "docs/versions.md", "tests/snippets.py")
-"""They go on telling of the example, with its pictures."""
+"""These keep describing the example model and its pictures."""
 RECORDS = (
     "CHANGELOG.md",
     "docs/benchmarks.*",
@@ -31,7 +31,7 @@ RECORDS = (
     "docs/operations/capacity.md",
     "monitoring/prometheus/rules/model.yml",
 )
-"""They tell what was measured with it."""
+"""These record what was measured with the example model."""
 MINUTES = 60.0
 
 
@@ -52,7 +52,7 @@ def environment(copy: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of its own with what would be committed here, made new for made-up pictures of 48x48 pixels."""
+    """A repository with all files that would be committed here, after `make new` on synthetic 48x48 pictures."""
     root = tmp_path_factory.mktemp("new") / "checkout"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -64,7 +64,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(toy.ROOT / name, root / name)
     (root / ".venv").symlink_to((toy.ROOT / ".venv").resolve())
     for requirements in root.glob("requirements*.txt"):
-        os.utime(requirements, (0, 0))  # installed already
+        os.utime(requirements, (0, 0))  # already installed
     for command in ("init --quiet", "add .", "-c user.name=test -c user.email=test@localhost commit --quiet -m copy"):
         run(root, "git", *command.split())
     folder = toy.make_folder(root.parent / "photos", per_class=120, zoom=2)
@@ -73,7 +73,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_nothing_names_the_model_before(copy: Path) -> None:
+def test_nothing_names_the_previous_model(copy: Path) -> None:
     found = subprocess.run(
         ["git", "grep", "-lE", "|".join(BEFORE), "--", ".", *(f":!{path}" for path in (*MANUAL, *RECORDS))],
         cwd=copy,
@@ -83,7 +83,7 @@ def test_nothing_names_the_model_before(copy: Path) -> None:
     assert found.stdout == ""
 
 
-def test_readme_and_docs_are_of_the_new_one(copy: Path) -> None:
+def test_readme_and_docs_describe_the_new_model(copy: Path) -> None:
     readme = (copy / "README.md").read_text()
     assert "A convolutional network tells 3 classes apart on 48x48 pixels (disc, frame, stripes)." in readme
     assert f"\n| `{NAME}` | 0.1 M |" in readme
@@ -97,17 +97,17 @@ def test_readme_and_docs_are_of_the_new_one(copy: Path) -> None:
     assert not [name for name in pictures if name.startswith((*BEFORE, "frontier"))]
 
 
-def test_make_takes_it_by_default(copy: Path) -> None:
+def test_make_uses_the_new_model_by_default(copy: Path) -> None:
     shown = run(copy, "make", "--dry-run", "train")
     assert f'train.fit "{copy.parent / "photos"}" --name {NAME} --out runs/{NAME}' in shown
 
 
-def test_its_tests_pass(copy: Path) -> None:
+def test_the_new_models_tests_pass(copy: Path) -> None:
     tests = [f"tests/test_{name}.py" for name in CONCERNED]
     run(copy, ".venv/bin/python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *tests, minutes=60)
 
 
-def test_it_is_built_and_served(copy: Path) -> None:
+def test_the_new_model_is_built_and_served(copy: Path) -> None:
     run(copy, "make", "build")
     port = free_port()
     url = f"http://127.0.0.1:{port}"

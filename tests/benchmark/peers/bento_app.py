@@ -1,4 +1,4 @@
-"""BentoML the way its documentation shows: one batchable service, and an API service that depends on it."""
+"""BentoML as its documentation shows it: one batchable service, and an API service that depends on a model service."""
 
 from __future__ import annotations
 

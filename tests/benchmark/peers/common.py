@@ -1,7 +1,8 @@
-"""What every peer does with images: OpenCV decodes, ONNX Runtime infers, in a worker for each core.
+"""What all peers share: OpenCV decodes and ONNX Runtime infers, in one worker per core.
 
-So only the framework differs, but for large JPEGs: the bundle decodes them at a fraction of their size
-(``model/preprocess.py``), the peers in full, as one does without code for it. BentoML decodes by itself, with Pillow.
+Only the framework differs, except for large JPEGs: the bundle decodes them at a fraction of their size
+(``model/preprocess.py``), the peers at full size, as anyone would without special code. BentoML itself decodes with
+Pillow.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ cv2.setNumThreads(1)
 
 @cache
 def session() -> onnxruntime.InferenceSession:
-    """Made on first use, so that a server that forks does so before. One thread: there is a process for each core."""
+    """Created on first use, so that a forking server forks first. One thread, because there is one process per core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -42,7 +43,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def infer(images: np.ndarray) -> list[dict[str, Any]]:
-    """(N, H, W, 3) uint8 pixels to one reply an image."""
+    """Classify (N, H, W, 3) uint8 pixels; one reply per image."""
     (outputs,) = session().run(["outputs"], {"images": images})
     scaled = outputs[:, : len(CONFIG["classes"])] / CONFIG["temperature"]
     exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
@@ -60,7 +61,7 @@ def _reply(probabilities: np.ndarray) -> dict[str, Any]:
 
 
 def classify(images: list[bytes]) -> list[dict[str, Any]]:
-    """Image files to replies, in batches of at most ``MAX_BATCH``."""
+    """Classify image files in batches of at most ``MAX_BATCH``; one reply per image."""
     pixels = np.stack([decode(image) for image in images])
     return [reply for i in range(0, len(pixels), MAX_BATCH) for reply in infer(pixels[i : i + MAX_BATCH])]
 

@@ -1,4 +1,4 @@
-"""FastAPI: parsing on the event loop, the model in Starlette's thread pool."""
+"""FastAPI: parsing on the event loop, inference in Starlette's thread pool."""
 
 from __future__ import annotations
 

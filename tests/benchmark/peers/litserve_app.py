@@ -1,4 +1,4 @@
-"""LitServe: a worker for each core, its own batching. ``python -m tests.benchmark.peers.litserve_app PORT``"""
+"""LitServe: one worker per core, its own batching. ``python -m tests.benchmark.peers.litserve_app PORT``"""
 
 import sys
 from typing import Any
@@ -13,7 +13,7 @@ class Classifier(litserve.LitAPI):
     def setup(self, device: str) -> None:
         common.session()
 
-    def decode_request(self, request) -> np.ndarray:  # noqa: ANN001 LitServe hands over a form only where there is no type
+    def decode_request(self, request) -> np.ndarray:  # noqa: ANN001 with an annotation LitServe would not pass the form
         return common.decode(request["image"].file.read())
 
     def predict(self, images: list[np.ndarray]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Ray Serve: a replica for each core, its own batching. ``python -m tests.benchmark.peers.rayserve_app PORT``"""
+"""Ray Serve: one replica per core, its own batching. ``python -m tests.benchmark.peers.rayserve_app PORT``"""
 
 from __future__ import annotations
 
