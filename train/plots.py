@@ -81,11 +81,11 @@ def drawable(classes: Sequence[str]) -> list[str]:
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Confusion matrix: rows are the true classes, and colour shows the share of the row."""
+    """Confusion matrix: rows are the true classes, colour shows the share of its row."""
     counts = np.asarray(matrix)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     side = max(3.5, min(9, 0.55 * len(classes) + 1.5))
-    figure, axes = _axes(side, side, "Confusion", xlabel="verdict", ylabel="true class")
+    figure, axes = _axes(side, side, "Confusion matrix", xlabel="predicted class", ylabel="true class")
     axes.grid(visible=False)
     axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
@@ -114,10 +114,12 @@ def training(history: list[dict[str, float]]) -> Figure:
 
 
 def corruptions(robustness: dict[str, Any]) -> Figure:
-    """A bar for the mean of each corruption, a dot for each severity, a line for clean images."""
+    """A bar for the mean of each corruption, a dot for each severity, a dashed line for clean images."""
     names = list(robustness["corruptions"])
     families = list(robustness["families"])
-    figure, axes = _axes(6.5, 0.28 * len(names) + 1.2, "Corruptions", xlabel="accuracy; dashed: clean images")
+    figure, axes = _axes(
+        6.5, 0.28 * len(names) + 1.2, "Accuracy under corruption", xlabel="accuracy (dashed line: clean images)"
+    )
     for row, name in enumerate(names):
         one = robustness["corruptions"][name]
         colour = FAMILY_COLOURS[families.index(one["family"]) % len(FAMILY_COLOURS)]

@@ -1,8 +1,8 @@
-// Talks to the service: its one form of errors, its wish to be asked later, its times by stage.
+// Talks to the service: its error format, Retry-After, and Server-Timing.
 
 const ATTEMPTS = 4;
-export const LONGEST_WAIT = 30; // seconds; whoever is told to wait longer is told so
-const NOT_READY_WAIT = 2; // seconds; a 503 of the service itself names none
+export const LONGEST_WAIT = 30; // seconds; if told to wait longer, the page reports it instead of waiting
+const NOT_READY_WAIT = 2; // seconds; the service's own 503 has no Retry-After
 const STORED = "api-key";
 
 export class ServiceError extends Error {
@@ -15,7 +15,7 @@ export class ServiceError extends Error {
   }
 }
 
-/** @param {string} value nothing forgets the key */
+/** @param {string} value an empty string removes the key */
 export function useKey(value) {
   if (value) sessionStorage.setItem(STORED, value);
   else sessionStorage.removeItem(STORED);
@@ -26,13 +26,13 @@ export const hasKey = () => sessionStorage.getItem(STORED) !== null;
 
 /**
  * @typedef {object} Options
- * @property {FormData} [form] posted; without it the request is a GET
+ * @property {FormData} [form] the body of a POST; without it the request is a GET
  * @property {AbortSignal} [signal]
- * @property {(seconds: number, error: ServiceError) => void} [onWait] told every second until the next attempt
+ * @property {(seconds: number, error: ServiceError) => void} [onWait] called every second until the next attempt
  */
 
 /**
- * A reply of 2xx, asked for again where the service says when; raises ServiceError.
+ * Sends a request, and retries it when the service says when to; resolves to a 2xx reply or throws ServiceError.
  * @param {string} path
  * @param {Options} [options]
  * @returns {Promise<{body: Blob, timing: Map<string, number>, roundTrip: number}>} times in milliseconds
@@ -52,7 +52,7 @@ export async function send(path, options = {}) {
   }
 }
 
-/** Raises ServiceError: something between the service and this page may have answered, such as a page to sign in. @param {Blob} body */
+/** Throws ServiceError if it is not JSON: a proxy may have answered instead, such as with a sign-in page. @param {Blob} body */
 export async function json(body) {
   try {
     return JSON.parse(await body.text());
@@ -76,7 +76,7 @@ async function attemptOnce(path, { form, signal }) {
     body = await response.blob();
   } catch (error) {
     if (signal?.aborted) throw error;
-    // Of a file that was deleted meanwhile it says the same as of a service that is out of reach.
+    // fetch fails in the same way for a file that has been deleted and for a service that is out of reach.
     const code = (await canBeRead(form)) ? "unreachable" : "unreadable";
     throw new ServiceError({ code, message: String(error) });
   }
@@ -85,7 +85,7 @@ async function attemptOnce(path, { form, signal }) {
   return { body, timing: stages(response), roundTrip: performance.now() - started };
 }
 
-/** @param {FormData} [form] whose values are files */
+/** @param {FormData} [form] its values are files */
 async function canBeRead(form) {
   try {
     for (const file of form?.values() ?? []) await /** @type {File} */ (file).slice(0, 1).arrayBuffer();
@@ -102,7 +102,7 @@ async function failure(response, body) {
   try {
     return new ServiceError((await json(body)).error, wait);
   } catch {
-    // Not the service's own form: something between it and this page has answered.
+    // Not the service's error format: something between it and this page has answered.
     return new ServiceError({ code: "unknown", message: `HTTP status ${response.status}` }, wait);
   }
 }

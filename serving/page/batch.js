@@ -1,4 +1,4 @@
-// Many pictures: sent in portions, a table that can be sorted, a CSV file.
+// Many pictures: sent in portions, shown in a sortable table, downloadable as CSV.
 
 import { json, LONGEST_WAIT, send, ServiceError } from "./api.js";
 import { classNames } from "./card.js";
@@ -6,13 +6,13 @@ import { announce, byId, make, percent, whole } from "./dom.js";
 import { inWords } from "./errors.js";
 import { level } from "./single.js";
 
-const PORTION = 16; // pictures of one request
+const PORTION = 16; // pictures per request
 const PORTION_BYTES = 8 * 2 ** 20;
-const SHOWN = 200; // rows; more on request: a browser lays out all of a table anew for every answer
+const SHOWN = 200; // rows; more on request, because the browser lays out the whole table again for every answer
 const COLLATOR = new Intl.Collator("en", { numeric: true });
-/** Errors that the next portion would meet as well. */
+/** Errors that the next portion would get as well. */
 const FINAL = new Set(["unauthorized", "forbidden", "quota_exceeded", "unreachable"]);
-/** Errors that fewer files at once may not meet, and that the same file will meet again. */
+/** Errors that a smaller portion may avoid, and that the same file would get again. */
 const OF_A_FILE = new Set(["too_large", "unreadable"]);
 
 /**
@@ -20,8 +20,8 @@ const OF_A_FILE = new Set(["too_large", "unreadable"]);
  * @property {File} file
  * @property {string} [picture] URL, once the row is shown
  * @property {HTMLTableRowElement} element
- * @property {any} [result] the service's, of this picture
- * @property {{code: string, message: string, request_id: string}} [error] in its place
+ * @property {any} [result] the service's result for this picture
+ * @property {{code: string, message: string, request_id: string}} [error] set in place of a result
  * @property {boolean} [again] whether another attempt may help
  */
 
@@ -35,7 +35,7 @@ let asked = "0.95";
 /** @type {(file: File) => void} */
 let open = () => {};
 
-/** What a cell shows, and what its column sorts by; nothing sorts last. */
+/** Each column's heading and sort key; rows without a value sort last. */
 const COLUMNS = [
   { name: "File", value: (/** @type {Row} */ row) => row.file.name },
   { name: "Class", value: (/** @type {Row} */ row) => row.result?.class_name },
@@ -44,7 +44,7 @@ const COLUMNS = [
   { name: "Set", wide: true, value: (/** @type {Row} */ row) => row.result?.prediction_set.length },
 ];
 
-/** @param {(file: File) => void} opened told which picture of the table to look at */
+/** @param {(file: File) => void} opened called with the picture that was clicked in the table */
 export function prepare(opened) {
   open = opened;
   byId("stop", HTMLButtonElement).onclick = () => controller.abort();
@@ -71,7 +71,7 @@ export async function start(files) {
   await resume();
 }
 
-/** Asks for every row that has no answer and may get one. */
+/** Classifies every row that has no answer yet and may get one. */
 export async function resume() {
   controller = new AbortController();
   const { signal } = controller;
@@ -86,7 +86,7 @@ export async function resume() {
     if (!(error instanceof ServiceError) && !signal.aborted) throw error;
   } finally {
     if (controller.signal === signal) {
-      if (order) drawBody(); // not after every portion: nobody can read rows that keep moving
+      if (order) drawBody(); // only at the end: nobody can read rows that keep moving
       drawProgress(false);
       announce(byId("batch-summary", HTMLElement).textContent ?? "");
     }
@@ -120,7 +120,7 @@ async function classify(portion, signal) {
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
     if (OF_A_FILE.has(error.code) && portion.length > 1) {
-      // The service may take less at once than this page sends, and one file that cannot be read spoils no others.
+      // The service may accept less at once than this page sends, and an unreadable file must not fail the others.
       const half = Math.ceil(portion.length / 2);
       await classify(portion.slice(0, half), signal);
       return classify(portion.slice(half), signal);
@@ -192,7 +192,7 @@ function drawBody() {
   const some = sorted().slice(0, shown);
   some.forEach(drawRow);
   byId("rows", HTMLElement).replaceChildren(...some.map((row) => row.element));
-  focused?.focus({ preventScroll: true }); // which it has lost where its row has moved
+  focused?.focus({ preventScroll: true }); // moving its row took the focus away
   byId("rest", HTMLElement).hidden = rows.length <= shown;
 }
 
@@ -214,7 +214,7 @@ function drawRow(row) {
   element.className = error ? "failed" : "";
   element.dataset.familiar = result?.in_distribution ?? "";
   element.title = error ? `${error.message}; request ${error.request_id}` : "";
-  for (const cell of [...element.cells].slice(2)) cell.remove(); // the others stay: one may have the focus
+  for (const cell of [...element.cells].slice(2)) cell.remove(); // the first two stay: one of them may have the focus
   element.append(...narrow, ...wide.map((cell) => make("td", { className: "wide" }, cell)));
 }
 
@@ -228,7 +228,7 @@ function download() {
 function csv() {
   const head = ["file", "class_name", "confidence", "in_distribution", "prediction_set", "error_code", "error_message", "request_id", "model"];
   const lines = sorted().map(({ file, result, error }) => [
-    // A spreadsheet would run a name that begins like this as a formula.
+    // A spreadsheet would run a name with such a prefix as a formula.
     file.name.replace(/^(?=[=+\-@\t\r])/, "'"),
     result?.class_name, result?.confidence, result?.in_distribution, result?.prediction_set.join(" "),
     error?.code, error?.message, (result ?? error)?.request_id, result?.model,

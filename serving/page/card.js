@@ -1,4 +1,4 @@
-// The model card, for people: what the model knows, how good it is, where it is weak, where it comes from.
+// The model card for people: what the model knows, how good it is, where it is weak, where it comes from.
 
 import { json, send, ServiceError } from "./api.js";
 import { byId, make, percent, whole, withShare } from "./dom.js";
@@ -6,10 +6,10 @@ import { byId, make, percent, whole, withShare } from "./dom.js";
 /** @type {any} */
 let card = {};
 
-/** @returns {string[]} by index; none until the card is there */
+/** @returns {string[]} by index; empty until the card is loaded */
 export const classNames = () => card.classes ?? [];
 
-/** Asks for the card, until it is there, and draws what it has: a model that was never evaluated has no figures. */
+/** Loads the card unless it is loaded already, and draws what it has: a model that was never evaluated has no figures. */
 export async function load() {
   if (card.classes) return;
   try {
@@ -23,7 +23,7 @@ export async function load() {
   const accuracy = figures ? `, right on ${percent(figures.accuracy)} of ${whole(figures.images)} test pictures` : "";
   byId("about", HTMLElement).textContent = `${card.name} tells ${whole(card.classes.length)} classes apart${accuracy}.`;
   byId("card-body", HTMLElement).replaceChildren(
-    ...(figures ? measured(figures) : [make("p", { className: "muted" }, "How good this model is was not measured yet.")]),
+    ...(figures ? measured(figures) : [make("p", { className: "muted" }, "This model has not been evaluated yet.")]),
     origin(card),
   );
   byId("card", HTMLElement).hidden = false;
@@ -35,7 +35,7 @@ function measured(figures) {
   return [
     tiles(figures, card.metrics.foreign),
     bars("Accuracy by class", Object.entries(figures.per_class)),
-    ...(spoiled.length ? [bars("Accuracy on spoiled pictures, and on photographs", spoiled)] : []),
+    ...(spoiled.length ? [bars("Accuracy on corrupted pictures and on photographs", spoiled)] : []),
     mistakes(figures.confusion),
   ];
 }
@@ -63,7 +63,7 @@ function bars(title, shares) {
   return make("div", {}, make("h3", {}, title), make("ul", { className: "bars two" }, ...lines));
 }
 
-/** @param {any} metrics @returns {[string, number][]} accuracy where it was measured to be lower */
+/** @param {any} metrics @returns {[string, number][]} accuracy on corrupted images and on photographs */
 function harder({ robustness, photographs }) {
   /** @type {[string, number][]} */
   const families = Object.entries(robustness?.families ?? {}).map(([family, { accuracy }]) => [family, accuracy]);

@@ -1,7 +1,7 @@
-// What every module needs of the document: elements by id, new elements, numbers as people read them.
+// Helpers for every module: elements by id, new elements, numbers formatted for people.
 
 /**
- * The element with this id, which index.html has.
+ * The element with this id; throws if index.html lacks it.
  * @template {HTMLElement} T
  * @param {string} id
  * @param {new () => T} kind
@@ -14,10 +14,10 @@ export function byId(id, kind) {
 }
 
 /**
- * A new element; text is never read as HTML.
+ * A new element; text is never parsed as HTML.
  * @template {keyof HTMLElementTagNameMap} K
  * @param {K} tag
- * @param {Record<string, unknown>} [properties] properties of the element, and attributes that have a dash
+ * @param {Record<string, unknown>} [properties] properties of the element; names with a dash are attributes
  * @param {...(Node | string)} children
  * @returns {HTMLElementTagNameMap[K]}
  */
@@ -32,7 +32,7 @@ export function make(tag, properties = {}, ...children) {
 }
 
 /**
- * Sets a custom property, by which the style sheet draws a share. An attribute `style` would break the policy.
+ * Sets the custom property from which the style sheet draws a share. A `style` attribute would violate the policy.
  * @template {HTMLElement} T
  * @param {T} element
  * @param {number} share
@@ -42,7 +42,7 @@ export function withShare(element, share) {
   return element;
 }
 
-/** @param {string} text for those who listen to the page */
+/** @param {string} text for screen readers */
 export function announce(text) {
   byId("status", HTMLElement).textContent = text;
 }

@@ -1,4 +1,4 @@
-// Every error of the service, and of Nginx before it, in plain words: what happened, and what to do about it.
+// Every error of the service, and of Nginx in front of it, in plain words: what happened, and what to do about it.
 
 import { make, whole } from "./dom.js";
 
@@ -14,19 +14,19 @@ const WORDS = {
   uri_too_long: ["The address is too long", "Reload the page and try again."],
   headers_too_large: ["The browser sent too much about itself", "Delete the cookies of this site and try again."],
   request_timeout: ["The picture took too long to arrive", "The connection is slow. Try a smaller picture."],
-  overloaded: ["The service is busy", "More pictures are waiting than it takes. Try again in a moment."],
+  overloaded: ["The service is busy", "Too many pictures are waiting already. Try again in a moment."],
   too_many_requests: ["Too many requests from your address", "Try again in a moment."],
   rate_limited: ["Too many pictures at once for this API key", "Try again in a moment, or ask for a higher rate."],
-  quota_exceeded: ["The day's pictures of this API key are used up", "They are counted anew from midnight UTC."],
+  quota_exceeded: ["This API key has used up its pictures for today", "The count starts again at midnight UTC."],
   unauthorized: ["This service asks for an API key", "Enter yours above; whoever runs the service gives them out."],
   forbidden: ["This API key may not do that", "It has expired or is meant for something else. Ask whoever gave it to you."],
-  not_ready: ["The service is not ready yet", "It is starting and checks its model first. Try again in a moment."],
+  not_ready: ["The service is not ready yet", "It is starting and checking its model. Try again in a moment."],
   bad_gateway: ["The service cannot be reached", "It may be restarting. Try again in a moment."],
   deadline_exceeded: ["The service did not answer in time", "It has too much to do, or the picture is very large. Try again."],
   disconnected: ["The connection ended too early", "Try again."],
   internal: ["Something went wrong inside the service", "It has been logged. Tell whoever runs the service the request's id."],
   unreachable: ["The service cannot be reached", "Check your connection; the service may also be down."],
-  unreadable: ["This file cannot be read", "It was moved, changed or deleted meanwhile, or you may not read it. Choose it again."],
+  unreadable: ["This file cannot be read", "It has been moved, changed or deleted, or you may not read it. Choose it again."],
   no_file: ["There was no picture in that", "Save the picture as a file, then drop or choose that file."],
   unknown: ["The service gave an answer this page does not know", "Something between this page and the service may have answered instead."],
 };

@@ -1,14 +1,14 @@
-// Every way a picture comes in: dropped, pasted, chosen, photographed.
+// Every way to bring in a picture: drop, paste, choose, photograph.
 
 import { byId } from "./dom.js";
 
-/** @param {(files: File[]) => void} take given what came in, which may be nothing */
+/** @param {(files: File[]) => void} take called with what came in, which may be nothing */
 export function listen(take) {
   for (const id of ["choose", "photo"]) {
     const input = byId(id, HTMLInputElement);
     input.addEventListener("change", () => {
       take([...(input.files ?? [])]);
-      input.value = ""; // or choosing the same file again would be no change
+      input.value = ""; // otherwise choosing the same file again would fire no change event
     });
   }
   addEventListener("paste", ({ clipboardData, target }) => {
@@ -22,7 +22,7 @@ export function listen(take) {
 function listenForDrops(take) {
   const veil = byId("veil", HTMLElement);
   addEventListener("dragover", (event) => {
-    event.preventDefault(); // or the browser would leave this page for the picture
+    event.preventDefault(); // otherwise the browser would leave this page for the picture
     veil.hidden = !event.dataTransfer?.types.includes("Files");
   });
   addEventListener("dragleave", ({ relatedTarget }) => {
@@ -31,14 +31,14 @@ function listenForDrops(take) {
   addEventListener("drop", async (event) => {
     event.preventDefault();
     veil.hidden = true;
-    // Entries must be asked for before the first await: afterwards the event holds none.
+    // Get the entries before the first await: afterwards the event has none.
     const items = [...(event.dataTransfer?.items ?? [])].filter((item) => item.kind === "file");
     const found = items.map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
     take((await Promise.all(found.map(filesIn))).flat());
   });
 }
 
-/** @param {FileSystemEntry | File | null} found @returns {Promise<File[]>} of a folder all, at any depth, named by their paths */
+/** @param {FileSystemEntry | File | null} found @returns {Promise<File[]>} for a folder, all its files at any depth, named by their paths */
 async function filesIn(found) {
   if (found === null || found.name.startsWith(".")) return [];
   if (found instanceof File) return [found];
@@ -51,7 +51,7 @@ async function filesIn(found) {
     }
     return (await Promise.all((await entriesOf(/** @type {FileSystemDirectoryEntry} */ (found))).map(filesIn))).flat();
   } catch {
-    return [new File([], path)]; // which the service refuses, and nothing else
+    return [new File([], path)]; // empty: the service refuses this file and no other
   }
 }
 
@@ -63,7 +63,7 @@ async function entriesOf(folder) {
   for (;;) {
     /** @type {FileSystemEntry[]} */
     const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!some.length) return entries; // they come in portions
+    if (!some.length) return entries; // readEntries returns them in portions
     entries.push(...some);
   }
 }

@@ -1,4 +1,4 @@
-// Puts the page together: what comes in goes to the one view or the other.
+// Ties the page together: one picture goes to the single view, several to the table.
 
 import { json, send, ServiceError, useKey } from "./api.js";
 import * as batch from "./batch.js";
@@ -7,7 +7,7 @@ import { announce, byId, make } from "./dom.js";
 import { listen } from "./intake.js";
 import * as single from "./single.js";
 
-/** The work to be done again with a key. @type {() => unknown} */
+/** What to repeat once a key is entered. @type {() => unknown} */
 let repeat = () => {};
 
 /** @param {File[]} files */
@@ -16,7 +16,7 @@ function take(files) {
   if (!first) return single.refuse(new ServiceError({ code: "no_file", message: "no file came with it" }));
   if (files.length === 1) return look(first);
   repeat = batch.resume;
-  card.load(); // names of classes go into the CSV
+  card.load(); // the CSV needs the class names
   batch.start(files);
 }
 

@@ -1,4 +1,4 @@
-// One picture: what it is, how sure that is, and why.
+// A single picture: what it shows, how certain that is, and why.
 
 import { hasKey, json, send, ServiceError } from "./api.js";
 import { classNames, load } from "./card.js";
@@ -6,7 +6,7 @@ import { announce, byId, duration, make, percent, whole, withShare } from "./dom
 import { explainError, inWords } from "./errors.js";
 
 const SHOWN = 10; // classes; more on request
-const PIXEL_ART = 128; // below, a picture is shown with its pixels instead of a blur
+const PIXEL_ART = 128; // pixels; smaller pictures are enlarged with sharp pixels instead of a blur
 
 const answer = byId("answer", HTMLElement);
 const preview = byId("preview", HTMLImageElement);
@@ -18,7 +18,7 @@ let picture = null;
 let controller = new AbortController();
 let explaining = new AbortController();
 
-/** @returns {string} of the prediction set */
+/** @returns {string} the level of the prediction set */
 export const level = () => new FormData(byId("level", HTMLFormElement)).get("level")?.toString() ?? "0.95";
 
 /** @param {File} file */
@@ -28,7 +28,7 @@ export async function show(file) {
   await classify();
 }
 
-/** The picture at hand once more, after something about the request has changed. */
+/** Classifies the current picture, again if something about the request has changed. */
 export async function classify() {
   if (!picture) return;
   controller.abort();
@@ -46,7 +46,7 @@ export async function classify() {
   if (!signal.aborted) answer.ariaBusy = "false";
 }
 
-/** @param {unknown} error @param {(() => void) | null} again what may help */
+/** @param {unknown} error @param {(() => void) | null} again offered to the visitor */
 export function refuse(error, again = null) {
   if (!(error instanceof ServiceError)) throw error;
   byId("problem", HTMLElement).replaceChildren(explainError(error, again));
@@ -54,7 +54,7 @@ export function refuse(error, again = null) {
   evidence.hidden = true;
 }
 
-/** @param {"problem" | "verdict"} id the only one that is seen of the answer's states */
+/** @param {"problem" | "verdict"} id the state of the answer to show, hiding the others */
 function reveal(id) {
   for (const state of ["empty", "problem", "verdict"]) byId(state, HTMLElement).hidden = state !== id;
 }
@@ -69,7 +69,7 @@ function wait(seconds, error) {
 /** @param {File} file */
 function formOf(file) {
   const form = new FormData();
-  form.append("image", file, "image"); // its name is nobody's business
+  form.append("image", file, "image"); // withholds the file's name
   return form;
 }
 
@@ -106,7 +106,7 @@ function hideEvidence() {
 evidence.addEventListener("click", async () => {
   if (evidence.ariaPressed === "true") {
     hideEvidence();
-    return reveal("verdict"); // unless it is hidden by the news of a wait
+    return reveal("verdict"); // it may be hidden by a notice to wait
   }
   if (!picture) return;
   explaining = new AbortController();
@@ -117,10 +117,10 @@ evidence.addEventListener("click", async () => {
     if (signal.aborted) return;
     reveal("verdict");
     overlay.src = URL.createObjectURL(body);
-    overlay.alt = `Where the evidence for ${byId("class-name", HTMLElement).textContent} lies: the bright places`;
+    overlay.alt = `Where the evidence for ${byId("class-name", HTMLElement).textContent} lies: the bright areas`;
     overlay.hidden = false;
     evidence.ariaBusy = "false";
-    announce("The evidence is shown over the picture; bright places count most.");
+    announce("The evidence is shown over the picture; bright areas count most.");
   } catch (error) {
     if (signal.aborted) return;
     hideEvidence();
@@ -190,7 +190,7 @@ function drawTiming({ timing, roundTrip }) {
 
 /** @param {string} path */
 function curl(path) {
-  // In quotes for curl, which would take a name apart at commas and semicolons, and in those of the shell.
+  // Quoted for curl, which would split a name at commas and semicolons, and quoted again for the shell.
   const form = `image=@"${picture?.name.replace(/[\\"]/g, "\\$&")}"`.replaceAll("'", "'\\''");
   const key = hasKey() ? '-H "Authorization: Bearer $API_KEY" ' : "";
   return `curl ${key}-F '${form}' '${new URL(path, location.href)}'`;

@@ -43,7 +43,7 @@ def throughput(results: Results, axes: Any) -> None:
     for name in results.names:
         runs = [run for c in results.connections if (run := results.closed(name, "small", c))]
         axes.plot([r["connections"] for r in runs], [r["rate"] for r in runs], label=name, **style(results, name))
-    axes.set(xscale="log", xlabel="connections", ylabel="requests/s", title="One small JPEG a request, closed loop")
+    axes.set(xscale="log", xlabel="connections", ylabel="requests/s", title="One small JPEG per request, closed loop")
     axes.set_xticks(results.connections, [str(c) for c in results.connections])
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -66,7 +66,7 @@ def overload(results: Results, axes: Any) -> None:
     for name in results.names:
         runs = [run for factor in results.factors if (run := results.open(name, factor))]
         axes.plot([r["offered"] for r in runs], [r["good"] for r in runs], label=name, **style(results, name))
-    axes.set(xlabel="offered, requests/s", ylabel=f"200 within {results.deadline:g} s, requests/s")
+    axes.set(xlabel="offered load, requests/s", ylabel=f"answered 200 within {results.deadline:g} s, requests/s")
     axes.set_title("Overload: open loop up to five times each server's own saturation")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -85,9 +85,9 @@ def batches(results: Results, axes: Any) -> None:
             colour = plt.get_cmap("viridis")(index / len(labels))
             axes.barh(position, share, left=left, color=colour, label=f"≤ {float(label):g}" if position == 0 else None)
             left, before = left + share, counts[label]
-    axes.set_yticks(range(len(series)), [f"{name}, {c} connections" for name, c in series])
+    axes.set_yticks(range(len(series)), [f"{name}, {c} connection{'s' if c > 1 else ''}" for name, c in series])
     axes.invert_yaxis()
-    axes.set(xlabel="share of batches", title="Images in a batch, one small JPEG a request")
+    axes.set(xlabel="share of batches", title="Images per batch, one small JPEG per request")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -47,7 +47,11 @@ def conditions(results: Results) -> Iterator[str]:
 
 
 def closed(results: Results) -> Iterator[str]:
-    head = ["", *(f"{c} connections, requests/s" for c in results.connections), "p50 / p95 / p99 at each, ms"]
+    head = [
+        "",
+        *(f"{c} connection{'s' if c > 1 else ''}, requests/s" for c in results.connections),
+        "p50 / p95 / p99 at each, ms",
+    ]
     rows = []
     for name in results.names:
         runs = [results.closed(name, "small", c) for c in results.connections]
@@ -124,12 +128,12 @@ def page(results: Results) -> str:
     judged = table(["what", "measured", "target", "met"], bars.judge(results))
     sections = {
         "Targets": judged,
-        "One small JPEG a request": [
+        "One small JPEG per request": [
             *closed(results),
             "![](images/bench-throughput.png)",
             "![](images/bench-latency.png)",
         ],
-        "Photographs, and 64 images a request": larger(results),
+        "Photographs, and 64 images per request": larger(results),
         "In process, without HTTP: the ceiling": ceilings(results),
         "Workers and replicas": scaling(results),
         "Overload": [*overload(results), "![](images/bench-overload.png)"],
