@@ -119,15 +119,19 @@ def lines(guarded: Guarded, name: str) -> list[int]:
 def connections_to_both_workers(guarded: Guarded, each: int) -> list[requests.Session]:
     """``each`` connections to each worker. The first worker awake accepts: on a busy machine, often the same one."""
     found: dict[int, list[requests.Session]] = {0: [], 1: []}
+    opened: dict[requests.Session, float] = {}
     deadline = time.monotonic() + 60
     while min(map(len, found.values())) < each:
         assert time.monotonic() < deadline, "one worker accepts every connection"
+        for sessions in found.values():  # the server closes those that are idle for 5 s
+            sessions[:] = [session for session in sessions if time.monotonic() - opened[session] < 3]
         before = lines(guarded, "card")
         session = requests.Session()
         session.headers["X-API-Key"] = guarded.keys["card"]
         assert session.get(f"{guarded.url}/model", timeout=60).status_code == 200
         while (after := lines(guarded, "card")) == before:
             time.sleep(0.01)
+        opened[session] = time.monotonic()
         found[0 if after[0] > before[0] else 1].append(session)
     return [session for sessions in found.values() for session in sessions[:each]]
 
