@@ -47,7 +47,8 @@ def test_every_service_runs(stack: Stack, capsys: pytest.CaptureFixture[str]) ->
 def test_every_target_is_up(stack: Stack) -> None:
     """Every scrape job whose exporter runs here has targets, all of them up; each replica is a target of its own."""
     jobs = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())["scrape_configs"]
-    expected = {job["job_name"] for job in jobs} - {"gpu", "logs"} - (set(services()) - set(stack.services))
+    overlays = {"gpu", "loki", "vector"}
+    expected = {job["job_name"] for job in jobs} - overlays - (set(services()) - set(stack.services))
     assert {"classifier", "nginx", "node", "edge", "prometheus", "alertmanager"} <= expected
     deadline = time.monotonic() + 60
     while True:  # the first scrapes take one interval
