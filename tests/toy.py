@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import runpy
@@ -77,8 +76,5 @@ def _main(module: str, arguments: Sequence[str], output: str, environment: dict[
     with Path(output).open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    for stream in (sys.stdout, sys.stderr):  # both into one file: in the order in which they are written
-        assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ class CommandError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; on a user error, exit with status 1 and one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # a log file gets each line as it is printed, and both in order
     try:
         main()
     except (CommandError, ArtifactError, ConfigError, RuntimeUnavailableError, VerificationError, OSError) as error:
