@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import socket
+import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -88,6 +93,23 @@ def test_the_page_passes_nginx_with_the_services_headers(url: str, path: str) ->
     assert "max-age=" in reply.headers["Strict-Transport-Security"]
     assert len(reply.headers["X-Request-Id"]) == 32
     assert get(url, path, **{"If-None-Match": reply.headers["ETag"]}).status_code == 304
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [("GET / HTTP/2.9\r\n", 505), ("POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n", 501)],
+)
+def test_a_request_in_unknown_http_is_the_callers_error(url: str, head: str, status: int) -> None:
+    address = urlsplit(url)
+    context = ssl._create_unverified_context()
+    with (
+        socket.create_connection((address.hostname, address.port), timeout=20) as plain,
+        context.wrap_socket(plain) as client,
+    ):
+        client.sendall(f"{head}Host: x\r\nConnection: close\r\n\r\n".encode())
+        reply = http.client.HTTPResponse(client)
+        reply.begin()
+        assert (reply.status, json.loads(reply.read())["error"]["code"]) == (status, "invalid_request")
 
 
 @pytest.mark.parametrize(
