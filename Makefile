@@ -44,8 +44,9 @@ COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
+# --clear: what Ctrl-C has left would be taken for complete, without pip.
 $(BIN)/python:
-	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; } # clear: what Ctrl-C left looks complete without pip
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # Serving on a CPU needs no torch.
 SERVE_REQUIREMENTS := $(if $(wildcard /proc/driver/nvidia/version),requirements-gpu.txt,requirements-serve.txt)

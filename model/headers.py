@@ -1,15 +1,15 @@
 """Read an image file's format, size and kind from its header.
 
 Pure Python, so that no native code sees a byte before the format is known and the size is within limits. Work is
-bounded whatever the file contains: at most ``MAX_STEPS`` segments, chunks, blocks or entries are read, and nothing is
-copied.
+bounded whatever the file contains: at most ``MAX_STEPS`` segments, chunks, blocks or entries are read, and no header
+copies anything.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 MAX_STEPS = 4096
@@ -125,17 +125,24 @@ def _png(data: bytes) -> Header:
     if (length, kind) != (13, b"IHDR"):
         raise ImageError("the PNG image's header is broken: it does not begin with IHDR")
     kinds = set()
+    for kind, start, length in _png_chunks(data):
+        kinds.add(kind)
+        # OpenCV would allocate the declared length.
+        if start + length + 4 > len(data) and (kind, length) != (b"IEND", 0):
+            raise ImageError(f"the PNG image is truncated: a chunk of {length} bytes is not all there")
+    is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
+    return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and length of each chunk's content; four bytes of checksum follow it."""
     at = 8
     for _ in range(MAX_STEPS):
         if at + 8 > len(data):
             break
         length, kind = struct.unpack_from(">I4s", data, at)
-        kinds.add(kind)
+        yield kind, at + 8, length
         at += 12 + length
-        if at > len(data) and (kind, length) != (b"IEND", 0):  # OpenCV would allocate the declared length
-            raise ImageError(f"the PNG image is truncated: a chunk of {length} bytes is not all there")
-    is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
-    return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)
 
 
 def has_exact_data(data: bytes) -> bool:
@@ -145,15 +152,10 @@ def has_exact_data(data: bytes) -> bool:
     """
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     size = height * (1 + -(-width * depth * (3 if colour == 2 else 1) // 8))  # a byte of filter type in front of a row
-    packed, at = [], 8
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"IDAT":
-            packed.append(data[at + 8 : at + 8 + length])
-        at += 12 + length
+    packed = b"".join(data[start : start + length] for kind, start, length in _png_chunks(data) if kind == b"IDAT")
     inflater = zlib.decompressobj()
     try:
-        return len(inflater.decompress(b"".join(packed), size + 1)) == size and inflater.eof
+        return len(inflater.decompress(packed, size + 1)) == size and inflater.eof
     except zlib.error:
         return False
 

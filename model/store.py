@@ -134,7 +134,7 @@ def promote(tag: str, force: bool = False) -> str:
     if ":" not in tag:
         raise StoreError(f"{tag!r} names no version; expected NAME:VERSION")
     model = _require_model(tag)
-    if not (Path(model.path) / CARD).exists():
+    if not _is_classifier(model):
         raise StoreError(f"{model.tag} has no {CARD}; expected a classifier")
     name, version = model.tag.name, str(model.tag.version)
     _record_initial_promotion(name)
@@ -247,9 +247,14 @@ def _find(tag: str) -> bentoml.Model | None:
         raise StoreError(str(error)) from error
 
 
+def _is_classifier(model: bentoml.Model) -> bool:
+    """Whether ``model`` is an artifact of this package: a store may hold other projects' models too."""
+    return (Path(model.path) / CARD).exists()
+
+
 def listing() -> str:
     """A table of every classifier in the store, marking those served, and the last promotions of each name."""
-    found = (model for model in bentoml.models.list() if (Path(model.path) / CARD).exists())  # others' are not ours
+    found = filter(_is_classifier, bentoml.models.list())
     models = sorted(found, key=lambda model: (model.tag.name, model.creation_time))
     served = {name: _versioned(name) for name in dict.fromkeys(model.tag.name for model in models)}
     rows: list[Row] = [("", "model", "created (UTC)", *comparison.SUMMARY, "MB")]

@@ -44,8 +44,8 @@ def from_exception(error: Exception) -> ApiError:
     match error:
         case ApiError():
             # Its frames hold the request and, where it was raised from a variable, the error itself: a reference cycle
-            # that keeps both in memory until the garbage collector finds it.
-            error.__traceback__ = None
+            # that keeps both in memory until the garbage collector finds it. Its cause may hold a whole text.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             return error
         case TooManyPixelsError():
             return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_many_pixels", str(error))

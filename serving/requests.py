@@ -17,7 +17,7 @@ from multipart import MultipartError, MultipartSegment, ParserLimitReached, Push
 from starlette.requests import ClientDisconnect, Request
 
 from serving.context import header
-from serving.errors import ApiError
+from serving.errors import ApiError, from_exception
 from serving.pacing import without_blocking
 from settings import Settings
 
@@ -278,9 +278,7 @@ def _attempt(value: object) -> Item:
     try:
         return _base64(value)
     except ApiError as error:
-        # Its traceback would keep the frames, and the decoder's own error the whole text.
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        return error
+        return from_exception(error)
 
 
 def _limit(item: Item, limit: int) -> Item:

@@ -325,10 +325,8 @@ class Fit:
         fresh = [f"stages.{stage}" for stage in range(shared, len(ours.widths))]
         if (theirs.classes, theirs.widths) != (ours.classes, ours.widths):
             fresh.append("head")
-        weights = self.network.state_dict()
-        for name, tensor in start.weights.items():
-            if name in weights and not name.startswith(tuple(f"{layer}." for layer in fresh)):
-                weights[name] = tensor
+        weights, skipped = self.network.state_dict(), tuple(f"{layer}." for layer in fresh)
+        weights |= {n: t for n, t in start.weights.items() if n in weights and not n.startswith(skipped)}
         self.network.load_state_dict(weights)
         if fresh:
             print(f"--start {start.path}: has no weights for {' and '.join(fresh)} of this network: they are random")
