@@ -594,7 +594,7 @@ def test_the_log_has_one_json_line_per_request(server: Server) -> None:
     lines = (server.home / LOG).read_text().splitlines()
     records = [json.loads(line) for line in lines if "[cli]" not in line and not line.startswith("libpng error: ")]
     # A worker's first request makes it verify its engine and log that.
-    records = [record for record in records if record["logger"] != "classifier.service"]
+    records = [r for r in records if r["logger"] not in ("classifier.service", "classifier.readiness")]
     for request_id in sent:
         (record,) = [r for r in records if r["request_id"] == request_id]
         assert (record["method"], record["path"], record["status"]) == ("POST", "/classify", 200)

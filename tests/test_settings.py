@@ -129,7 +129,10 @@ def test_a_driver_that_does_not_answer_does_not_stop_a_cpu_server(tmp_path: Path
 
 
 def test_there_are_at_most_as_many_workers_as_usable_cpus(tmp_path: Path) -> None:
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import service; print(service.WORKERS)"
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "import service; print(service.deployment.workers)"
+    )
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path), text=True, timeout=120)
     assert printed == "1\n"
 

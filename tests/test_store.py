@@ -182,7 +182,7 @@ class TestPromotions:
         (bento,) = (path.parent for path in (home / "bentos").rglob("bento.yaml"))
         code = "from model import store; print(store.resolve('toy'), store.packed())"
         assert python(home, "-c", code, cwd=bento / "src").split() == [tag(versions["a"])] * 2
-        served = python(home, "-c", "import service; print(service.TAG)", cwd=bento / "src")
+        served = python(home, "-c", "import service; print(service.deployment.tag)", cwd=bento / "src")
         assert served.strip() == tag(versions["a"]), "nor whoever serves it without an image"
         assert {"name": "MODEL", "value": tag(versions["a"]), "stage": "all"} in yaml.safe_load(
             (bento / "bento.yaml").read_text()

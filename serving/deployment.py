@@ -1,0 +1,161 @@
+"""What a server serves, and how: resolved once from the settings, the model store and the machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from bentoml._internal.resource import CpuResource
+
+from model import runtimes, store
+from model.artifact import TORCH, Artifact, ArtifactError, Outputs
+from model.ensemble import Ensemble, EnsembleError
+from model.preprocess import Pixels
+from model.runtimes import Runtime
+from model.tuning import compare
+from serving.access import AccessError, Keys
+from serving.shadow import Shadowed
+from serving.usage import Usage
+from settings import Settings, SettingsError
+
+logger = logging.getLogger("classifier.deployment")
+
+MEASURED = "RUNTIME_MEASURED"
+"""Environment variable that tells the workers what was measured before they started."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The same in every process of a server: the first one resolves it, the workers follow through the environment."""
+
+    settings: Settings
+    tags: tuple[str, ...]
+    """``name:version`` of the model that answers; of each member, if it is an ensemble."""
+    shadow: str | None
+    """``name:version`` of the shadow model."""
+    runtime: str
+    measured: dict[str, Any] | None
+    """The ``Comparison`` by which ``RUNTIME=fastest`` chose ``runtime``."""
+    topology: str
+    cores: int
+    """Whole CPUs available to this process, by its affinity and its container's quota."""
+    workers: int
+    gpus: int
+    """GPUs that ``runtime`` computes on."""
+    keys: Keys | None
+    usage: Usage | None
+
+    @classmethod
+    def resolve(cls, settings: Settings, is_worker: bool) -> Deployment:
+        """Decide everything that ``settings`` leave open; raises ``SettingsError`` with one line for what cannot be.
+
+        Unless ``is_worker``, it also loads the models, to find here what would be a traceback of every worker, and sets
+        the environment in which workers resolve the same.
+        """
+        runtime = settings.resolved_runtime()
+        model, measured = settings.model, orjson.loads(os.environ.get(MEASURED, "null"))
+        try:
+            model = model or store.packed() or settings.resolved_model()
+            tags = tuple(store.resolve_all(model))
+            shadow = store.resolve(settings.shadow) if settings.shadow else None
+            if not is_worker:
+                served, _ = _load(tags, shadow)
+                if runtime == "fastest":
+                    comparison = compare(served, settings.threads)
+                    runtime, measured = comparison.fastest, comparison._asdict()
+                served.reference(runtime)
+        except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # OSError: from the disk
+            asked = f"MODEL={model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
+            raise SettingsError(f"error: {asked}: {error}") from None
+        except runtimes.RuntimeUnavailableError as error:
+            raise SettingsError(f"error: {error}") from None
+        try:
+            keys = Keys(settings.api_keys, is_running=is_worker) if settings.api_keys else None
+            usage = Usage(settings.usage_file, is_running=is_worker) if keys else None
+        except AccessError as error:
+            raise SettingsError(f"error: {error}") from None
+        cores = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system())))
+        deployment = cls(
+            settings=settings,
+            tags=tags,
+            shadow=shadow,
+            runtime=runtime,
+            measured=measured,
+            topology=settings.resolved_topology(),
+            cores=cores,
+            workers=cores if settings.workers == "cpu_count" else settings.workers,
+            gpus=runtimes.cuda_devices() if runtime == TORCH else 0,
+            keys=keys,
+            usage=usage,
+        )
+        if not is_worker:
+            deployment._hand_down()
+        return deployment
+
+    def _hand_down(self) -> None:
+        if self.runtime == TORCH and not self.gpus:
+            logger.warning("RUNTIME='torch' finds no GPU and computes on the CPU, slower than the other runtimes")
+        os.environ.update({"MODEL": self.tag, "SHADOW": self.shadow or "", "RUNTIME": self.runtime})
+        if self.measured:
+            os.environ[MEASURED] = orjson.dumps(self.measured).decode()
+        if self.usage:
+            os.environ["USAGE_FILE"] = str(self.usage.file)
+
+    @property
+    def tag(self) -> str:
+        """What replies name as their model."""
+        return ",".join(self.tags)
+
+    def load_models(self) -> tuple[Ensemble, Ensemble | None]:
+        """The models that answer, and the shadow model if there is one."""
+        return _load(self.tags, self.shadow)
+
+    def start_engine(
+        self, worker: int, served: Ensemble, shadow: Ensemble | None
+    ) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
+        """The warmed-up engine of ``worker`` (from 1), and how to infer with it: shadowed if there is a shadow model.
+
+        Whether the engine is right is for readiness to say: a worker that exited here would be restarted for ever.
+        """
+        device = (worker - 1) % max(1, self.gpus)
+        engine = served.engine(self.runtime, self.settings.threads, device)
+        engine(served.reference(self.runtime).images)
+        if shadow is None:
+            return engine, engine
+        return engine, Shadowed(engine, shadow.engine(self.runtime, self.settings.threads, device))
+
+    def card(self, served: Ensemble) -> dict[str, Any]:
+        """The document of ``GET /model``."""
+        cards = [_describe(artifact) for artifact in served.artifacts]
+        members = {"members": cards} if len(cards) > 1 else {}
+        about = {
+            "runtime": self.runtime,
+            "topology": self.topology,
+            "shadow": self.shadow,
+            "measured": self.measured,
+        }
+        return {**cards[0], **about, **members}
+
+
+def _load(tags: tuple[str, ...], shadow: str | None) -> tuple[Ensemble, Ensemble | None]:
+    served = Ensemble([store.get(tag) for tag in tags])
+    shadowing = Ensemble([store.get(shadow)]) if shadow else None
+    if shadowing:
+        served.expect_interchangeable(shadowing)
+    return served, shadowing
+
+
+def _describe(artifact: Artifact) -> dict[str, Any]:
+    config = artifact.config
+    return {
+        "name": config.name,
+        "version": artifact.version,
+        "classes": config.classes,
+        "input_size": config.input_size,
+        "temperature": config.temperature,
+        **{key: value for key, value in artifact.card.items() if key != "files"},
+    }
