@@ -131,14 +131,20 @@ class Usage:
             raise refusal
 
     def _write(self, name: str, key: Key, images: int) -> ApiError | None:
-        """The refusal, if ``images`` are too many: returned, because raised here it would undo ``clamp_to_clock``."""
-        refusal = None
+        """Count ``images``; raises ``ApiError`` if they are too many.
+
+        Within the transaction it is returned instead: raised there, it would undo ``clamp_to_clock``.
+        """
         self._database = self._database or self._open()
+        now = time.time()
+        account = self._read(self._database, name)
+        if account.updated <= now:
+            # Refuses most of a flood by reading alone: if that wrote, other processes would wait for the file.
+            account.charge(key, images, now)
+        refusal = None
         with self._database as database:
             database.execute("BEGIN IMMEDIATE")
-            row = database.execute("SELECT tokens, updated, day, images FROM usage WHERE name = ?", (name,)).fetchone()
-            now = time.time()
-            before = Account(*row) if row else Account()
+            before, now = self._read(database, name), time.time()
             account = before.clamp_to_clock(now)
             try:
                 account = account.charge(key, images, now)
@@ -147,6 +153,11 @@ class Usage:
             if account != before:
                 database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
         return refusal
+
+    @staticmethod
+    def _read(database: sqlite3.Connection, name: str) -> Account:
+        row = database.execute("SELECT tokens, updated, day, images FROM usage WHERE name = ?", (name,)).fetchone()
+        return Account(*row) if row else Account()
 
 
 def _refusal(code: str, message: str, seconds: float) -> ApiError:

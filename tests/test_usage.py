@@ -150,6 +150,17 @@ def test_a_file_locked_by_another_process_delays_only_one_request(tmp_path: Path
         assert time.monotonic() - started < 3 * PATIENCE_SECONDS
 
 
+def test_a_refusal_needs_no_lock_so_a_flood_of_them_keeps_no_other_process_from_the_file(tmp_path: Path) -> None:
+    file, limits = tmp_path / "usage.sqlite", key(images_per_second=1)
+    usage = Usage(file)
+    asyncio.run(usage.charge("alice", limits, 50))
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ApiError, match="more than 1 images"):
+            asyncio.run(usage.charge("alice", limits, 1))
+        other.execute("ROLLBACK")
+
+
 def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "usage").write_bytes(b"not a database" * 100)
     with pytest.raises(AccessError, match=r"^USAGE_FILE='.*usage': file is not a database$"):
