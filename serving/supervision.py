@@ -7,6 +7,7 @@
 - Any user of the machine can control it over a TCP port: here, over a socket in a private folder.
 - When killed, it leaves its workers behind, holding the port: here, they stop.
 - It reloads on SIGHUP, so that it outlives its terminal: here, it stops then, or goes on under ``nohup``.
+- It does not start if the path in ``TMPDIR`` is long, as on clusters: here, its sockets are in /tmp then.
 - It does not start if a GPU's driver does not answer, even if no GPU is needed: here, that counts as no GPU.
 """
 
@@ -41,6 +42,9 @@ PR_SET_PDEATHSIG = 1
 """From prctl(2)."""
 WORKERS = "service"
 """BentoML's name for the watcher of the API workers; those of the runners have other names."""
+MAX_TEMPORARY = 60
+"""Longest path, in bytes, of a folder for temporary files that holds BentoML's sockets: they lie in folders of their
+own, and the path of a socket is limited to 107 bytes (unix(7)), by BentoML to 102."""
 
 
 class Supervisor(circus.Arbiter):
@@ -127,4 +131,6 @@ def install() -> None:
     NvidiaGpuResource.from_system = _usable_gpus  # type: ignore[method-assign, assignment]
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     SysHandler.handle_hup = (lambda handler: None) if is_ignored else SysHandler.handle_term  # type: ignore[method-assign]
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY:
+        tempfile.tempdir = "/tmp"  # noqa: S108  # only a folder of our own is made there, by mkdtemp
     circus.Arbiter = Supervisor  # type: ignore[misc]  # the name under which BentoML looks it up

@@ -76,6 +76,13 @@ def test_a_server_stops_with_its_terminal_but_not_under_nohup(tmp_path: Path) ->
         assert server.wait(timeout=30) == 0
 
 
+def test_a_long_path_for_temporary_files_does_not_stop_the_start(tmp_path: Path) -> None:
+    temporary = tmp_path / ("x" * 100)
+    temporary.mkdir()
+    with serve("runner", tmp_path, TMPDIR=temporary, WORKERS=1):
+        pass  # reached only if the server becomes ready
+
+
 def test_a_port_that_needs_root_is_one_clear_line(tmp_path: Path) -> None:
     def drop_the_right_to_it() -> None:
         pr_capbset_drop, cap_net_bind_service = 24, 10
