@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from _bentoml_sdk.io_models import IODescriptor
 from pydantic import Field
 
-from serving.answers import Batch, Classification, Explanation
+from serving.answers import Classification, Explanation
 
 
 class _Unparsed(IODescriptor):
@@ -46,5 +46,7 @@ class ExplainOutput(Explanation, IODescriptor):  # type: ignore[misc]  # as abov
     pass
 
 
-class BatchOutput(Batch, IODescriptor):  # type: ignore[misc]  # as above
-    pass
+class BatchOutput(IODescriptor):
+    # Not ``Batch``: BentoML's schema keeps only the first of two alternatives, and its client drops every field that the
+    # schema does not name. A failed image would come out as {}.
+    results: list[dict[str, Any]]

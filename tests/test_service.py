@@ -273,11 +273,11 @@ import json, sys
 from pathlib import Path
 import bentoml
 
-url, first, second = sys.argv[1:]
+url, first, *others = sys.argv[1:]
 with bentoml.SyncHTTPClient(url) as client:
     answers = [
         client.classify(image=Path(first)),
-        client.classify_batch(images=[Path(first), Path(second)]),
+        client.classify_batch(images=[Path(first), *map(Path, others)]),
     ]
 print(json.dumps([a if isinstance(a, dict) else a.model_dump() for a in answers]))
 """
@@ -285,11 +285,12 @@ print(json.dumps([a if isinstance(a, dict) else a.model_dump() for a in answers]
 
 def test_bentomls_own_client_works(server: Server, tmp_path: Path) -> None:
     """In a process of its own, because it warns of its own deprecations and leaks a temporary folder."""
-    first, second = tmp_path / "a.jpg", tmp_path / "b.png"
+    first, second, broken = tmp_path / "a.jpg", tmp_path / "b.png", tmp_path / "c.png"
     first.write_bytes(JPEG)
     second.write_bytes(encode(picture(1)))
+    broken.write_bytes(b"broken")
     result = subprocess.run(
-        [sys.executable, "-c", CLIENT, server.url, first, second],
+        [sys.executable, "-c", CLIENT, server.url, first, second, broken],
         env=environment(tmp_path),
         capture_output=True,
         text=True,
@@ -300,6 +301,7 @@ def test_bentomls_own_client_works(server: Server, tmp_path: Path) -> None:
     assert_says(single, JPEG)
     assert_says(several["results"][0], JPEG)
     assert_says(several["results"][1], second.read_bytes())
+    assert several["results"][2]["error"]["code"] == "unsupported_media_type"
 
 
 # --- refused requests ---
