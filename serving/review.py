@@ -30,8 +30,6 @@ from settings import Settings
 
 logger = logging.getLogger("classifier.review")
 
-WAITING_IMAGES = 16
-"""Images that may wait in memory for the thread; any more are dropped."""
 SWEEP_SECONDS = 600.0
 """Interval at which images that are too old are removed."""
 SWEEP_TO = 0.9
@@ -62,14 +60,24 @@ class Review:
         self._share, self._below = settings.review_share, settings.review_below
         self._max_age, self._max_bytes = settings.review_days * DAY_SECONDS, settings.review_bytes
         self._limited_logger = RateLimitedLogger(logger)
-        self._waiting: queue.Queue[ReviewCandidate] = queue.Queue(WAITING_IMAGES)
+        # Bytes that wait in memory for the thread; images beyond them are dropped. Those of a whole request fit: with
+        # less room, only the first images of each batch would ever be kept.
+        self._max_waiting_bytes, self._waiting_bytes = settings.max_body_bytes, 0
+        self._waiting_lock = threading.Lock()
+        self._waiting: queue.SimpleQueue[ReviewCandidate] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="review", daemon=True).start()
 
     def offer(self, data: bytes, prediction: Prediction, about: dict[str, str | None]) -> None:
         """Keep the image if the model is unsure of it, it is drawn for the sample, and the thread is not behind."""
-        if prediction.confidence < self._below and random.random() < self._share and not self._waiting.full():
-            # Only one thread offers, so there is room.
-            self._waiting.put_nowait(ReviewCandidate(data, prediction, about))
+        if prediction.confidence < self._below and random.random() < self._share and self._count(len(data)):
+            self._waiting.put(ReviewCandidate(data, prediction, about))
+
+    def _count(self, size: int) -> bool:
+        """Count ``size`` bytes as waiting, or no longer if negative; False if there is no room for them."""
+        with self._waiting_lock:
+            has_room = self._waiting_bytes + size <= self._max_waiting_bytes
+            self._waiting_bytes += size if has_room else 0
+            return has_room
 
     def _work(self) -> None:
         next_sweep = 0.0
@@ -79,7 +87,9 @@ class Review:
                     next_sweep = time.monotonic() + SWEEP_SECONDS
                     with self._ledger() as ledger:
                         _note(ledger, self._sweep(self._max_bytes))
-                self._keep(self._waiting.get(timeout=max(0.0, next_sweep - time.monotonic())))
+                candidate = self._waiting.get(timeout=max(0.0, next_sweep - time.monotonic()))
+                self._count(-len(candidate.data))
+                self._keep(candidate)
             except queue.Empty:
                 pass
             except Exception as error:  # a full disk or a removed directory must not stop the service
