@@ -47,6 +47,6 @@ class ExplainOutput(Explanation, IODescriptor):  # type: ignore[misc]  # as abov
 
 
 class BatchOutput(IODescriptor):
-    # Not ``Batch``: BentoML's schema keeps only the first of two alternatives, and its client drops every field that the
-    # schema does not name. A failed image would come out as {}.
+    # Not ``Batch``: BentoML's schema keeps only the first of two alternatives, and its client drops every field that
+    # the schema does not name. A failed image would come out as {}.
     results: list[dict[str, Any]]
