@@ -86,8 +86,10 @@ class Artifact:
             card = json.loads((path / CARD).read_bytes())
             expected = {name: card["files"][name]["sha256"] for name in HASHED}
             actual = {name: _sha256(path / name) for name in HASHED}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a whole artifact: {error!r}") from error
+        except OSError as error:
+            raise ArtifactError(f"{path}: not a whole artifact: {error.filename}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path / CARD}: not that of a whole artifact: {error!r}") from error
         for name in HASHED:
             if actual[name] != expected[name]:
                 raise ArtifactError(f"{path / name}: sha256 {actual[name]}; expected {expected[name]} of {CARD}")

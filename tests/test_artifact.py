@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,15 @@ def test_one_flipped_byte_in_any_file_is_detected_and_the_file_named(name: str, 
 
 
 @pytest.mark.parametrize("name", [*HASHED, CARD])
-def test_a_missing_file_is_refused(name: str, copied: Path) -> None:
+def test_a_missing_file_is_refused_and_named(name: str, copied: Path) -> None:
     (copied / name).unlink()
-    with pytest.raises(ArtifactError, match="not a whole artifact"):
+    with pytest.raises(ArtifactError, match=f"not a whole artifact: .*{re.escape(name)}: No such file"):
+        Artifact.load(copied)
+
+
+def test_a_card_that_lists_no_files_is_refused_and_named(copied: Path) -> None:
+    (copied / CARD).write_text("{}")
+    with pytest.raises(ArtifactError, match=rf"{CARD}: not that of a whole artifact: KeyError\('files'\)"):
         Artifact.load(copied)
 
 
