@@ -108,3 +108,14 @@ def test_training_records_the_findings_that_the_command_prints(toy_folder: Path,
     printed = toy.run("train.check", toy_folder)
     assert "broken files: 1\n    disc/broken.png: " in printed
     assert json.loads((toy_run / RUN).read_text())["check"] == check(load(str(toy_folder)))
+
+
+def test_every_broken_file_is_named_on_request(flawed: Path) -> None:
+    for index in range(7):
+        (flawed / "test" / "disc" / f"broken{index}.jpg").write_bytes(b"broken")
+    few, every = toy.run("train.check", flawed), toy.run("train.check", flawed, "--all")
+    assert "broken files: 9\n" in few
+    assert few.count("/broken") == 5
+    assert "    and 4 more: python -m train.check --all names them\n" in few
+    assert every.count("/broken") == 9
+    assert "more:" not in every

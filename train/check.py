@@ -1,10 +1,11 @@
 """Check the labelled images before spending hours of training on them.
 
-    python -m train.check SOURCE
+    python -m train.check SOURCE [--all]
 
 Reports classes and their balance, sizes, broken files, images in two splits (with the same pixels, or nearly so by a
 perceptual hash) and images with the same pixels but different classes. ``train.fit`` runs this check first and keeps
-the findings in ``run.json``. Only what makes training meaningless is an error.
+the findings in ``run.json``. Only what makes training meaningless is an error. A few examples of each finding are
+named, or all of them with --all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from train.data import Data, DataError, Split, load
 
 SPLITS = ("train", "val", "test")
 EXAMPLES = 5
-"""How many examples of a finding are named."""
+"""How many examples of a finding are named, unless all are asked for."""
 MEANINGLESS = 0.5
 """Training is refused if a larger share of test images is in training too, or of training images has two labels."""
 HASH_SIDE, HASH_KEPT = 32, 8
@@ -51,8 +52,8 @@ class Found(NamedTuple):
         return f"{self.split} {self.name} ({self.class_name})"
 
 
-def check(data: Data) -> Findings:
-    """The findings about ``data``, as stored in ``run.json``.
+def check(data: Data, examples: int | None = EXAMPLES) -> Findings:
+    """The findings about ``data``, as stored in ``run.json``, with up to ``examples`` of each, or all if None.
 
     Raises ``DataError`` if training would be meaningless.
     """
@@ -60,14 +61,19 @@ def check(data: Data) -> Findings:
     leaked = [group for group in groups if len({found.split for found in group}) > 1]
     conflicting = [group for group in groups if len({found.class_name for found in group}) > 1]
     _refuse_meaningless(data, leaked, conflicting)
+
+    def finding(lines: Iterable[str]) -> dict[str, Any]:
+        every = list(lines)
+        return {"count": len(every), "examples": every[:examples]}
+
     return {
         "images": {split: _counts(data, getattr(data, split)) for split in SPLITS},
         "sizes": _sizes([size for split in SPLITS for size in getattr(data, split).sizes], data.input_size),
-        "broken": _finding(data.skipped),
-        "same_pixels_in_two_splits": _finding(" = ".join(map(str, group)) for group in leaked),
-        "same_pixels_two_classes": _finding(" = ".join(map(str, group)) for group in conflicting),
+        "broken": finding(data.skipped),
+        "same_pixels_in_two_splits": finding(" = ".join(map(str, group)) for group in leaked),
+        "same_pixels_two_classes": finding(" = ".join(map(str, group)) for group in conflicting),
         "repeated_within_a_split": sum(len(group) - len({found.split for found in group}) for group in groups),
-        "nearly_in_training": {split: _finding(near_duplicates(data, split)) for split in SPLITS[1:]},
+        "nearly_in_training": {split: finding(near_duplicates(data, split)) for split in SPLITS[1:]},
     }
 
 
@@ -144,11 +150,6 @@ def _sizes(sizes: list[tuple[int, int]], input_size: tuple[int, int]) -> dict[st
     }
 
 
-def _finding(lines: Iterable[str]) -> dict[str, Any]:
-    every = list(lines)
-    return {"count": len(every), "examples": every[:EXAMPLES]}
-
-
 def _refuse_meaningless(data: Data, leaked: list[list[Found]], conflicting: list[list[Found]]) -> None:
     # A test image that is only in validation too is a finding, but was not trained on.
     trained = [group for group in leaked if any(found.split == "train" for found in group)]
@@ -161,7 +162,7 @@ def _refuse_meaningless(data: Data, leaked: list[list[Found]], conflicting: list
 
 
 def print_findings(findings: Findings) -> None:
-    """Print the findings on one screen, zero counts included."""
+    """Print the findings, zero counts included."""
     for split, counts in findings["images"].items():
         print(f"  {split:5} {sum(counts.values()):6}  " + " ".join(f"{name}={n}" for name, n in counts.items()))
     trained = findings["images"]["train"]
@@ -182,14 +183,18 @@ def print_findings(findings: Findings) -> None:
 
 def _print_finding(title: str, finding: dict[str, Any]) -> None:
     print(f"  {title}: {finding['count']}", *finding["examples"], sep="\n    ")
+    if unnamed := finding["count"] - len(finding["examples"]):
+        print(f"    and {unnamed} more: python -m train.check --all names them")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
-    data = load(parser.parse_args().source)
+    parser.add_argument("--all", action="store_true", help="name every example of each finding")
+    options = parser.parse_args()
+    data = load(options.source)
     print(f"{data.source}: {len(data.classes)} classes, input {data.input_size}, sha256 {data.sha256()[:16]}")
-    print_findings(check(data))
+    print_findings(check(data, None if options.all else EXAMPLES))
 
 
 if __name__ == "__main__":
