@@ -42,7 +42,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 
-from serving.errors import ApiError
+from serving.errors import ApiError, forbidden
 
 logger = logging.getLogger("classifier.keys")
 
@@ -79,9 +79,9 @@ _FILE = TypeAdapter(dict[Name, Key])
 def authorize(name: str, key: Key, path: str) -> None:
     """Raise ``ApiError`` 403 unless the key may call ``path`` today."""
     if key.expires and datetime.now(UTC).date() >= key.expires:
-        raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} expired on {key.expires}")
+        raise forbidden(f"the API key {name!r} expired on {key.expires}")
     if key.paths is not None and path not in key.paths:
-        raise ApiError(HTTPStatus.FORBIDDEN, "forbidden", f"the API key {name!r} may not call {path}")
+        raise forbidden(f"the API key {name!r} may not call {path}")
 
 
 def read(file: Path) -> dict[str, Key]:

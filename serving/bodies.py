@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
-
 from starlette.types import Message, Receive
 
-from serving.errors import OVERLOADED, ApiError
+from serving.errors import OVERLOADED, too_many
 
 SMALL = 2**16
 """Bytes of a request accepted no matter how many are held: stalled large uploads must not keep small images out."""
@@ -37,12 +35,8 @@ class Meter:
         size = len(message.get("body", b""))
         bodies = self._bodies
         if bodies.held + size > bodies.limit and self._held + size > SMALL:
-            raise ApiError(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                OVERLOADED,
-                f"{bodies.held} bytes of requests are held; expected at most {bodies.limit}: try again in 1 s",
-                {"retry-after": "1"},
-            )
+            reason = f"{bodies.held} bytes of requests are held; expected at most {bodies.limit}: try again in 1 s"
+            raise too_many(OVERLOADED, reason, retry_after=1)
         bodies.held += size
         self._held += size
         return message

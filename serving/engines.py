@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from threading import Lock, Thread
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +21,7 @@ from model.preprocess import Pixels
 from model.runtimes import EngineLostError, Runtime
 from model.tuning import seconds_of
 from serving import arrays, draining, metrics
-from serving.errors import ApiError
+from serving.errors import not_ready
 from serving.logs import RateLimitedLogger
 from serving.pacing import MAX_BLOCKING_SECONDS
 
@@ -126,7 +125,7 @@ class LocalEngine:
             return function(*arguments)
         except EngineLostError as error:
             self._lose(str(error))
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine is lost") from error
+            raise not_ready("the engine is lost") from error
         finally:
             self._batch = None
 
@@ -186,7 +185,7 @@ class RunnerClient:
                 return await self._post(path, *message)
         except Exception as error:
             logger.error("the runner failed", extra={"reason": repr(error)})
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the engine cannot be reached") from error
+            raise not_ready("the engine cannot be reached") from error
 
     async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Results:
         session = await self._session()

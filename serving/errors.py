@@ -16,7 +16,6 @@ from serving.context import REQUEST_ID_HEADER, choose_request_id, header, reques
 ERROR_HEADER = "x-error-code"
 """Set on every error reply of ours; an error reply without it comes from another layer and is rewritten."""
 
-
 INTERNAL = "the server failed; see its log"
 OVERLOADED = "overloaded"
 REFUSAL_SECONDS = 0.1
@@ -39,6 +38,31 @@ class ApiError(Exception):
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
 
 
+def bad_request(message: str) -> ApiError:
+    return ApiError(HTTPStatus.BAD_REQUEST, "invalid_request", message)
+
+
+def forbidden(message: str) -> ApiError:
+    return ApiError(HTTPStatus.FORBIDDEN, "forbidden", message)
+
+
+def too_large(message: str) -> ApiError:
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
+
+
+def unsupported_media_type(message: str) -> ApiError:
+    return ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
+
+
+def not_ready(message: str) -> ApiError:
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", message)
+
+
+def too_many(code: str, message: str, retry_after: int) -> ApiError:
+    """``message`` says too when to try again: ``retry_after`` seconds from now."""
+    return ApiError(HTTPStatus.TOO_MANY_REQUESTS, code, message, {"retry-after": str(retry_after)})
+
+
 def from_exception(error: Exception) -> ApiError:
     """``error`` as the caller sees it; anything unexpected is a 500 that reveals nothing."""
     match error:
@@ -50,12 +74,11 @@ def from_exception(error: Exception) -> ApiError:
         case TooManyPixelsError():
             return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_many_pixels", str(error))
         case UnsupportedFormatError():
-            return ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", str(error))
+            return unsupported_media_type(str(error))
         case ImageError():
             return ApiError(HTTPStatus.BAD_REQUEST, "invalid_image", str(error))
         case QueueFullError():
-            retry = {"retry-after": str(error.retry_after)}
-            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, OVERLOADED, str(error), retry)
+            return too_many(OVERLOADED, str(error), error.retry_after)
         case TimeoutError():
             return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "the request was not answered in time")
         case ClientDisconnect() | GoneError():
@@ -67,8 +90,8 @@ def from_exception(error: Exception) -> ApiError:
 def from_status(status: int) -> ApiError:
     """The error for another layer's reply, of which only the status is trusted."""
     match HTTPStatus(status):
-        case HTTPStatus.SERVICE_UNAVAILABLE as known:
-            return ApiError(known, "not_ready", "the service is not ready")
+        case HTTPStatus.SERVICE_UNAVAILABLE:
+            return not_ready("the service is not ready")
         case HTTPStatus.INTERNAL_SERVER_ERROR as known:
             return ApiError(known, "internal", INTERNAL)
         case known:

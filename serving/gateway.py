@@ -20,7 +20,7 @@ from serving import draining, metrics
 from serving.accounting import Accounting
 from serving.bodies import Bodies
 from serving.context import REQUEST_ID_HEADER, choose_request_id, header, request_id, watch
-from serving.errors import ERROR_HEADER, OVERLOADED, REFUSAL_SECONDS, ApiError, from_exception, from_status
+from serving.errors import ERROR_HEADER, OVERLOADED, REFUSAL_SECONDS, ApiError, from_exception, from_status, not_ready
 
 logger = logging.getLogger("classifier.access")
 
@@ -67,7 +67,7 @@ class Gateway:
         except ApiError as error:
             await reply.fail(from_exception(error))
         except asyncio.CancelledError:  # shutdown: the server has waited for this request long enough
-            await reply.fail(ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the service is shutting down"))
+            await reply.fail(not_ready("the service is shutting down"))
         except Exception as error:
             logger.exception("unhandled error")
             await reply.fail(from_exception(error))

@@ -10,14 +10,13 @@ from __future__ import annotations
 import binascii
 import math
 from dataclasses import dataclass
-from http import HTTPStatus
 
 import orjson
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from serving.context import header
-from serving.errors import ApiError, from_exception
+from serving.errors import ApiError, bad_request, from_exception, too_large, unsupported_media_type
 from serving.pacing import without_blocking
 from settings import Settings
 
@@ -27,14 +26,6 @@ Item = bytes | ApiError
 OTHER_VALUES = 100_000
 """Values that a JSON body may hold besides its images. None is used, yet each takes some 64 bytes when parsed."""
 WHITESPACE = b" \t\n\v\f\r"
-
-
-def bad_request(message: str) -> ApiError:
-    return ApiError(HTTPStatus.BAD_REQUEST, "invalid_request", message)
-
-
-def too_large(message: str) -> ApiError:
-    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
 
 
 @dataclass(frozen=True)
@@ -140,11 +131,7 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
 
 def _content_type(request: Request) -> tuple[str, dict[str, str]]:
     if encoding := header(request.scope, b"content-encoding"):
-        raise ApiError(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            "unsupported_media_type",
-            f"content-encoding {encoding[:40]!r}; expected a body without one",
-        )
+        raise unsupported_media_type(f"content-encoding {encoding[:40]!r}; expected a body without one")
     media_type, options = parse_options_header(header(request.scope, b"content-type") or "")
     media_type = media_type.lower()
     if media_type not in (JSON, MULTIPART) and not media_type.startswith("image/"):
@@ -153,11 +140,7 @@ def _content_type(request: Request) -> tuple[str, dict[str, str]]:
 
 
 def _unsupported(media_type: str, *expected: str) -> ApiError:
-    return ApiError(
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        "unsupported_media_type",
-        f"content-type {media_type[:80]!r}; expected one of {', '.join(expected)}",
-    )
+    return unsupported_media_type(f"content-type {media_type[:80]!r}; expected one of {', '.join(expected)}")
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

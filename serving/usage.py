@@ -13,14 +13,12 @@ import sqlite3
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
 from serving.access import AccessError, Key
-from serving.errors import ApiError
+from serving.errors import ApiError, too_large, too_many
 from serving.logs import RateLimitedLogger
-from serving.requests import too_large
 
 logger = logging.getLogger("classifier.usage")
 
@@ -162,6 +160,4 @@ class Usage:
 
 def _refusal(code: str, message: str, seconds: float) -> ApiError:
     retry = max(1, math.ceil(seconds))
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS, code, f"{message}: try again in {retry} s", {"retry-after": str(retry)}
-    )
+    return too_many(code, f"{message}: try again in {retry} s", retry)
