@@ -49,10 +49,10 @@ from serving.errors import ApiError, from_exception
 from serving.gateway import UNLOGGED, Gateway
 from serving.heartbeat import beat
 from serving.openapi import describe
+from serving.options import read_timeout
 from serving.pipeline import Pipeline
 from serving.readiness import Readiness, is_right
 from serving.replies import Replies
-from serving.requests import read_timeout
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
 from serving.shedding import LoadShedder
 from serving.static import Page

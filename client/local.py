@@ -18,8 +18,9 @@ from model.preprocess import Pixels, preprocess
 from model.runtimes import RuntimeUnavailableError
 from model.tuning import compare
 from serving.errors import ApiError, from_exception
+from serving.options import Options
 from serving.replies import Replies
-from serving.requests import Options, bounded
+from serving.requests import bounded
 
 ERRORS = (store.StoreError, ArtifactError, EnsembleError, RuntimeUnavailableError, VerificationError)
 

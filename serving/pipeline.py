@@ -25,9 +25,10 @@ from serving.context import client_waits
 from serving.decoding import DecodeQueue
 from serving.drift import Drift
 from serving.errors import ApiError, from_exception
+from serving.options import Options, read_options
 from serving.pacing import without_blocking
 from serving.replies import Replies
-from serving.requests import Item, Options, read_image, read_images, read_options
+from serving.requests import Item, read_image, read_images
 from settings import Settings
 
 logger = logging.getLogger("classifier.pipeline")

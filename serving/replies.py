@@ -6,7 +6,7 @@ from typing import Any
 
 from model.classifier import Classifier, Prediction
 from serving.context import request_id
-from serving.requests import Options
+from serving.options import Options
 
 DIGITS = 6
 """Decimal places of a probability."""

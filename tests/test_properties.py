@@ -24,7 +24,8 @@ from model.headers import FORMATS, Header, ImageError, read_header
 from model.preprocess import inspect, preprocess, render, shrink
 from serving.context import choose_request_id
 from serving.errors import ApiError
-from serving.requests import Item, read_image, read_images, read_options, read_timeout
+from serving.options import read_options, read_timeout
+from serving.requests import Item, read_image, read_images
 from settings import Settings
 from tests import seeds
 from tests.live import encode
