@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
 REQUEST_ID_HEADER = b"x-request-id"
 
@@ -25,9 +25,9 @@ def choose_request_id(sent: str | None) -> str:
     return f"{random.getrandbits(128):032x}"  # not a secret: the system's randomness would take a system call
 
 
-def header(scope: Scope, name: bytes) -> str | None:
-    """A request header by its lower-case name. Starlette's mapping encodes the name each time and raises on a miss."""
-    for found, value in scope["headers"]:
+def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
+    """A header by its lower-case name. Starlette's mapping encodes the name each time and raises on a miss."""
+    for found, value in headers:
         if found == name:
             return str(value, "latin-1")
     return None

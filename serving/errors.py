@@ -100,7 +100,7 @@ def from_status(status: int) -> ApiError:
 
 def standalone(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> Response:
     """The complete reply to a request with these headers that no layer of the application has seen."""
-    chosen = choose_request_id(header({"headers": headers}, REQUEST_ID_HEADER))
+    chosen = choose_request_id(header(headers, REQUEST_ID_HEADER))
     token = request_id.set(chosen)  # for the body of the reply
     response = error.response()
     request_id.reset(token)

@@ -53,7 +53,7 @@ class Gateway:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        chosen = choose_request_id(header(scope, REQUEST_ID_HEADER))
+        chosen = choose_request_id(header(scope["headers"], REQUEST_ID_HEADER))
         token = request_id.set(chosen)
         watch(receive)
         reply = _Reply(scope, receive, send, chosen)

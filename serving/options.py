@@ -63,7 +63,7 @@ def _flag(name: str, value: str) -> bool:
 
 def read_timeout(request: Request, limit: float) -> float:
     """Seconds that the caller will wait, from ``X-Request-Timeout``: at most ``limit``, and ``limit`` by default."""
-    asked = header(request.scope, b"x-request-timeout")
+    asked = header(request.scope["headers"], b"x-request-timeout")
     if asked is None:
         return limit
     try:

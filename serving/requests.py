@@ -64,9 +64,9 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
 
 
 def _content_type(request: Request) -> tuple[str, dict[str, str]]:
-    if encoding := header(request.scope, b"content-encoding"):
+    if encoding := header(request.scope["headers"], b"content-encoding"):
         raise unsupported_media_type(f"content-encoding {encoding[:40]!r}; expected a body without one")
-    media_type, options = parse_options_header(header(request.scope, b"content-type") or "")
+    media_type, options = parse_options_header(header(request.scope["headers"], b"content-type") or "")
     media_type = media_type.lower()
     if media_type not in (JSON, MULTIPART) and not media_type.startswith("image/"):
         raise _unsupported(media_type, JSON, MULTIPART, "image/*")
@@ -79,7 +79,7 @@ def _unsupported(media_type: str, *expected: str) -> ApiError:
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """The body; raises ``ApiError`` as soon as it is known to exceed ``limit`` bytes."""
-    announced = (header(request.scope, b"content-length") or "")[:19]
+    announced = (header(request.scope["headers"], b"content-length") or "")[:19]
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise too_large(f"the body has {announced} bytes; expected at most {limit}")
     chunks: list[bytes] = []
