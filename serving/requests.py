@@ -8,6 +8,8 @@ application/json      {"image": "<base64 or data URL>"} or {"images": [...]}
 from __future__ import annotations
 
 import binascii
+from collections.abc import Callable
+from typing import Any
 
 import orjson
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser, parse_options_header
@@ -37,7 +39,7 @@ async def read_image(request: Request, settings: Settings) -> bytes:
         if not images:
             raise bad_request("the form has no file field 'image'")
         return bounded(images[0], settings.max_image_bytes)
-    return bounded(_base64(_json_field(body, "image", limit=1)), settings.max_image_bytes)
+    return _bounded_base64(_json_field(body, "image", limit=1), settings.max_image_bytes)
 
 
 async def read_images(request: Request, settings: Settings) -> list[Item]:
@@ -46,9 +48,9 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
     if media_type.startswith("image/"):
         raise _unsupported(media_type, JSON, MULTIPART)
     body = await _read_body(request, settings.max_body_bytes)
-    limit = settings.max_request_images
+    limit, most_bytes = settings.max_request_images, settings.max_image_bytes
     if media_type == MULTIPART:
-        images: list[Item] = [*_multipart(body, options, "images", limit)]
+        images = [_attempt(bounded, file, most_bytes) for file in _multipart(body, options, "images", limit)]
     else:
         values = _json_field(body, "images", limit)
         if not isinstance(values, list):
@@ -57,10 +59,11 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
         # Text with characters beyond ASCII is four times the size of the body: each goes as soon as it is decoded.
         del body
         values.reverse()
-        images = [_attempt(value) async for value in without_blocking(values.pop() for _ in range(len(values)))]
+        each = without_blocking(values.pop() for _ in range(len(values)))
+        images = [_attempt(_bounded_base64, value, most_bytes) async for value in each]
     if not images:
         raise bad_request("the request has no images; expected at least one in 'images'")
-    return [_limit(image, settings.max_image_bytes) for image in images]
+    return images
 
 
 def _content_type(request: Request) -> tuple[str, dict[str, str]]:
@@ -173,6 +176,10 @@ def _base64(value: object) -> bytes:
         raise bad_request(f"the image is not base64: {error}") from error
 
 
+def _bounded_base64(value: object, limit: int) -> bytes:
+    return bounded(_base64(value), limit)
+
+
 def _kind(value: object) -> str:
     return {
         type(None): "null",
@@ -191,15 +198,9 @@ def bounded(image: bytes, limit: int) -> bytes:
     return image
 
 
-def _attempt(value: object) -> Item:
+def _attempt(read: Callable[..., bytes], *arguments: Any) -> Item:
+    """What ``read`` returns, or the ``ApiError`` that it raises."""
     try:
-        return _base64(value)
+        return read(*arguments)
     except ApiError as error:
         return from_exception(error)
-
-
-def _limit(item: Item, limit: int) -> Item:
-    try:
-        return item if isinstance(item, ApiError) else bounded(item, limit)
-    except ApiError as error:
-        return error

@@ -324,6 +324,20 @@ def test_limits_are_exact() -> None:
     assert refused(JSON, json.dumps({"image": encoded(exceeds)}).encode()) == TOO_LARGE
 
 
+@pytest.mark.parametrize("content_type", [FORM, JSON])
+def test_an_image_that_is_too_large_for_a_batch_is_not_kept(content_type: str) -> None:
+    """It could be, in the traceback of its error, until the reply."""
+    image, settings = bytes(2**20), SETTINGS.model_copy(update={"max_body_bytes": 2**22})
+    form, document = part("images", image) + END, json.dumps({"images": [encoded(image)]}).encode()
+    sent = request(content_type, form if content_type == FORM else document)
+    tracemalloc.start()
+    (item,) = asyncio.run(read_images(sent, settings))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(item, ApiError)
+    assert held < len(image) / 2
+
+
 def test_too_many_images_are_413() -> None:
     assert len(many(FORM, part("images", b"x") * 8 + END)) == 8
     assert refused(FORM, part("images", b"x") * 9 + END, batch=True) == TOO_LARGE
