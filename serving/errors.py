@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from http import HTTPStatus
 
 import orjson
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -21,6 +22,17 @@ OVERLOADED = "overloaded"
 REFUSAL_SECONDS = 0.1
 """Delay before a client is told that it is refused for overload. A few clients that retry at once could otherwise do so
 thousands of times a second, enough to keep a server overloaded (a metastable failure: Bronson et al., HotOS 2021)."""
+
+
+# What ``ApiError.body`` makes, for ``/docs.json``, where a docstring would appear.
+class Problem(BaseModel):
+    code: str
+    message: str
+    request_id: str
+
+
+class Failure(BaseModel):
+    error: Problem
 
 
 class ApiError(Exception):

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serving.access import GUARDED
-from serving.answers import Batch, Classification, Explanation, Failure
-from serving.errors import ERROR_HEADER
+from serving.errors import ERROR_HEADER, Failure
+from serving.replies import Batch, Classification, Explanation
 
 Document = dict[str, Any]
 JSON = "application/json"

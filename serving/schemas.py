@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from _bentoml_sdk.io_models import IODescriptor
 from pydantic import Field
 
-from serving.answers import Classification, Explanation
+from serving.replies import Classification, Explanation
 
 
 class _Unparsed(IODescriptor):
