@@ -68,8 +68,7 @@ else:
     supervision.install()
 deployment = Deployment.resolve(settings, is_worker)
 if is_worker:
-    connections.install()
-    connections.Connection.delays_accept = deployment.workers != 1
+    connections.install(delays_accept=deployment.workers != 1)
 
 DEFAULT_BATCH = 32
 """Batch size until the best one has been measured, and the most images in one hop to the runner."""
@@ -209,9 +208,10 @@ class ClassifierService(LeanService):
         # API keys require 401 before 429, and the audit log a line for each request: the load shedder can do neither.
         if not (deployment.keys or settings.audit_directory):
             count = direct.count if isinstance(direct, MetricsMiddleware) else None
-            connections.Connection.shedder = LoadShedder(
+            shedder = LoadShedder(
                 endpoints, lambda *load: get_current_service().admit(*load), settings.log_requests, count
             )
+            connections.guard(shedder)
         return Gateway(direct, PATHS, Page(), settings.log_requests, bodies, accounting)
 
 

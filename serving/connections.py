@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import httptools
 import uvicorn.config
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving import metrics
 from serving.errors import REFUSAL_SECONDS, ApiError, standalone
+from serving.shedding import LoadShedder
 
 MAX_HEAD_BYTES = 2**16
 """Most bytes received in a row that are not part of a body: headers, or what follows the last chunk. They are parsed
@@ -64,15 +64,6 @@ def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
             return None
         headers.append((name, value))
     return (post[1], headers) if len(data) == post.end() + (length or 0) else None
-
-
-class LoadShedder(Protocol):
-    @property
-    def is_shedding(self) -> bool:
-        """Whether it is likely to refuse the next request."""
-
-    def __call__(self, target: bytes, headers: Iterable[tuple[bytes, bytes]], /) -> Response | None:
-        """The reply that refuses a POST to ``target``, or None to admit it."""
 
 
 class CoalescingTransport:
@@ -378,6 +369,12 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
-def install() -> None:
+def install(delays_accept: bool) -> None:
     """Make uvicorn in this process use ``Connection``; call it before uvicorn is configured."""
+    Connection.delays_accept = delays_accept
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Connection.__name__}"
+
+
+def guard(shedder: LoadShedder) -> None:
+    """Let ``shedder`` refuse requests on every connection of this process."""
+    Connection.shedder = shedder
