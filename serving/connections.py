@@ -8,10 +8,9 @@ its own deadline.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import httptools
 import uvicorn.config
@@ -20,92 +19,24 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving import metrics
 from serving.errors import REFUSAL_SECONDS, ApiError, standalone
+from serving.heads import UPGRADING, read_whole
 from serving.shedding import LoadShedder
+from serving.transports import CoalescingTransport
 
+NOTHING = memoryview(b"")
 MAX_HEAD_BYTES = 2**16
 """Most bytes received in a row that are not part of a body: headers, or what follows the last chunk. They are parsed
 into objects 25 times their size."""
 MAX_PIPELINED = 1024
 """Requests of a connection that may wait for the reply to the one before. The smallest has 18 bytes and takes a hundred
 times as much memory, and after each reply another 256 KB of them are read."""
-UPGRADING = frozenset((b"upgrade", b"http2-settings"))
-"""Headers, and options of ``Connection``, that ask for another protocol."""
-WHOLE_POST = re.compile(rb"POST ([!-~]++) HTTP/1\.1\r\n((?:[!#-'*+.0-9A-Z^_`a-z|~-]++:[\t -~\x80-\xff]*+\r\n)++)\r\n")
-"""Target and headers, to the letter of RFC 9112; anything written otherwise is left to the parser."""
-FIELD = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")
-DIGITS = re.compile(rb"[0-9]{1,18}")
-CHANGING = UPGRADING | {b"transfer-encoding", b"expect"}
-"""Headers that change how a request is read or answered."""
-CONNECTION = (b"connection", b"proxy-connection")
-Buffer = bytes | memoryview
 GRACE_SECONDS = 0.01
 """Delay before an idle connection is closed, so that bytes already received are read first; any delay will do."""
 ACCEPT_DELAY_SECONDS = 1e-9
 """Sleep before accepting a connection; some 60 us in practice. Without it, the first worker to wake accepts and keeps
 every connection that arrives."""
-NOTHING = memoryview(b"")
 ACCEPT_DELAY_MAX_CONNECTIONS = 64
 """Connections up to which a worker sleeps: with more, each worker has its share, and a flood of them must not wait."""
-
-
-def read_whole(data: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
-    """Target and headers, with lower-case names, if ``data`` is exactly one plain POST; None if it needs the parser."""
-    post = WHOLE_POST.match(data)
-    if not post:
-        return None
-    headers, length = [], None
-    for name, value in FIELD.findall(post[2]):
-        name, value = name.lower(), value.rstrip(b"\t ")
-        if name == b"content-length":
-            if length is not None or not DIGITS.fullmatch(value):
-                return None
-            length = int(value)
-        elif name in CHANGING or (name in CONNECTION and value.lower() != b"keep-alive"):
-            return None
-        headers.append((name, value))
-    return (post[1], headers) if len(data) == post.end() + (length or 0) else None
-
-
-class CoalescingTransport:
-    """A transport that writes the head of a reply together with its body, which saves a system call and a packet."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._held: Buffer = b""
-        self.written = 0
-        """Bytes of all replies so far."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: Buffer) -> None:
-        """Hold ``data`` back until more comes, or until the event loop's next turn."""
-        self.written += len(data)
-        if self._held:
-            data, self._held = b"".join((self._held, data)), b""
-            self._write(data)
-        else:
-            self._held = data
-            self._loop.call_soon(self.flush)
-
-    def write_through(self, data: Buffer) -> None:
-        """Write a complete reply at once."""
-        self.flush()
-        self.written += len(data)
-        self._write(data)
-
-    def flush(self) -> None:
-        if self._held:
-            data, self._held = self._held, b""
-            self._write(data)
-
-    def _write(self, data: Buffer) -> None:
-        if not self._transport.is_closing():  # the client may have gone; uvicorn tells only its last request
-            self._transport.write(data)
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
