@@ -30,7 +30,7 @@ logger = logging.getLogger("classifier.engines")
 HANG_SECONDS = 60.0
 """A batch that takes longer will not come back."""
 HANG_CHECKS = 10
-"""Checks of the running batch within ``HANG_SECONDS``; a batch that all of them see is hung."""
+"""Checks within ``HANG_SECONDS``; a batch that all of them see is hung."""
 GRACE_SECONDS = 15.0
 """Time for a process to exit by itself, which a hung thread may prevent."""
 PROBE_SECONDS = 5.0
@@ -58,6 +58,41 @@ class EngineClient(Protocol):
     async def evidence(self, images: Pixels) -> Evidence: ...
 
 
+class Watchdog:
+    """Runs an engine's batches, and calls ``give_up`` once if one loses the engine or takes ``patience`` seconds."""
+
+    def __init__(self, patience: float, give_up: Callable[[str], None]) -> None:
+        self._patience, self._give_up = patience, give_up
+        self._call: object | None = None
+        """A new object for each call while it lasts, None in between."""
+        self._has_given_up = False
+        Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def run(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        """``function(*arguments)``, of which only one may run at a time."""
+        self._call = object()
+        try:
+            return function(*arguments)
+        except EngineLostError as error:
+            self._give_up_once(str(error))
+            raise not_ready("the engine is lost") from error
+        finally:
+            self._call = None
+
+    def _watch(self) -> None:
+        checks, call = 0, None
+        while checks < HANG_CHECKS:  # not elapsed time: a process paused by `docker pause` does not hang
+            time.sleep(self._patience / HANG_CHECKS)
+            checks = checks + 1 if self._call and self._call is call else 0
+            call = self._call
+        self._give_up_once(f"a batch takes more than {self._patience:g} s")
+
+    def _give_up_once(self, reason: str) -> None:
+        if not self._has_given_up:
+            self._has_given_up = True
+            self._give_up(reason)
+
+
 class LocalEngine:
     """An engine in this process; ``answer`` is how it infers, with or without a shadow.
 
@@ -77,14 +112,10 @@ class LocalEngine:
     ) -> None:
         """With a ``concurrency`` of 2 the next batch waits at the engine, which then never waits for the event loop."""
         self._engine, self._answer, self.concurrency = engine, answer, concurrency
-        self._patience, self._give_up = patience, give_up
+        self._watchdog = Watchdog(patience, give_up)
         self._thread = ThreadPoolExecutor(1, "engine")
         self._in_use = Lock()  # an engine is called from one thread at a time
-        self._batch: object | None = None
-        """A new object for each batch while it is computed, None in between."""
-        self._is_lost = False
         self._seconds_per_image = math.inf
-        Thread(target=self._watch, name="watch", daemon=True).start()
 
     async def is_ready(self) -> bool:
         return True
@@ -93,7 +124,7 @@ class LocalEngine:
         is_short = len(images) * self._seconds_per_image < MAX_BLOCKING_SECONDS
         if is_short and self._in_use.acquire(blocking=False):
             try:
-                return self._watched(self._timed, images)
+                return self._watchdog.run(self._timed, images)
             finally:
                 self._in_use.release()
         return await self._in_thread(self._timed, images)
@@ -115,39 +146,9 @@ class LocalEngine:
     async def _in_thread(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
         def alone() -> Answer:
             with self._in_use:
-                return self._watched(function, *arguments)
+                return self._watchdog.run(function, *arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, alone)
-
-    def _watched(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
-        self._batch = object()
-        try:
-            return function(*arguments)
-        except EngineLostError as error:
-            self._lose(str(error))
-            raise not_ready("the engine is lost") from error
-        finally:
-            self._batch = None
-
-    def _watch(self) -> None:
-        checks, batch = 0, None
-        while checks < HANG_CHECKS:  # not elapsed time: a process paused by `docker pause` does not hang
-            time.sleep(self._patience / HANG_CHECKS)
-            checks = checks + 1 if self._batch and self._batch is batch else 0
-            batch = self._batch
-        self._lose(f"a batch takes more than {self._patience:g} s")
-
-    def _lose(self, reason: str) -> None:
-        if not self._is_lost:
-            self._is_lost = True
-            self._give_up(reason)
-
-
-def _aiohttp() -> Any:
-    """Imported only where there is a runner: it takes a twentieth of the startup, to read certificates nobody needs."""
-    import aiohttp
-
-    return aiohttp
 
 
 class RunnerClient:
@@ -157,6 +158,10 @@ class RunnerClient:
     """Batches that one worker keeps in flight, so that the runner never waits for one."""
 
     def __init__(self, runner: Any) -> None:
+        # Imported only where there is a runner: it takes a twentieth of the startup, to read certificates nobody needs.
+        import aiohttp
+
+        self._aiohttp = aiohttp
         self._session = runner.to_async._session_manager.get_session
         self._limited_logger = RateLimitedLogger(logger)
 
@@ -164,9 +169,10 @@ class RunnerClient:
         """Whether the runner answers: it may hang, or be about to be replaced."""
         try:
             session = await self._session()
-            async with session.get("/readyz", timeout=_aiohttp().ClientTimeout(PROBE_SECONDS), raise_for_status=True):
+            timeout = self._aiohttp.ClientTimeout(PROBE_SECONDS)
+            async with session.get("/readyz", timeout=timeout, raise_for_status=True):
                 return True
-        except (_aiohttp().ClientError, TimeoutError) as error:
+        except (self._aiohttp.ClientError, TimeoutError) as error:
             self._limited_logger.warning("not ready yet", reason=f"the engine cannot be reached: {error!r}")
             return False
 
@@ -181,7 +187,7 @@ class RunnerClient:
         try:
             try:
                 return await self._post(path, *message)
-            except _aiohttp().ClientConnectionError:  # just closed for idleness, or the runner is being replaced
+            except self._aiohttp.ClientConnectionError:  # just closed for idleness, or the runner is being replaced
                 return await self._post(path, *message)
         except Exception as error:
             logger.error("the runner failed", extra={"reason": repr(error)})
