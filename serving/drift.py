@@ -32,35 +32,17 @@ CONFIDENCE_EDGES = (0.5, 0.7, 0.9, 0.95, 0.99)
 
 
 class Drift:
-    """Tells Prometheus what is expected, and what arrives.
-
-    Leaves out a statistic whose edges tie, with each other or with 0, such as the colour of grey images: its bins do
-    not hold a tenth each. Expectations from too few images are left out as well.
-    """
+    """Tells Prometheus what is expected, and what arrives."""
 
     def __init__(self, config: ModelConfig, reference: Reference) -> None:
         self._edges = reference.edges
-        images = len(reference.labels)
-        self._telling = {
-            name
-            for name, edges in zip(STATISTICS, reference.edges, strict=True)
-            if images >= LEAST_IMAGES and (np.diff(edges, prepend=0) > 0).all()
-        }
-        self._tells_confidence = images >= LEAST_CONFIDENCES
         self._unseen: list[Pixels] = []
         # At 0 from the start, and not looked up again for every image.
         self._verdicts = [metrics.IMAGES.labels(name) for name in config.classes]
-        probabilities = calibrated(reference.validation, config.temperature)
-        verdicts = np.bincount(probabilities.argmax(axis=1), minlength=len(config.classes))
-        confidences = np.bincount(
-            np.searchsorted(CONFIDENCE_EDGES, probabilities.max(axis=1), side="right"),
-            minlength=len(CONFIDENCE_EDGES) + 1,
-        )
-        _expect(CLASS, dict(zip(config.classes, verdicts.tolist(), strict=True)))
-        if self._tells_confidence:
-            _expect(CONFIDENCE, {str(i): count for i, count in enumerate(confidences.tolist())})
-        for name in self._telling:
-            _expect(name, {str(i): 1 for i in range(BINS)})
+        expected = expectations(config, reference)
+        self._compared = expected.keys()
+        for feature, counts in expected.items():
+            _expect(feature, counts)
 
     def count_images(self, images: Pixels) -> None:
         """Count a batch (N, H, W, 3) a little later: its replies need not wait, and many images at once cost less."""
@@ -76,7 +58,7 @@ class Drift:
         at_once = max(1, PIXELS_AT_ONCE // (height * width))
         async for some in without_blocking(images[i : i + at_once] for i in range(0, len(images), at_once)):
             for name, counts in zip(STATISTICS, histogram(some, self._edges), strict=True):
-                if name in self._telling:
+                if name in self._compared:
                     for index in np.flatnonzero(counts).tolist():
                         _images(name, str(index)).inc(int(counts[index]))
 
@@ -86,8 +68,28 @@ class Drift:
         if not prediction.in_distribution:
             metrics.FOREIGN_IMAGES.inc()
         _images(CLASS, prediction.class_name).inc()
-        if self._tells_confidence:
+        if CONFIDENCE in self._compared:
             _images(CONFIDENCE, str(bisect_right(CONFIDENCE_EDGES, prediction.confidence))).inc()
+
+
+def expectations(config: ModelConfig, reference: Reference) -> dict[str, dict[str, int]]:
+    """How many images to expect in each bin, relative to the others, by the feature that is compared.
+
+    Leaves out a statistic whose edges tie, with each other or with 0, such as the colour of grey images: its bins do
+    not hold a tenth each. Expectations from too few images are left out as well.
+    """
+    images = len(reference.labels)
+    probabilities = calibrated(reference.validation, config.temperature)
+    verdicts = np.bincount(probabilities.argmax(axis=1), minlength=len(config.classes))
+    expected = {CLASS: dict(zip(config.classes, verdicts.tolist(), strict=True))}
+    if images >= LEAST_CONFIDENCES:
+        bins = np.searchsorted(CONFIDENCE_EDGES, probabilities.max(axis=1), side="right")
+        confidences = np.bincount(bins, minlength=len(CONFIDENCE_EDGES) + 1)
+        expected[CONFIDENCE] = {str(i): count for i, count in enumerate(confidences.tolist())}
+    for name, edges in zip(STATISTICS, reference.edges, strict=True):
+        if images >= LEAST_IMAGES and (np.diff(edges, prepend=0) > 0).all():
+            expected[name] = {str(i): 1 for i in range(BINS)}
+    return expected
 
 
 @cache
