@@ -12,11 +12,12 @@ from client.errors import ClientError
 from client.rows import Reply
 from model import store
 from model.artifact import ArtifactError
-from model.classifier import Classifier, VerificationError, verify
+from model.classifier import Classifier
 from model.ensemble import Ensemble, EnsembleError
 from model.preprocess import Pixels, preprocess
 from model.runtimes import RuntimeUnavailableError
 from model.tuning import compare
+from model.verification import VerificationError, verify
 from serving.errors import ApiError, from_exception
 from serving.options import Options
 from serving.replies import Replies

@@ -1,4 +1,4 @@
-"""Turn an engine's outputs into calibrated probabilities, prediction sets and out-of-distribution verdicts; verify it.
+"""Turn an engine's outputs into calibrated probabilities, prediction sets and out-of-distribution verdicts.
 
 A foreign image is one unlike the training images (out of distribution).
 """
@@ -11,17 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import ONNX, ONNX_INT8, TORCH, Labels, Outputs, Reference
+from model.artifact import Labels, Outputs, Reference
 from model.config import ModelConfig
-from model.runtimes import Runtime
 
 Probabilities = NDArray[np.float32]
 Scores = NDArray[np.float32]
 """(N, K + 1 + K): an engine's outputs, followed by the calibrated probabilities."""
-
-TOLERANCE = {TORCH: 0.1, ONNX: 0.01, ONNX_INT8: 0.35}
-"""Largest difference from a reference output. FP32 differs only by summation order, FP16 by its 11-bit significand,
-INT8 by a rounding step per layer between processors. A wrong weight, layout or normalisation is off by whole units."""
 
 
 class Prediction(NamedTuple):
@@ -36,10 +31,6 @@ class Prediction(NamedTuple):
     @property
     def confidence(self) -> float:
         return float(self.probabilities[self.class_index])
-
-
-class VerificationError(RuntimeError):
-    """An engine that does not reproduce the reference outputs of its artifact."""
 
 
 def calibrated(outputs: Outputs, temperature: float) -> Probabilities:
@@ -158,24 +149,3 @@ def nonconformity(outputs: Outputs, labels: Labels, temperature: float) -> Proba
     """(N,): one minus the probability of the true class, in ascending order."""
     probabilities = calibrated(outputs, temperature)
     return np.sort(1 - probabilities[np.arange(len(labels)), labels])
-
-
-def check(outputs: Outputs, reference: Reference, runtime_name: str) -> None:
-    """Compare ``outputs`` for the reference images with the stored ones; raises ``VerificationError``."""
-    if outputs.shape != reference.outputs.shape:
-        raise VerificationError(
-            f"runtime {runtime_name!r} gave outputs of shape {outputs.shape}; expected {reference.outputs.shape}"
-        )
-    difference = float(np.abs(outputs - reference.outputs).max())
-    tolerance = TOLERANCE[runtime_name] * reference.tolerance
-    # Not `difference > tolerance`, so that NaN fails too.
-    if not difference <= tolerance:
-        raise VerificationError(
-            f"runtime {runtime_name!r} differs from the reference outputs by {difference:.3g}; "
-            f"expected at most {tolerance:.3g}"
-        )
-
-
-def verify(runtime: Runtime, reference: Reference) -> None:
-    """Run the reference images through ``runtime``, which also warms it up; raises ``VerificationError``."""
-    check(runtime(reference.images), reference, runtime.name)

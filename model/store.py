@@ -25,9 +25,9 @@ from bentoml.exceptions import BentoMLException, NotFound
 
 from model import comparison, promotions
 from model.artifact import ALSO_SHIPPED, CARD, ONNX, ONNX_INT8, RUNTIMES, SHIPPED, Artifact, ArtifactError
-from model.classifier import verify
 from model.runtimes import create
 from model.tables import Row, aligned
+from model.verification import verify
 
 BENTO = Path(__file__).parents[2]
 """The Bento that this file is packed in, if it contains a ``bento.yaml``."""

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from model.artifact import ONNX, ONNX_INT8
-from model.classifier import VerificationError, verify
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
 from model.runtimes import Runtime, RuntimeUnavailableError
+from model.verification import VerificationError, verify
 
 BATCH = 8
 BATCHES = (4, 8, 16, 32, 64)

@@ -12,7 +12,7 @@ import numpy as np
 
 from model.artifact import Outputs, Reference
 from model.batching import Batcher
-from model.classifier import VerificationError, check, verify
+from model.verification import VerificationError, check, verify
 from model.runtimes import Runtime
 from serving import draining
 from serving.engines import EngineClient

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from model.artifact import CARD, CONFIG, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, save_reference, seal
-from model.classifier import TOLERANCE, VerificationError, check, verify
 from model.config import ConfigError, ModelConfig
 from model.runtimes import EngineLostError, OnnxRuntime, RuntimeUnavailableError, TorchRuntime, create
+from model.verification import TOLERANCE, VerificationError, check, verify
 from tests import toy
 
 

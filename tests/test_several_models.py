@@ -15,9 +15,9 @@ import pytest
 import requests
 
 from model.artifact import ONNX_INT8, Artifact, seal
-from model.classifier import TOLERANCE, VerificationError, check
 from model.ensemble import Ensemble
 from model.tuning import compare
+from model.verification import TOLERANCE, VerificationError, check
 from tests import toy
 from tests.golden import SHIPPED_NAME
 from tests.live import LOG, environment, samples, serve, total

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 
 from model.artifact import ArtifactError
-from model.classifier import VerificationError
 from model.config import ConfigError
 from model.runtimes import RuntimeUnavailableError
+from model.verification import VerificationError
 
 
 class CommandError(Exception):

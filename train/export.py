@@ -31,12 +31,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model import artifact as files
 from model.artifact import ONNX, ONNX_INT8, RUNTIMES, Artifact, Outputs, Reference, save_reference, seal
-from model.classifier import Classifier, fit_temperature, verdicts, verify
+from model.classifier import Classifier, fit_temperature, verdicts
 from model.config import ModelConfig
 from model.network import BANK_BATCH, ConvNet, ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
 from model.runtimes import OnnxRuntime, create
 from model.statistics import edges
+from model.verification import verify
 from train import command, runs
 from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load

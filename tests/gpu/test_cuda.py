@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from model.artifact import ONNX, SHIPPED, TORCH, Artifact
-from model.classifier import TOLERANCE, verify
 from model.preprocess import Pixels
 from model.runtimes import GRAPHED_IMAGES, OnnxRuntime, TorchRuntime
+from model.verification import TOLERANCE, verify
 from tests import toy
 from train.runs import RUN
 
