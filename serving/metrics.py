@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
-from prometheus_client import Counter, Gauge, Histogram, values
-from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client import Counter, Gauge, Histogram
 
-FILES = ("counter", "histogram", "gauge_all", "gauge_livesum", "gauge_livemax")
-"""Memory-mapped files of the client library: each process has one per kind, ``<kind>_<pid>.db``."""
-RESERVED_BYTES = 2**17
-"""Disk space reserved for each file; a worker that has used every series fills a tenth of it."""
+from serving import metric_files
 
-
-def _prepare(folder: Path) -> None:
-    """Reserve disk space for this process's files; remove dead processes' gauges, and their files of nothing but zeros.
-
-    The library grows the files as it writes to them, which on a full disk ends in SIGBUS instead of an error. Gauges of
-    dead processes would keep their last values for ever, and a process that keeps failing to start would fill the disk.
-    """
-    for kind in FILES:
-        with (folder / f"{kind}_{os.getpid()}.db").open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
-    for left in folder.glob("*_*.db"):
-        is_dead = not Path("/proc", left.stem.rpartition("_")[2]).exists()
-        if is_dead and (left.name.startswith("gauge_") or not _has_counted(left)):
-            left.unlink(missing_ok=True)
-
-
-def _has_counted(file: Path) -> bool:
-    with suppress(FileNotFoundError):  # removed by another worker that is starting
-        series = MmapedDict.read_all_values_from_file(file)  # type: ignore[no-untyped-call]
-        return any(value for _, value, *_ in series)
-    return False
-
-
-if _folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # this is a worker, and none of its values exists yet
-    _prepare(Path(_folder))
-    # By default the library asks the system for it at each update, some thirty per request. A worker does not fork.
-    _number = os.getpid()
-    values.ValueClass = values.MultiProcessValue(lambda: _number)  # type: ignore[no-untyped-call]
+metric_files.prepare()  # before any metric exists
 
 STAGE_SECONDS = Histogram(
     "classifier_stage_seconds",
