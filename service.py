@@ -48,6 +48,7 @@ from serving.engines import EngineClient, LocalEngine, RunnerClient
 from serving.errors import ApiError, from_exception
 from serving.gateway import UNLOGGED, Gateway
 from serving.heartbeat import beat
+from serving.keys import Keys
 from serving.openapi import describe
 from serving.options import read_timeout
 from serving.pipeline import Pipeline

@@ -19,10 +19,11 @@ from starlette.types import Scope
 
 from model.classifier import Prediction
 from serving import metrics
-from serving.access import GUARDED, Key, Keys, authorize
+from serving.access import GUARDED, Key
 from serving.audit import Audit
 from serving.context import request_id
 from serving.errors import ApiError
+from serving.keys import Keys, authorize
 from serving.requests import Item
 from serving.review import Review
 from serving.usage import Usage

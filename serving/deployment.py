@@ -17,7 +17,8 @@ from model.ensemble import Ensemble, EnsembleError
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.tuning import compare
-from serving.access import AccessError, Keys
+from serving.access import AccessError
+from serving.keys import Keys
 from serving.shadow import Shadowed
 from serving.usage import Usage
 from settings import Settings, SettingsError

@@ -12,8 +12,8 @@ import numpy as np
 
 from model.artifact import Outputs, Reference
 from model.batching import Batcher
-from model.verification import VerificationError, check, verify
 from model.runtimes import Runtime
+from model.verification import VerificationError, check, verify
 from serving import draining
 from serving.engines import EngineClient
 

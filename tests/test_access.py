@@ -22,6 +22,7 @@ from starlette.datastructures import Headers
 
 from serving import access
 from serving.errors import ApiError
+from serving.keys import Keys
 from tests import toy
 from tests.live import LOG, command, encode, environment, free_port, picture, samples, serve, total
 
@@ -273,7 +274,7 @@ def test_an_invalid_key_file_is_refused_without_revealing_its_values(tmp_path: P
     file = tmp_path / "keys.toml"
     file.write_text(text)
     with pytest.raises(access.AccessError) as caught:
-        access.Keys(file)
+        Keys(file)
     assert reason in str(caught.value)
     assert str(file) in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -363,7 +364,7 @@ def test_a_restarted_worker_survives_a_broken_key_file(tmp_path: Path) -> None:
     key = access.add(file, "alice")
     good = file.read_text()
     file.write_text("[bob")
-    keys = access.Keys(file, is_running=True)
+    keys = Keys(file, is_running=True)
     with pytest.raises(ApiError, match="no known API key"):
         keys.identify(Headers({"x-api-key": key}))
     replace(file, good)
