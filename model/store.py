@@ -56,22 +56,20 @@ def put(directory: Path) -> str:
     The version is derived from the content, so putting the same artifact twice changes nothing.
     """
     artifact = Artifact.load(directory)
-    tag = artifact.tag
-    _record_initial_promotion(artifact.config.name)
-    if _find(tag) is None:
-        _create(artifact, tag)
-        _record_initial_promotion(artifact.config.name)
-    return tag
+    _record_initial_promotion(artifact.config.name)  # where older versions have none: the newest stays served
+    if _find(artifact.tag) is None:
+        _create(artifact)
+        _record_initial_promotion(artifact.config.name)  # of a new name
+    return artifact.tag
 
 
-def _create(artifact: Artifact, tag: str) -> None:
-    card = artifact.card
+def _create(artifact: Artifact) -> None:
     labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
     try:
-        with bentoml.models.create(tag, labels=labels, metadata=_card_summary(card)) as model:
+        with bentoml.models.create(artifact.tag, labels=labels, metadata=_card_summary(artifact.card)) as model:
             artifact.copy_to(Path(model.path))
     except BentoMLException:
-        if _find(tag) is None:  # otherwise another process put the same content first
+        if _find(artifact.tag) is None:  # otherwise another process put the same content first
             raise
 
 
