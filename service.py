@@ -45,10 +45,9 @@ from serving.deployment import Deployment
 from serving.direct import MetricsMiddleware, bypass, remove_middleware
 from serving.drift import Drift
 from serving.engines import EngineClient, LocalEngine, RunnerClient
-from serving.errors import ApiError, from_exception
+from serving.errors import ApiError, from_exception, not_ready
 from serving.gateway import UNLOGGED, Gateway
 from serving.heartbeat import beat
-from serving.keys import Keys
 from serving.openapi import describe
 from serving.options import read_timeout
 from serving.pipeline import Pipeline
@@ -341,7 +340,7 @@ class Classifier:
             seconds = read_timeout(request, limit)
             async with asyncio.timeout(seconds):
                 if not self._readiness.is_verified and not await self._readiness.check():
-                    raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", "the model is not ready yet")
+                    raise not_ready("the model is not ready yet")
                 return await work(request)
         except Exception as error:
             answer = from_exception(error)
