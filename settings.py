@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model import runtimes
-from model.artifact import ACCURATE, CONFIG, ONNX_INT8, SHIPPED, TORCH
+from model.artifact import ACCURATE, CONFIG, ONNX, ONNX_INT8, RUNTIMES, SHIPPED, TORCH
 from model.config import ModelConfig
 from model.preprocess import MAX_PIXELS
 
@@ -57,7 +57,8 @@ class Settings(BaseSettings):
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)
     """Share of ordinary images that may be flagged as foreign by mistake; more makes ``in_distribution`` stricter."""
     runtime: Literal["auto", "fastest", "torch", "onnx", "onnx-int8"] = "auto"
-    """Engine. ``auto`` is ``torch`` where PyTorch is installed and can use an NVIDIA GPU, else ``onnx-int8``.
+    """Engine. ``auto`` is ``torch`` where PyTorch is installed and can use an NVIDIA GPU, else ``onnx-int8``; or what
+    the model has, if it was trained elsewhere.
     ``fastest`` times both ONNX formats at startup instead, because INT8 is not faster on every processor."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
     """``embedded``: each API worker owns an engine. ``runner``: one process per GPU owns it. ``auto`` is ``runner`` on
@@ -124,25 +125,30 @@ class Settings(BaseSettings):
     smtp_password: SecretStr | None = None
     """Password of ``SMTP_USER``."""
 
-    def resolved_runtime(self) -> str:
-        """The runtime to use; ``fastest`` is left for the caller to measure."""
-        if self.runtime != "auto":
-            return self.runtime
-        return TORCH if runtimes.cuda_devices() else ONNX_INT8
+    def resolved_runtime(self, available: Sequence[str] = RUNTIMES) -> str:
+        """The runtime to use, of those ``available`` for the model; ``fastest`` is left for the caller to measure.
 
-    def resolved_topology(self) -> str:
+        Raises ``SettingsError`` for one that is not available.
+        """
+        if self.runtime == "auto":
+            preferred = (TORCH, ONNX_INT8, ONNX) if runtimes.cuda_devices() else (ONNX_INT8, ONNX)
+            return next(name for name in preferred if name in available)
+        if self.runtime not in ("fastest", *available):
+            names = ", ".join(available)
+            raise SettingsError(f"error: RUNTIME={self.runtime!r}; expected one that the model has: {names}")
+        return self.runtime
+
+    def resolved_topology(self, runtime: str) -> str:
         if self.topology != "auto":
             return self.topology
-        return "runner" if self._computes_on_gpu() else "embedded"
+        return "runner" if runtime == TORCH and runtimes.cuda_devices() else "embedded"
 
     def resolved_model(self) -> str:
         if self.model:
             return self.model
-        is_accurate = (ACCURATE / CONFIG).exists() and self._computes_on_gpu()
+        is_on_gpu = self.resolved_runtime() == TORCH and runtimes.cuda_devices() > 0
+        is_accurate = (ACCURATE / CONFIG).exists() and is_on_gpu
         return ModelConfig.load((ACCURATE if is_accurate else SHIPPED) / CONFIG).name
-
-    def _computes_on_gpu(self) -> bool:
-        return self.resolved_runtime() == TORCH and runtimes.cuda_devices() > 0
 
 
 def load(**overrides: Any) -> Settings:

@@ -43,7 +43,7 @@ class Local:
         tags = store.resolve_all(self._settings.resolved_model())
         served = Ensemble([store.get(tag) for tag in tags])
         threads = len(os.sched_getaffinity(0))
-        runtime = self._settings.resolved_runtime()
+        runtime = self._settings.resolved_runtime(served.runtimes)
         if runtime == "fastest":
             runtime = compare(served, threads).fastest
         reference = served.reference(runtime)

@@ -4,6 +4,7 @@
     model.safetensors    weights; convolutions and the head rounded to FP16, everything else FP32
     model.onnx           the graph for ONNX Runtime, uint8 NHWC in, FP32 out; refers to the weights in model.safetensors
     model.int8.onnx      the same, statically quantised
+                         (a network trained elsewhere has no model.safetensors, and may have no model.int8.onnx)
     reference.npz        a few images with the outputs that each format must reproduce on any machine; the outputs for
                          the validation images, which calibrate predictions for new ones; and statistics of
                          training images
@@ -41,6 +42,8 @@ FILES = {TORCH: "model.safetensors", ONNX: "model.onnx", ONNX_INT8: "model.int8.
 """The file that each runtime loads."""
 CONFIG, WEIGHTS, REFERENCE, CARD = "config.json", FILES[TORCH], "reference.npz", "card.json"
 HASHED = (CONFIG, *FILES.values(), REFERENCE)
+REQUIRED = {CONFIG, FILES[ONNX], REFERENCE}
+"""Files that no artifact lacks."""
 VERSION_LENGTH = 12
 SHIPPED = Path(__file__).parent / "pretrained"
 """The artifact that the repository ships. In a built Bento only its CONFIG is here; the rest is the Bento's model."""
@@ -84,13 +87,14 @@ class Artifact:
         """Read ``path`` and verify the hash of every file; raises ``ArtifactError`` naming the offending file."""
         try:
             card = json.loads((path / CARD).read_bytes())
-            expected = {name: card["files"][name]["sha256"] for name in HASHED}
-            actual = {name: _sha256(path / name) for name in HASHED}
+            listed = [name for name in HASHED if name in REQUIRED or name in card["files"]]
+            expected = {name: card["files"][name]["sha256"] for name in listed}
+            actual = {name: _sha256(path / name) for name in listed}
         except OSError as error:
             raise ArtifactError(f"{path}: not a whole artifact: {error.filename}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path / CARD}: not that of a whole artifact: {error!r}") from error
-        for name in HASHED:
+        for name in listed:
             if actual[name] != expected[name]:
                 raise ArtifactError(f"{path / name}: sha256 {actual[name]}; expected {expected[name]} of {CARD}")
         try:
@@ -117,6 +121,11 @@ class Artifact:
         """
         return _sha256(self.path / CARD)[:VERSION_LENGTH]
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The runtimes that it has a file for."""
+        return tuple(runtime for runtime, name in FILES.items() if name in self.card["files"])
+
     def file(self, runtime: str) -> Path:
         """The file that ``runtime`` loads."""
         return self.path / FILES[runtime]
@@ -124,7 +133,10 @@ class Artifact:
     def copy_to(self, directory: Path) -> None:
         """Copy every file, the card last: a copy cut short does not load."""
         for name in (*HASHED, CARD):
-            shutil.copyfile(self.path / name, directory / name)
+            if name == CARD or name in self.card["files"]:
+                shutil.copyfile(self.path / name, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)  # that of another artifact
 
     def reference(self, runtime: str) -> Reference:
         """What ``runtime`` must reproduce; raises ``ArtifactError`` for an artifact exported by too old a version."""
@@ -142,8 +154,8 @@ class Artifact:
                 raise ArtifactError(f"{self.path / REFERENCE}: {error.args[0]}; expected it: export anew") from error
 
 
-def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
-    """Write the outputs of both formats for the same images.
+def save_reference(path: Path, full: Reference, quantised: Reference | None) -> None:
+    """Write the outputs of both formats, if there is a quantised one, for the same images.
 
     In FP32: in FP16 the familiarities of nearly identical images, as from a fixed camera, would round to one number.
     """
@@ -153,14 +165,16 @@ def save_reference(path: Path, full: Reference, quantised: Reference) -> None:
         "edges": full.edges,
     }
     for reference, suffix in ((full, ""), (quantised, QUANTISED)):
-        arrays["outputs" + suffix] = reference.outputs
-        arrays["validation" + suffix] = reference.validation
+        if reference:
+            arrays["outputs" + suffix] = reference.outputs
+            arrays["validation" + suffix] = reference.validation
     np.savez_compressed(path / REFERENCE, allow_pickle=False, **arrays)
 
 
 def seal(path: Path, card: dict[str, Any]) -> Artifact:
     """Write ``card.json`` with the hash and size of every file; returns the artifact as loaded back."""
-    files = {name: {"sha256": _sha256(path / name), "bytes": (path / name).stat().st_size} for name in HASHED}
+    present = [name for name in HASHED if name in REQUIRED or (path / name).exists()]
+    files = {name: {"sha256": _sha256(path / name), "bytes": (path / name).stat().st_size} for name in present}
     (path / CARD).write_text(json.dumps({**card, "files": files}, indent=2) + "\n")
     return Artifact.load(path)
 

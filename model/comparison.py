@@ -79,7 +79,7 @@ def _accuracies(a: Card, b: Card) -> Iterator[Row]:
 
 def _sizes(a: Card, b: Card) -> Iterator[Row]:
     for name in FILES.values():
-        one, other = (card["files"][name]["bytes"] / 1e6 for card in (a, b))
+        one, other = (card["files"][name]["bytes"] / 1e6 if name in card["files"] else 0.0 for card in (a, b))
         yield (name, f"{one:.2f} MB", f"{other:.2f} MB", f"{other - one:+.2f} MB")
 
 

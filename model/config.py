@@ -35,8 +35,9 @@ class ModelConfig(BaseModel):
     """Per-channel (RGB) mean of the training pixels, in units of 0..255."""
     std: Triple
     """Per-channel (RGB) standard deviation of the training pixels, in units of 0..255."""
-    widths: tuple[int, ...] = Field(min_length=1)
-    """Channels of each stage of the network; every stage halves height and width."""
+    widths: tuple[int, ...] = ()
+    """Channels of each stage of the network; every stage halves height and width. None for a network that was trained
+    elsewhere, of which there is only a graph for ONNX Runtime."""
     depth: int = Field(default=3, ge=2)
     """Convolutions per stage."""
     temperature: float = Field(default=1.0, gt=0)
@@ -45,10 +46,13 @@ class ModelConfig(BaseModel):
     bank: int = Field(default=0, ge=0)
     """Number of training images whose features the artifact keeps to detect foreign images."""
 
+    cell: int | None = Field(default=None, ge=1)
+    """Input pixels per cell of the evidence, along each side, unless the stages determine it."""
+
     @property
     def stride(self) -> int:
-        """Input pixels per cell of the last feature map, along each side."""
-        return int(2 ** len(self.widths))
+        """Input pixels per cell of the evidence, along each side."""
+        return self.cell or int(2 ** len(self.widths))
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=2) + "\n")

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from model import runtimes
-from model.artifact import ONNX, Artifact, Evidence, Outputs, Reference
+from model.artifact import ONNX, RUNTIMES, Artifact, Evidence, Outputs, Reference
 from model.classifier import calibrated, fit_temperature
 from model.config import ModelConfig
 from model.preprocess import Pixels
@@ -52,6 +52,11 @@ class Ensemble:
         # The mean of calibrated probabilities is underconfident. As in an export, FP32 decides for every format.
         reference = self.reference(ONNX)
         return config.model_copy(update={"temperature": fit_temperature(reference.validation, reference.labels)})
+
+    @property
+    def runtimes(self) -> list[str]:
+        """The runtimes that every member has a file for."""
+        return [name for name in RUNTIMES if all(name in artifact.runtimes for artifact in self.artifacts)]
 
     def reference(self, runtime_name: str) -> Reference:
         references = [a.reference(runtime_name) for a in self.artifacts]

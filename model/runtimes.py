@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Evidence, Outputs
+from model.artifact import FILES, ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Evidence, Outputs
 from model.preprocess import Pixels
 
 GRAPHED_IMAGES = 256
@@ -207,8 +207,11 @@ def _probe() -> int:
 def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:
     """Load ``artifact`` into the runtime ``name``, on a CPU with ``threads`` or on GPU ``device_index``.
 
-    Raises ``RuntimeUnavailableError`` for an unknown name, and for ``torch`` where it is not installed.
+    Raises ``RuntimeUnavailableError`` for an unknown name, for one that ``artifact`` has no file for, and for ``torch``
+    where it is not installed.
     """
+    if name in RUNTIMES and name not in artifact.runtimes:
+        raise RuntimeUnavailableError(f"{artifact.tag} has no {FILES[name]} for runtime {name!r}")
     if name == TORCH:
         return TorchRuntime(artifact, threads, device_index)
     if name in (ONNX, ONNX_INT8):

@@ -24,7 +24,7 @@ import bentoml
 from bentoml.exceptions import BentoMLException, NotFound
 
 from model import comparison, promotions
-from model.artifact import ALSO_SHIPPED, CARD, ONNX, ONNX_INT8, RUNTIMES, SHIPPED, Artifact, ArtifactError
+from model.artifact import ALSO_SHIPPED, CARD, RUNTIMES, SHIPPED, TORCH, Artifact, ArtifactError
 from model.runtimes import create
 from model.tables import Row, aligned
 from model.verification import verify
@@ -149,7 +149,7 @@ def _objections(model: bentoml.Model, served: str) -> Iterator[str]:
     """The objections to serving ``model`` instead of ``served``."""
     try:
         candidate = Artifact.load(Path(model.path))
-        for runtime in (ONNX, ONNX_INT8):
+        for runtime in (name for name in candidate.runtimes if name != TORCH):
             verify(create(runtime, candidate), candidate.reference(runtime))
     except Exception as error:  # ONNX Runtime's errors have no common base class
         yield f"it fails its verification: {error}"

@@ -55,9 +55,9 @@ def compare(ensemble: Ensemble, threads: int = 1, names: Iterable[str] = (ONNX, 
     rates: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name in names:
-        reference = ensemble.reference(name)
         try:
             runtime = ensemble.engine(name, threads)
+            reference = ensemble.reference(name)
             verify(runtime, reference)
         except (RuntimeUnavailableError, VerificationError) as error:
             failed[name] = str(error)

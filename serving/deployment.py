@@ -57,16 +57,19 @@ class Deployment:
         Unless ``is_worker``, it also loads the models, to find here what would be a traceback of every worker, and sets
         the environment in which workers resolve the same.
         """
-        runtime = settings.resolved_runtime()
         model, measured = settings.model, orjson.loads(os.environ.get(MEASURED, "null"))
         try:
             model = model or store.packed() or settings.resolved_model()
             tags = tuple(store.resolve_all(model))
             shadow = store.resolve(settings.shadow) if settings.shadow else None
-            if not is_worker:
-                served, _ = _load(tags, shadow)
+            if is_worker:
+                runtime = settings.resolved_runtime()
+            else:
+                served, shadowing = _load(tags, shadow)
+                available = [name for name in served.runtimes if shadowing is None or name in shadowing.runtimes]
+                runtime = settings.resolved_runtime(available)
                 if runtime == "fastest":
-                    comparison = compare(served, settings.threads)
+                    comparison = compare(served, settings.threads, [name for name in available if name != TORCH])
                     runtime, measured = comparison.fastest, comparison._asdict()
                 served.reference(runtime)
         except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # OSError: from the disk
@@ -86,7 +89,7 @@ class Deployment:
             shadow=shadow,
             runtime=runtime,
             measured=measured,
-            topology=settings.resolved_topology(),
+            topology=settings.resolved_topology(runtime),
             cores=cores,
             workers=cores if settings.workers == "cpu_count" else settings.workers,
             gpus=runtimes.cuda_devices() if runtime == TORCH else 0,

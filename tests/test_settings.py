@@ -30,7 +30,7 @@ def nvmlDeviceGetCount(): {answer}
 def test_defaults_follow_the_hardware() -> None:
     settings = load()
     assert settings.resolved_runtime() == ("torch" if cuda_devices() else "onnx-int8")
-    assert settings.resolved_topology() == ("runner" if cuda_devices() else "embedded")
+    assert settings.resolved_topology(settings.resolved_runtime()) == ("runner" if cuda_devices() else "embedded")
 
 
 def test_an_environment_variable_sets_a_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def loaded(folder: Path, code: str, answer: str = "return 1") -> subprocess.Comp
 
 
 def test_an_unusable_gpu_is_reported_and_the_cpu_serves(tmp_path: Path) -> None:
-    done = loaded(tmp_path, "s = settings.load(); print(s.resolved_runtime(), s.resolved_topology())")
+    done = loaded(tmp_path, "s = settings.load(); r = s.resolved_runtime(); print(r, s.resolved_topology(r))")
     assert done.stdout == "onnx-int8 embedded\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith("torch cannot use the GPU of this machine: ")
