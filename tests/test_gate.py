@@ -16,8 +16,8 @@ from model.store import SHIPPED
 from tests import toy
 from tests.toy import run
 from train.command import CommandError
-from train.evaluate import within
 from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, table
+from train.metrics import within
 
 CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87}
 

@@ -22,7 +22,7 @@ from tests import toy
 from tests.golden import SHIPPED_NAME, TYPICAL
 from tests.live import environment, serve
 from train import readme
-from train.evaluate import accuracy_interval
+from train.metrics import accuracy_interval
 
 IMAGES = 1000
 Versions = dict[str, Artifact]

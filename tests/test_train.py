@@ -39,17 +39,16 @@ from tests import toy
 from tests.live import Server, encode
 from train import data, precision
 from train.augment import Augmented
-from train.evaluate import (
+from train.evaluate import cpu_name, run_runtime
+from train.export import BANK_IMAGES, Calibration, ParityError, evenly_spaced, load_run, parity
+from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
+from train.metrics import (
     Reliability,
     accuracy_interval,
     calibration_error_by_chance,
     confusion_matrix,
-    cpu_name,
     expected_calibration_error,
-    run_runtime,
 )
-from train.export import BANK_IMAGES, Calibration, ParityError, evenly_spaced, load_run, parity
-from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
 from train.muon import Muon, orthogonalize
 from train.parallel import ALONE
 from train.recipe import Recipe

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from client.errors import ClientError
@@ -33,97 +30,21 @@ from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs, seal
 from model.classifier import Classifier, Probabilities, calibrated
 from model.preprocess import Pixels
 from model.runtimes import Runtime, create, cuda_devices
-from model.tables import between
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load, test_files
+from train.metrics import accuracy_line, confusion_matrix, expected_calibration_error, proportion, reliability
 
 BATCH = 100
 THREADS = len(os.sched_getaffinity(0))
 """Threads of an engine that classifies many images; its speed is measured with one."""
 PATIENCE_SECONDS = 60.0
 """Longest wait for a service that is overloaded or restarting."""
-ECE_BINS = 15
-Z_95 = 1.959964
 SET_LEVELS = (0.9, 0.95, 0.99)
 SPEED_BATCH = 8
 INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp")
 """Extensions of x86, then of ARM, the best first: the speed of INT8 differs several times between them."""
-MAX_INT8_LOSS = 0.003
-"""Largest loss of accuracy allowed for INT8 against FP32."""
-
-
-def tolerance(loss: float, images: int) -> float:
-    """Loss of accuracy allowed on ``images`` images: ``loss``, or one and a half images if more, since one is noise."""
-    return max(loss, 1.5 / images)
-
-
-def int8_tolerance(images: int) -> float:
-    """Loss of accuracy allowed for INT8 on ``images`` images."""
-    return tolerance(MAX_INT8_LOSS, images)
-
-
-def within(found: float, limit: float) -> bool:
-    """Whether ``found``, a difference of floats, is at most ``limit`` up to rounding: 0.914 - 0.909 exceeds 0.005."""
-    return round(found - limit, 6) <= 0
-
-
-def accuracy_interval(hits: float, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927, JASA 22:209)."""
-    share = hits / count
-    centre = share + Z_95**2 / (2 * count)
-    spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
-    scale = 1 + Z_95**2 / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-class Reliability(NamedTuple):
-    """A reliability diagram: figures of each equal-width bin of confidence from 0 to 1; each (bins,)."""
-
-    images: Labels
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, figures: Mapping[str, Any]) -> Reliability:
-        """Read it from the figures in a card."""
-        return cls(*(np.asarray(figures["reliability"][name]) for name in cls._fields))
-
-
-def reliability(probabilities: Probabilities, labels: Labels, bins: int = ECE_BINS) -> Reliability:
-    confidence = probabilities.max(axis=1)
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    images, sure, right = (
-        np.bincount(index, weights, bins) for weights in (None, confidence, probabilities.argmax(axis=1) == labels)
-    )
-    return Reliability(images, sure / np.maximum(1, images), right / np.maximum(1, images))
-
-
-def expected_calibration_error(probabilities: Probabilities, labels: Labels, bins: int = ECE_BINS) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins (Naeini et al., 2015; Guo et al., 2017)."""
-    images, confidence, accuracy = reliability(probabilities, labels, bins)
-    return float(images @ np.abs(confidence - accuracy)) / len(labels)
-
-
-def calibration_error_by_chance(found: Reliability) -> float:
-    """The calibration error expected of the same number of images per bin if their confidence were exactly right.
-
-    For each bin it is the mean absolute deviation of a binomial, in De Moivre's closed form (Diaconis & Zabell, 1991,
-    Statistical Science 6:284).
-    """
-    deviation = 0.0
-    for images, p in zip(map(round, found.images), found.confidence, strict=True):
-        if images and 0 < p < 1:
-            k = math.floor(images * p) + 1
-            ways = math.lgamma(images + 1) - math.lgamma(k + 1) - math.lgamma(images - k + 1)
-            deviation += 2 * k * math.exp(ways + k * math.log(p) + (images - k + 1) * math.log1p(-p))
-    return deviation / float(np.sum(found.images))
-
-
-def confusion_matrix(verdicts: Labels, labels: Labels, classes: int) -> NDArray[np.int64]:
-    """(K, K) counts; rows are the true classes, columns the verdicts."""
-    return np.bincount(labels * classes + verdicts, minlength=classes**2).reshape(classes, classes)
 
 
 def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
@@ -138,13 +59,10 @@ def figures(outputs: Outputs, split: Split, artifact: Artifact, runtime: str) ->
     config = artifact.config
     probabilities = calibrated(outputs, config.temperature)
     matrix = confusion_matrix(probabilities.argmax(axis=1), split.labels, len(config.classes))
-    hits = int(np.trace(matrix))
-    low, high = accuracy_interval(hits, len(split))
     per_class = np.diag(matrix) / np.maximum(1, matrix.sum(axis=1))
     return {
         "images": len(split),
-        "accuracy": round(hits / len(split), 4),
-        "accuracy_95": [round(low, 4), round(high, 4)],
+        **proportion(int(np.trace(matrix)), len(split)),
         "ece_raw": round(expected_calibration_error(calibrated(outputs, 1.0), split.labels), 4),
         "ece": round(expected_calibration_error(probabilities, split.labels), 4),
         "reliability": {
@@ -237,19 +155,15 @@ def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
         raise CommandError(error) from None
     seconds = time.perf_counter() - started
     hits = sum(reply.get("class_name") == name for (name, _), reply in zip(files, replies, strict=True))
-    line = accuracy_line(hits, len(files), accuracy_interval(hits, len(files)))
+    line = accuracy_line({"images": len(files), **proportion(hits, len(files))})
     print(f"{url}, model {replies[0].get('model')}: {line}, {len(files) / seconds:.0f} images/s")
 
 
-def accuracy_line(hits: int, count: int, interval: Sequence[float]) -> str:
-    return f"accuracy {hits / count:.2%} (95 % interval {between(interval)}, n={count})"
-
-
 def print_report(name: str, metrics: dict[str, Any], artifact: Artifact) -> None:
-    hits, speed = int(np.trace(metrics["confusion"])), metrics["speed"]
+    speed = metrics["speed"]
     where = speed.get("gpu", "one core")
     print(
-        f"\n{name}: {accuracy_line(hits, metrics['images'], metrics['accuracy_95'])}, "
+        f"\n{name}: {accuracy_line(metrics)}, "
         f"calibration error {metrics['ece_raw']:.2%} raw, {metrics['ece']:.2%} at temperature "
         f"{artifact.config.temperature}, {speed['images_per_s']} images/s in batches of {SPEED_BATCH} on {where}"
     )

@@ -41,7 +41,8 @@ from model.verification import verify
 from train import command, runs
 from train.command import CommandError
 from train.data import Data, DataError, Split, batch_of, load
-from train.evaluate import int8_tolerance, run_runtime, within
+from train.evaluate import run_runtime
+from train.metrics import int8_tolerance, within
 
 CALIBRATION_IMAGES = 1024
 REFERENCE_IMAGES = 16

@@ -24,17 +24,8 @@ from model.tables import markdown
 from model.tuning import seconds_of
 from train.command import CommandError, run
 from train.data import load
-from train.evaluate import (
-    THREADS,
-    Reliability,
-    calibration_error_by_chance,
-    figures,
-    int8_tolerance,
-    require_own_data,
-    run_runtime,
-    tolerance,
-    within,
-)
+from train.evaluate import THREADS, figures, require_own_data, run_runtime
+from train.metrics import Reliability, calibration_error_by_chance, int8_tolerance, tolerance, within
 from train.robustness import IMAGES, robustness, sample
 
 RUNTIME = ONNX_INT8

@@ -29,7 +29,8 @@ from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from train.data import DataError, Split, batch_of, load, read_photos, stratified
-from train.evaluate import THREADS, Z_95, accuracy_interval, accuracy_line, require_own_data, run_runtime, write_figures
+from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
+from train.metrics import Z_95, accuracy_interval, accuracy_line, proportion
 
 IMAGES = 2000
 SEED = 0
@@ -71,7 +72,7 @@ def robustness(runtime: Runtime, split: Split) -> dict[str, Any]:
         "runtime": runtime.name,
         "images": len(split),
         "seed": SEED,
-        "clean": _proportion(int(_hits(runtime, split.images, split).sum()), len(split)),
+        "clean": proportion(int(_hits(runtime, split.images, split).sum()), len(split)),
         **_mean(np.mean(list(by_family.values()), axis=0)),
         "benchmark_15": _mean(np.mean(benchmark, axis=0)),
         "families": {
@@ -117,18 +118,11 @@ def photographs(runtime: Runtime, artifact: Artifact, source: Path) -> dict[str,
         "images": len(labels),
         "unreadable": photos.unreadable,
         "of_other_folders": photos.of_other_folders,
-        **_proportion(sum(hits.values()), len(labels)),
+        **proportion(sum(hits.values()), len(labels)),
         "per_class": {
-            config.classes[index]: {"images": counts[index], **_proportion(hits[index], counts[index])}
+            config.classes[index]: {"images": counts[index], **proportion(hits[index], counts[index])}
             for index in sorted(counts)
         },
-    }
-
-
-def _proportion(hits: int, count: int) -> dict[str, Any]:
-    return {
-        "accuracy": round(hits / count, 4),
-        "accuracy_95": [round(bound, 4) for bound in accuracy_interval(hits, count)],
     }
 
 
@@ -144,9 +138,7 @@ def print_robustness(metrics: dict[str, Any]) -> None:
 
 
 def print_photographs(metrics: dict[str, Any]) -> None:
-    count = metrics["images"]
-    line = accuracy_line(round(metrics["accuracy"] * count), count, metrics["accuracy_95"])
-    print(f"photographs of {metrics['source']}: {line}; {metrics['unreadable']} unreadable")
+    print(f"photographs of {metrics['source']}: {accuracy_line(metrics)}; {metrics['unreadable']} unreadable")
     for name, figures in metrics["per_class"].items():
         print(f"  {name:12} {figures['accuracy']:7.2%} of {figures['images']}")
 

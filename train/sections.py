@@ -14,7 +14,7 @@ from model.classifier import Classifier
 from model.tables import between, markdown
 from train import plots
 from train.command import CommandError
-from train.evaluate import Reliability, accuracy_interval, calibration_error_by_chance
+from train.metrics import Reliability, accuracy_interval, calibration_error_by_chance
 from train.runs import runs
 
 
