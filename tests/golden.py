@@ -28,9 +28,8 @@ from model.runtimes import create
 from serving.static import FOLDER as PAGE
 from train import command
 from train.command import CommandError
-from train.data import load
-from train.evaluate import require_own_data, run_runtime
 from train.gate import CALIBRATION_LOSS
+from train.measure import load_own_data, run_runtime
 
 FOLDER = Path(__file__).parent / "images"
 IMAGES = sorted(FOLDER.glob("*.jpg"))
@@ -66,8 +65,7 @@ def size(artifact: Artifact) -> int:
 
 def choose(artifact: Artifact, source: str) -> None:
     """One test image per class: the median by confidence of those that both formats get right and find familiar."""
-    data = load(source, artifact.config.input_size)
-    require_own_data(artifact, data)
+    data = load_own_data(artifact, source)
     images = [encode(image) for image in data.test.images]
     by_format = [judge(artifact, name, images) for name in (ONNX, ONNX_INT8)]
     chosen = {}

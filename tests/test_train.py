@@ -39,9 +39,10 @@ from tests import toy
 from tests.live import Server, encode
 from train import data, precision
 from train.augment import Augmented
-from train.evaluate import cpu_name, run_runtime
+from train.evaluate import cpu_name
 from train.export import BANK_IMAGES, Calibration, ParityError, evenly_spaced, load_run, parity
 from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
+from train.measure import run_runtime
 from train.metrics import (
     Reliability,
     accuracy_interval,
@@ -1010,7 +1011,7 @@ class TestExport:
         other = toy.make_folder(tmp_path / "other", per_class=12)
         (other / "disc").rename(other / "zebra")
         printed = toy.run("train.export", toy_run, other, "--out", tmp_path / "out", code=1)
-        assert "expected those of the run, ['disc', 'frame', 'stripes']" in printed
+        assert "classes ['frame', 'stripes', 'zebra']; expected ['disc', 'frame', 'stripes']" in printed
 
     def test_changed_files_that_would_mix_the_splits_are_refused(
         self, toy_folder: Path, toy_run: Path, toy_artifact: Artifact, tmp_path: Path
@@ -1018,7 +1019,7 @@ class TestExport:
         grown = shutil.copytree(toy_folder, tmp_path / "grown")
         shutil.copyfile(grown / "disc" / "000.png", grown / "disc" / "more.png")
         out = tmp_path / "out"
-        assert "not the data of the run" in toy.run("train.export", toy_run, grown, "--out", out, code=1)
+        assert "not the data of the training, folder: " in toy.run("train.export", toy_run, grown, "--out", out, code=1)
         assert not out.exists()
         assert "not the data of the training" in toy.run("train.evaluate", toy_artifact.path, grown, code=1)
 

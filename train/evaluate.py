@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import time
@@ -26,32 +25,23 @@ from tqdm import tqdm
 from client.errors import ClientError
 from client.remote import Remote
 from client.rows import Reply
-from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs, seal
+from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs
 from model.classifier import Classifier, Probabilities, calibrated
-from model.preprocess import Pixels
-from model.runtimes import Runtime, create, cuda_devices
+from model.runtimes import create, cuda_devices
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
-from train.data import Data, DataError, Split, batch_of, load, test_files
+from train.data import Data, Split, test_files
+from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import accuracy_line, confusion_matrix, expected_calibration_error, proportion, reliability
 
 BATCH = 100
-THREADS = len(os.sched_getaffinity(0))
-"""Threads of an engine that classifies many images; its speed is measured with one."""
 PATIENCE_SECONDS = 60.0
 """Longest wait for a service that is overloaded or restarting."""
 SET_LEVELS = (0.9, 0.95, 0.99)
 SPEED_BATCH = 8
 INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp")
 """Extensions of x86, then of ARM, the best first: the speed of INT8 differs several times between them."""
-
-
-def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
-    """(N, K + 1) outputs for all ``images``, in batches, with a progress bar."""
-    batch = batch_of(images.shape[1:3], BATCH)
-    starts = tqdm(range(0, len(images), batch), desc=runtime.name, unit="batch", leave=False, disable=None)
-    return np.concatenate([runtime(images[start : start + batch]) for start in starts])
 
 
 def figures(outputs: Outputs, split: Split, artifact: Artifact, runtime: str) -> dict[str, Any]:
@@ -90,17 +80,8 @@ def prediction_sets(
     return result
 
 
-def require_own_data(artifact: Artifact, data: Data) -> None:
-    """Raise ``DataError`` unless ``artifact`` was trained on ``data``: otherwise test images may be training images."""
-    if data.classes != artifact.config.classes:
-        raise DataError(f"{data.source}: classes {list(data.classes)}; expected {list(artifact.config.classes)}")
-    if artifact.card["training"]["data_sha256"] != data.sha256():
-        raise DataError(f"{data.source}: not the data of the training, so that its test split may hold training images")
-
-
 def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, dict[str, Any]]:
     """Figures by runtime, on the test split of ``data``."""
-    require_own_data(artifact, data)
     result = {}
     for name in runtimes:
         runtime = create(name, artifact, THREADS)
@@ -132,11 +113,6 @@ def cpu_name(cpuinfo: str | None = None) -> str:
     able = re.search(r"^(?:flags|Features)\s*: (.+)", cpuinfo, re.MULTILINE)
     best = next((one for one in INTEGER_INSTRUCTIONS if able and one in able[1].split()), None)
     return (name[1] if name else platform.machine()) + (f" ({best})" if best else "")
-
-
-def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:
-    """Write ``metrics`` into the artifact's card, keeping what other commands measured."""
-    return seal(artifact.path, {**artifact.card, "metrics": {**artifact.metrics, **metrics}})
 
 
 def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
@@ -186,7 +162,7 @@ def main() -> None:
     if options.url:
         evaluate_service(artifact, options.source, options.url.rstrip("/"))
         return
-    metrics = evaluate(artifact, load(options.source, artifact.config.input_size), options.runtime or list(RUNTIMES))
+    metrics = evaluate(artifact, load_own_data(artifact, options.source), options.runtime or list(RUNTIMES))
     sealed = write_figures(artifact, metrics)
     validation = json.dumps(artifact.card["validation"])
     print(f"\n{options.artifact}: version {sealed.version}, figures written to its card", validation)

@@ -40,8 +40,8 @@ from model.statistics import edges
 from model.verification import verify
 from train import command, runs
 from train.command import CommandError
-from train.data import Data, DataError, Split, batch_of, load
-from train.evaluate import run_runtime
+from train.data import Data, DataError, Split, batch_of
+from train.measure import run_runtime
 from train.metrics import int8_tolerance, within
 
 CALIBRATION_IMAGES = 1024
@@ -279,7 +279,7 @@ def git_commit() -> str:
         return "unknown"
 
 
-def export(run: Path, data: Data, out: Path) -> Artifact:
+def export(run: Path, source: str, out: Path) -> Artifact:
     """Write the artifact of ``run`` to ``out``, which stays as it was on any error.
 
     Raises ``DataError`` for an unfinished run or other data, ``ParityError`` if INT8 loses too much accuracy, and
@@ -287,7 +287,7 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        sealed = _write(run, data, Path(folder))
+        sealed = _write(run, source, Path(folder))
         for name in RUNTIMES:
             verify(create(name, sealed), sealed.reference(name))
         out.mkdir(exist_ok=True)
@@ -295,17 +295,12 @@ def export(run: Path, data: Data, out: Path) -> Artifact:
     return Artifact.load(out)
 
 
-def _write(run: Path, data: Data, out: Path) -> Artifact:
+def _write(run: Path, source: str, out: Path) -> Artifact:
     if not (run / runs.RUN).exists():
         raise DataError(f"{run}: not a finished run, for it has no {runs.RUN}; go on with --resume")
     training = runs.read_record(run)
     config, network = load_run(run)
-    if config.classes != data.classes:
-        raise DataError(
-            f"{data.source}: classes {list(data.classes)}; expected those of the run, {list(config.classes)}"
-        )
-    if training["data_sha256"] != data.sha256():
-        raise DataError(f"{data.source}: not the data of the run, whose splits differ; expected {training['source']}")
+    data = runs.load_data_of(config, training, source)
     banked = evenly_spaced(data.train.images, BANK_IMAGES)
     config = config.model_copy(update={"bank": len(banked)})
     served = ServedNet(config).eval()
@@ -350,8 +345,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    size = ModelConfig.load(options.run / files.CONFIG).input_size
-    sealed = export(options.run, load(options.source, size), options.out)
+    sealed = export(options.run, options.source, options.out)
     print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
     classifier = Classifier(sealed.config, sealed.reference(ONNX_INT8))
     for warning in filter(None, (classifier.foreign_warning, classifier.prediction_set_warning)):

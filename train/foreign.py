@@ -23,8 +23,8 @@ from model.classifier import Classifier
 from model.preprocess import Pixels
 from model.runtimes import create
 from train import command
-from train.data import DataError, load, read_photos
-from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
+from train.data import DataError, read_photos
+from train.measure import THREADS, load_own_data, run_runtime, write_figures
 
 SYNTHETIC_IMAGES = 500
 """Number of synthetic images of each kind."""
@@ -110,8 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     artifact = Artifact.load(options.artifact)
     config = artifact.config
-    data = load(options.source, config.input_size)
-    require_own_data(artifact, data)
+    data = load_own_data(artifact, options.source)
     rng = np.random.default_rng(0)
     images = {
         kind: np.stack([make(rng, config.input_size) for _ in range(SYNTHETIC_IMAGES)]) for kind, make in KINDS.items()

@@ -24,7 +24,8 @@ from model.tables import markdown
 from model.tuning import seconds_of
 from train.command import CommandError, run
 from train.data import load
-from train.evaluate import THREADS, figures, require_own_data, run_runtime
+from train.evaluate import figures
+from train.measure import THREADS, load_own_data, run_runtime
 from train.metrics import Reliability, calibration_error_by_chance, int8_tolerance, tolerance, within
 from train.robustness import IMAGES, robustness, sample
 
@@ -87,8 +88,7 @@ def comparable(new: Artifact, old: Artifact, source: str | None) -> dict[str, An
         raise CommandError(f"{new.path} and {old.path} are of different data; expected --data, that of the first")
     if old.config.classes != new.config.classes:
         raise CommandError(f"{old.path}: classes {list(old.config.classes)}; expected {list(new.config.classes)}")
-    data = load(source, new.config.input_size)
-    require_own_data(new, data)
+    data = load_own_data(new, source)
     if old.config.input_size != new.config.input_size:
         data = load(source, old.config.input_size)
     print(f"{old.path} was trained on other data: it is measured on the test images of {source}")

@@ -27,8 +27,8 @@ from model.runtimes import create
 from model.tables import markdown
 from train import command, plots, sections
 from train.command import CommandError
-from train.data import CIFAR10, Data, Split, is_part_of, load
-from train.evaluate import THREADS, require_own_data, run_runtime
+from train.data import CIFAR10, Data, Split, is_part_of
+from train.measure import THREADS, load_own_data, run_runtime
 from train.sections import Page, detailed, percent
 
 ORIGINS = {
@@ -216,8 +216,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     first, *others = [Artifact.load(path) for path in options.artifacts]
-    data = load(options.source, first.config.input_size)
-    require_own_data(first, data)
+    data = load_own_data(first, options.source)
     artifacts = labels([first, *of_the_same_data(first, others)])
     for artifact in artifacts.values():
         sections.measured(artifact)  # raises before anything is drawn

@@ -28,8 +28,8 @@ from model.tables import with_interval
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import DataError, Split, batch_of, load, read_photos, stratified
-from train.evaluate import THREADS, require_own_data, run_runtime, write_figures
+from train.data import DataError, Split, batch_of, read_photos, stratified
+from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import Z_95, accuracy_interval, accuracy_line, proportion
 
 IMAGES = 2000
@@ -154,8 +154,7 @@ def main() -> None:
     if options.images < 1:
         raise CommandError(f"--images {options.images}; expected at least 1")
     artifact = Artifact.load(options.artifact)
-    data = load(options.source, artifact.config.input_size)
-    require_own_data(artifact, data)
+    data = load_own_data(artifact, options.source)
     runtime = create(options.runtime, artifact, THREADS)
     # The photographs first, so that errors in them show before the long part.
     metrics = {"photographs": photographs(runtime, artifact, options.photos)} if options.photos else {}

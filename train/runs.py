@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.artifact import CARD, CONFIG, WEIGHTS
 from model.config import ModelConfig
-from train.data import DataError
+from train.data import Data, DataError, load
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 DIGESTS = "trained_on"
@@ -96,6 +96,21 @@ def read_record(trained: Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
     record: dict[str, Any] = content if path.name == RUN else content["training"]
     return record
+
+
+def load_data_of(config: ModelConfig, record: dict[str, Any], source: str) -> Data:
+    """The data of a training, from ``source``; raises ``DataError`` if that holds other data.
+
+    Images held out from other data may have been trained on: every figure of them would be too good.
+    """
+    data = load(source, config.input_size)
+    if data.classes != config.classes:
+        raise DataError(f"{source}: classes {list(data.classes)}; expected {list(config.classes)}")
+    if data.sha256() != record["data_sha256"]:
+        raise DataError(
+            f"{source}: not the data of the training, {record['source']}: images held out here may have been trained on"
+        )
+    return data
 
 
 def runs(training: dict[str, Any]) -> list[dict[str, Any]]:
