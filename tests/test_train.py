@@ -40,7 +40,7 @@ from tests.live import Server, encode
 from train import data, precision
 from train.augment import Augmented
 from train.evaluate import cpu_name
-from train.export import BANK_IMAGES, Calibration, ParityError, evenly_spaced, load_run, parity
+from train.export import BANK_IMAGES, ParityError, evenly_spaced, load_run, parity
 from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
 from train.measure import run_runtime
 from train.metrics import (
@@ -56,6 +56,7 @@ from train.recipe import Recipe
 from train.robustness import corrupted
 from train.runs import CHECKPOINT, RUN, Trained, read_record, read_weights, write_weights
 from train.strips import WIDEST_MAP, StripConv2d, use_strips
+from train.to_onnx import Calibration
 
 DOT = encode(Image.new("RGB", (1, 1)))
 """The smallest image; bytes appended to it make it a different file."""
