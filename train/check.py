@@ -24,7 +24,6 @@ from model.preprocess import Pixels
 from train import command
 from train.data import Data, DataError, Split, load
 
-SPLITS = ("train", "val", "test")
 EXAMPLES = 5
 """How many examples of a finding are named, unless all are asked for."""
 MEANINGLESS = 0.5
@@ -67,23 +66,22 @@ def check(data: Data, examples: int | None = EXAMPLES) -> Findings:
         return {"count": len(every), "examples": every[:examples]}
 
     return {
-        "images": {split: _counts(data, getattr(data, split)) for split in SPLITS},
-        "sizes": _sizes([size for split in SPLITS for size in getattr(data, split).sizes], data.input_size),
+        "images": {name: _counts(data, split) for name, split in data.splits.items()},
+        "sizes": _sizes([size for split in data.splits.values() for size in split.sizes], data.input_size),
         "broken": finding(data.skipped),
         "same_pixels_in_two_splits": finding(" = ".join(map(str, group)) for group in leaked),
         "same_pixels_two_classes": finding(" = ".join(map(str, group)) for group in conflicting),
         "repeated_within_a_split": sum(len(group) - len({found.split for found in group}) for group in groups),
-        "nearly_in_training": {split: finding(near_duplicates(data, split)) for split in SPLITS[1:]},
+        "nearly_in_training": {name: finding(near_duplicates(data, name)) for name in ("val", "test")},
     }
 
 
 def exact_duplicates(data: Data) -> list[list[Found]]:
     """Groups of two or more images with the same pixels, in any split."""
     groups: dict[bytes, list[Found]] = defaultdict(list)
-    for split in SPLITS:
-        held: Split = getattr(data, split)
-        for image, label, name in zip(held.images, held.labels, held.names, strict=True):
-            groups[hashlib.sha256(image).digest()].append(Found(split, data.classes[label], name))
+    for name, split in data.splits.items():
+        for index, image in enumerate(split.images):
+            groups[hashlib.sha256(image).digest()].append(_found(data, name, index))
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -92,7 +90,7 @@ def near_duplicates(data: Data, split: str) -> list[str]:
 
     Among equally near hashes, the image with the nearest pixels counts.
     """
-    held: Split = getattr(data, split)
+    held = data.splits[split]
     ours, theirs = perceptual_hashes(held.images), perceptual_hashes(data.train.images)
     step = max(1, PAIRS_AT_ONCE // len(theirs))
     result = []
@@ -130,7 +128,7 @@ def _low_frequencies(image: Pixels) -> NDArray[np.float32]:
 
 
 def _found(data: Data, split: str, index: int) -> Found:
-    held: Split = getattr(data, split)
+    held = data.splits[split]
     return Found(split, data.classes[held.labels[index]], held.names[index])
 
 

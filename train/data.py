@@ -99,6 +99,10 @@ class Data:
     """Whether a file's content decides its split, as in a flat source: it has the same split in every such source."""
 
     @property
+    def splits(self) -> dict[str, Split]:
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @property
     def input_size(self) -> tuple[int, int]:
         return self.train.images.shape[1], self.train.images.shape[2]
 
@@ -116,7 +120,7 @@ class Data:
     def sha256(self) -> str:
         """Hash of all pixels and labels of all splits: the same data has the same hash whatever its container."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
-        for split in (self.train, self.val, self.test):
+        for split in self.splits.values():
             digest.update(np.ascontiguousarray(split.images).data)
             digest.update(split.labels.tobytes())
         return digest.hexdigest()

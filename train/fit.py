@@ -399,7 +399,7 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
         "held_out_by_content": fit.data.by_content,
-        "images": {name: len(getattr(fit.data, name)) for name in ("train", "val", "test")},
+        "images": {name: len(split) for name, split in fit.data.splits.items()},
         "recipe": fit.recipe.model_dump(),
         "parameters": sum(p.numel() for p in fit.network.parameters()),
         "device": torch.cuda.get_device_name()
