@@ -13,7 +13,8 @@ import pytest
 
 from tests import toy
 from train.check import check, near_duplicates, perceptual_hashes
-from train.data import Data, DataError, Split, load
+from train.command import CommandError
+from train.data import Data, Split, load
 from train.runs import RUN
 
 
@@ -79,11 +80,11 @@ def test_copies_sizes_and_imbalance_are_reported(flawed: Path) -> None:
 
 def test_only_data_that_makes_results_meaningless_is_refused(clean: Path) -> None:
     data = load(str(clean))
-    with pytest.raises(DataError, match="24 of 24 test images are training images as well"):
+    with pytest.raises(CommandError, match="24 of 24 test images are training images as well"):
         check(replace(data, test=replace(data.train, **{k: v[:24] for k, v in vars(data.train).items()})))
     doubled = {name: np.concatenate([value, value]) for name, value in vars(data.train).items() if name != "labels"}
     labels = np.concatenate([data.train.labels, (data.train.labels + 1) % 3])
-    with pytest.raises(DataError, match="training images are in two classes"):
+    with pytest.raises(CommandError, match="training images are in two classes"):
         check(replace(data, train=replace(data.train, **doubled, labels=labels)))
 
 

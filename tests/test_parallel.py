@@ -17,6 +17,7 @@ from model.artifact import CONFIG
 from tests import first_step, toy
 from train import data
 from train.augment import Augmented
+from train.command import CommandError
 from train.parallel import ALONE, Group
 from train.recipe import Recipe
 from train.runs import CHECKPOINT, RUN
@@ -71,7 +72,7 @@ def test_a_share_without_images_to_zoom_works(toy_folder: Path) -> None:
 def test_a_batch_too_small_for_the_processes_is_one_clear_line(toy_folder: Path) -> None:
     split = data.load(str(toy_folder)).train
     expected = f"--batch-size 32 of {len(split)} training images for 17 processes; expected at least"
-    with pytest.raises(data.DataError, match=expected):
+    with pytest.raises(CommandError, match=expected):
         Augmented(split, Recipe(batch_size=32), torch.device("cpu"), Group(0, 17))
 
 

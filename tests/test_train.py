@@ -39,6 +39,7 @@ from tests import toy
 from tests.live import Server, encode
 from train import data, precision
 from train.augment import Augmented
+from train.command import CommandError
 from train.evaluate import cpu_name
 from train.export import BANK_IMAGES, ParityError, evenly_spaced, load_run, parity
 from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
@@ -181,7 +182,7 @@ class TestData:
         """Taken for one folder of classes, most of its images would become training images."""
         shutil.copytree(toy_folder, tmp_path / "training_set")
         shutil.copytree(toy_folder, tmp_path / name)
-        with pytest.raises(data.DataError, match=f"found {data.SPLITS[name.lower()]}/ but no train/; expected both"):
+        with pytest.raises(CommandError, match=f"found {data.SPLITS[name.lower()]}/ but no train/; expected both"):
             data.load(str(tmp_path))
 
     def test_a_file_that_is_no_image_takes_no_images_place(self, tmp_path: Path) -> None:
@@ -232,13 +233,13 @@ class TestData:
         (tmp_path / "a" / "1").write_bytes(b"second")
         assert dict(files) == {"a/1": b"second"}
         (tmp_path / "a" / "1").unlink()
-        with pytest.raises(data.DataError, match=r"a/1: No such file or directory; expected a file"):
+        with pytest.raises(CommandError, match=r"a/1: No such file or directory; expected a file"):
             files["a/1"]
 
     def test_a_class_name_that_is_not_utf8_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
         source = shutil.copytree(toy_folder, tmp_path / "source")
         (source / "disc").rename(source / os.fsdecode(b"caf\xe9"))
-        with pytest.raises(data.DataError, match=r"the folder 'caf\\udce9'; expected a name in UTF-8"):
+        with pytest.raises(CommandError, match=r"the folder 'caf\\udce9'; expected a name in UTF-8"):
             data.load(str(source))
 
     def test_a_constant_channel_does_not_divide_by_zero(self) -> None:
@@ -276,7 +277,7 @@ class TestData:
         toy.make_folder(tmp_path / "flowers", per_class=12)
         (tmp_path / "flowers" / "disc" / "LICENSE").mkdir()
         (tmp_path / "flowers" / "disc" / "LICENSE" / "text.txt").write_text("free")
-        with pytest.raises(data.DataError, match="no training image of LICENSE"):
+        with pytest.raises(CommandError, match="no training image of LICENSE"):
             data.load(str(tmp_path / "flowers"))
 
     @pytest.mark.parametrize(("split", "told"), [("test", "test"), ("val", "validation")])
@@ -284,7 +285,7 @@ class TestData:
         for name in ("train", "val", "test"):
             toy.make_folder(tmp_path / name, per_class=6)
         shutil.rmtree(tmp_path / split / "frame")
-        with pytest.raises(data.DataError, match=f"no {told} image of frame"):
+        with pytest.raises(CommandError, match=f"no {told} image of frame"):
             data.load(str(tmp_path))
 
     def test_a_damaged_archive_is_one_clear_line(self, tmp_path: Path) -> None:
@@ -315,13 +316,13 @@ class TestData:
             (link.getvalue(), "linkname 'disc/nowhere.png' not found"),
         ):
             (tmp_path / "archive").write_bytes(content)
-            with pytest.raises(data.DataError, match=f"/archive: .*{error}.*; expected a folder, a tar archive"):
+            with pytest.raises(CommandError, match=f"/archive: .*{error}.*; expected a folder, a tar archive"):
                 data.load(str(tmp_path / "archive"))
 
     def test_an_unreadable_file_is_one_clear_line(self, toy_folder: Path, tmp_path: Path) -> None:
         source = shutil.copytree(toy_folder, tmp_path / "source")
         (source / "disc" / "more.png").symlink_to("/proc/self/mem")  # looks like a file, but cannot be read
-        with pytest.raises(data.DataError, match=r"disc/more.png: Input/output error; expected a file that can be"):
+        with pytest.raises(CommandError, match=r"disc/more.png: Input/output error; expected a file that can be"):
             data.load(str(source))
 
 
@@ -485,7 +486,7 @@ def test_training_uses_strips_where_they_pay(loaded: data.Data, toy_run: Path, t
 
 @pytest.mark.parametrize("widths", ["", "8,", "8,-1", "eight"])
 def test_widths_that_are_not_numbers_are_one_clear_line(loaded: data.Data, widths: str) -> None:
-    with pytest.raises(data.DataError, match=f"--widths '{widths}'; expected numbers of channels"):
+    with pytest.raises(CommandError, match=f"--widths '{widths}'; expected numbers of channels"):
         build_config("toy", loaded, Recipe(widths=widths))
 
 
@@ -530,12 +531,12 @@ def test_an_out_of_range_hyperparameter_is_one_clear_line(
 ) -> None:
     """Typed, or recorded in the run that --like names."""
     flag, typed = "--" + name.replace("_", "-"), ["photos", "--name", "it", "--out", "it"]
-    with pytest.raises(data.DataError, match=f"^{flag} {value}: Input should be"):
+    with pytest.raises(CommandError, match=f"^{flag} {value}: Input should be"):
         parse_arguments([*typed, flag, str(value)])
     run = shutil.copytree(toy_run, tmp_path / "run")
     record = json.loads((run / RUN).read_text())
     (run / RUN).write_text(json.dumps({**record, "recipe": {**record["recipe"], name: value}}))
-    with pytest.raises(data.DataError, match=f"{run}: {flag} {value}: Input should be"):
+    with pytest.raises(CommandError, match=f"{run}: {flag} {value}: Input should be"):
         parse_arguments([*typed, "--like", str(run)])
 
 
@@ -719,7 +720,7 @@ def test_a_start_trained_on_held_out_images_is_refused(
     val, test = (sum(image.tobytes() in seen for image in split.images) for split in (other.val, other.test))
     assert min(val, test) > 5
     expected = f"{toy_run}: was trained on {val} of the 12 validation images and {test} of the 24 test images of "
-    with pytest.raises(data.DataError, match=f"{expected}{tmp_path}; expected none of either"):
+    with pytest.raises(CommandError, match=f"{expected}{tmp_path}; expected none of either"):
         begin_from(Trained.read(toy_run), other)
 
 
@@ -827,7 +828,7 @@ def test_a_damaged_run_is_one_clear_line(toy_run: Path, tmp_path: Path) -> None:
     for name, read in ((RUN, read_record), (CHECKPOINT, read_weights)):
         damaged = shutil.copytree(toy_run, tmp_path / name)
         os.truncate(damaged / name, (damaged / name).stat().st_size // 2)
-        with pytest.raises(data.DataError, match=f"{damaged / name}: .*; expected whole .*, not a damaged file"):
+        with pytest.raises(CommandError, match=f"{damaged / name}: .*; expected whole .*, not a damaged file"):
             read(damaged)
 
 
@@ -885,7 +886,7 @@ def test_a_checkpoint_without_a_record_of_teachers_resumes_only_without_them(
     save_file(tensors, tmp_path / CHECKPOINT, metadata={"position": json.dumps(position)})
     fit.resume()
     fit.take_teacher(Trained.read(toy_run))
-    with pytest.raises(data.DataError, match=r"on record for --teacher are weights none; expected [0-9a-f]{12}$"):
+    with pytest.raises(CommandError, match=r"on record for --teacher are weights none; expected [0-9a-f]{12}$"):
         fit.resume()
 
 
@@ -897,7 +898,7 @@ def test_a_run_older_than_a_hyperparameter_resumes_with_its_default(loaded: data
     save_file(tensors, tmp_path / CHECKPOINT, metadata={"position": json.dumps(position)})
     fit.resume()
     fit.recipe = recipe.model_copy(update={"flip": 0})
-    with pytest.raises(data.DataError, match=r"its recipe has {'flip': 1}; expected {'flip': 0}$"):
+    with pytest.raises(CommandError, match=r"its recipe has {'flip': 1}; expected {'flip': 0}$"):
         fit.resume()
 
 
@@ -930,7 +931,7 @@ def test_a_teacher_of_another_size_is_refused(toy_folder: Path, toy_run: Path, t
 
 
 def test_weights_that_cannot_be_written_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=r"no/weights: .*No such file or directory"):
+    with pytest.raises(CommandError, match=r"no/weights: .*No such file or directory"):
         write_weights({"a": torch.zeros(1)}, tmp_path / "no" / "weights")
 
 
@@ -1144,7 +1145,7 @@ def test_a_folder_too_small_for_three_splits_is_one_clear_line(toy_folder: Path,
         (tmp_path / name).mkdir()
         for file in sorted((toy_folder / name).iterdir())[:2]:
             shutil.copy(file, tmp_path / name)
-    with pytest.raises(data.DataError, match="validation and test take all 6 files; expected 3 and more of each class"):
+    with pytest.raises(CommandError, match="validation and test take all 6 files; expected 3 and more of each class"):
         data.load(str(tmp_path))
 
 

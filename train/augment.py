@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.data import DataError, Split
+from train.command import CommandError
+from train.data import Split
 from train.parallel import ALONE, Group
 from train.recipe import Recipe
 
@@ -68,7 +69,7 @@ class Augmented:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.recipe, self.device, self.group = recipe, device, group
         if len(split) // len(self) < 2 * group.size:
-            raise DataError(
+            raise CommandError(
                 f"--batch-size {recipe.batch_size} of {len(split)} training images for {group.size} processes; "
                 f"expected at least {2 * group.size} of both, two for each process"
             )

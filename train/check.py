@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from model.preprocess import Pixels
 from train import command
-from train.data import Data, DataError, Split, load
+from train.command import CommandError
+from train.data import Data, Split, load
 
 EXAMPLES = 5
 """How many examples of a finding are named, unless all are asked for."""
@@ -54,7 +55,7 @@ class Found(NamedTuple):
 def check(data: Data, examples: int | None = EXAMPLES) -> Findings:
     """The findings about ``data``, as stored in ``run.json``, with up to ``examples`` of each, or all if None.
 
-    Raises ``DataError`` if training would be meaningless.
+    Raises ``CommandError`` if training would be meaningless.
     """
     groups = exact_duplicates(data)
     leaked = [group for group in groups if len({found.split for found in group}) > 1]
@@ -153,10 +154,10 @@ def _refuse_meaningless(data: Data, leaked: list[list[Found]], conflicting: list
     trained = [group for group in leaked if any(found.split == "train" for found in group)]
     tested = sum(found.split == "test" for group in trained for found in group)
     if tested > MEANINGLESS * len(data.test):
-        raise DataError(f"{data.source}: {tested} of {len(data.test)} test images are training images as well")
+        raise CommandError(f"{data.source}: {tested} of {len(data.test)} test images are training images as well")
     doubtful = sum(found.split == "train" for group in conflicting for found in group)
     if doubtful > MEANINGLESS * len(data.train):
-        raise DataError(f"{data.source}: {doubtful} of {len(data.train)} training images are in two classes")
+        raise CommandError(f"{data.source}: {doubtful} of {len(data.train)} training images are in two classes")
 
 
 def print_findings(findings: Findings) -> None:

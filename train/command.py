@@ -13,7 +13,7 @@ from model.verification import VerificationError
 
 
 class CommandError(Exception):
-    """Invalid input from the user, explained in one line."""
+    """What the user can mend, such as data or options that do not fit, explained in one line."""
 
 
 def run(main: Callable[[], None]) -> None:

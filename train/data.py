@@ -52,14 +52,8 @@ DIGEST_BITS = 63
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 MIN_STD = 1.0
 """Least standard deviation assumed of a channel, in units of 0..255, so that dividing by it stays finite."""
-
-
 BATCH_PIXELS = 512 * 64 * 64
 """Most pixels in a batch whose size was not specified: the default network needs about 3 GB to train on them."""
-
-
-class DataError(CommandError):
-    """A source without usable labelled images, or options that do not fit it."""
 
 
 def batch_of(size: tuple[int, int], most: int) -> int:
@@ -143,11 +137,11 @@ class Folder(Files):
         self._paths = {path.relative_to(root).as_posix(): path for path in _walk(root, self.empty)}
 
     def __getitem__(self, name: str) -> bytes:
-        """Raises ``DataError`` for a file that cannot be read."""
+        """Raises ``CommandError`` for a file that cannot be read."""
         try:
             return self._paths[name].read_bytes()
         except OSError as error:
-            raise DataError(f"{self._paths[name]}: {error.strerror}; expected a file that can be read") from error
+            raise CommandError(f"{self._paths[name]}: {error.strerror}; expected a file that can be read") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
@@ -180,7 +174,7 @@ def _refuse(error: OSError) -> NoReturn:
 def test_files(source: str) -> list[tuple[str, bytes]]:
     """Class name and content of every test image of a folder or archive, as a client would send it."""
     if source == CIFAR10:
-        raise DataError(f"{CIFAR10!r} has no files to send; expected a folder or a tar archive")
+        raise CommandError(f"{CIFAR10!r} has no files to send; expected a folder or a tar archive")
     files = read_files(Path(source))
     names = _arrange(source, files).test
     found = ((PurePosixPath(name).parts[-2], files[name]) for name in names)
@@ -198,7 +192,7 @@ def _is_image(content: bytes) -> bool:
 def load(source: str, size: tuple[int, int] | None = None) -> Data:
     """Decode all of ``source`` into memory, at ``size`` (height, width) or at a size chosen from the training images.
 
-    Raises ``DataError`` if the source is missing or offline, has fewer than two classes or a class without images in
+    Raises ``CommandError`` if the source is missing or offline, has fewer than two classes or a class without images in
     some split, or needs more memory than there is.
     """
     if source == CIFAR10:
@@ -207,12 +201,14 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     arranged = _arrange(source, files)
     classes = tuple(sorted({PurePosixPath(n).parts[-2] for n in (*arranged.train, *arranged.val, *arranged.test)}))
     if len(classes) < 2:
-        raise DataError(f"{source}: found classes {list(classes)}; expected at least two folders of images")
+        raise CommandError(f"{source}: found classes {list(classes)}; expected at least two folders of images")
     for name in classes:
         if name != name.encode(errors="replace").decode():
-            raise DataError(f"{source}: the folder {name!r}; expected a name in UTF-8")
+            raise CommandError(f"{source}: the folder {name!r}; expected a name in UTF-8")
     if not arranged.train:
-        raise DataError(f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class")
+        raise CommandError(
+            f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class"
+        )
     size = size or _choose_size(files[name] for name in arranged.train)
     _require_memory(source, size, len(arranged.train) + len(arranged.val) + len(arranged.test))
     skipped = [f"{name}: in a folder that is no class of a split" for name in sorted(arranged.unused)]
@@ -223,15 +219,15 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     for kind, split in (("training", train), ("validation", val), ("test", test)):
         without = [name for index, name in enumerate(classes) if not (split.labels == index).any()]
         if without:
-            raise DataError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
+            raise CommandError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
     return Data(source, classes, train, val, test, tuple(skipped), arranged.by_content)
 
 
 def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
-    """Raise ``DataError`` if so many images need more memory than is available: the kernel would kill this process."""
+    """Raise ``CommandError`` if so many images need more memory than there is: the kernel would kill this process."""
     needed, available = PEAK_COPIES * images * size[0] * size[1] * 3, available_memory()
     if needed > available:
-        raise DataError(
+        raise CommandError(
             f"{source}: {images} images of {size[0]}x{size[1]} pixels take {needed / 2**30:.1f} GiB of memory; "
             f"expected at most {available / 2**30:.1f}, which a smaller --size takes"
         )
@@ -253,7 +249,7 @@ def _load_cifar10(size: tuple[int, int] | None) -> Data:
             fcntl.flock(lock, fcntl.LOCK_EX)
             train, test = (datasets.CIFAR10(DOWNLOADS, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
-        raise DataError(
+        raise CommandError(
             f"cifar10: cannot be downloaded ({error}); expected a network connection, the extracted archive in "
             f"{DOWNLOADS}/, or a folder of images as the source"
         ) from error
@@ -282,7 +278,7 @@ def is_part_of(source: str, origin: str) -> bool:
 
 
 def read_files(root: Path) -> Files:
-    """The files of a folder or, held in memory, of a tar archive; raises ``DataError`` if it cannot be read."""
+    """The files of a folder or, held in memory, of a tar archive; raises ``CommandError`` if it cannot be read."""
     content: dict[str, bytes] = {}
     try:
         if root.is_dir():
@@ -297,7 +293,7 @@ def read_files(root: Path) -> Files:
                 raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
     # Besides its own errors, tarfile lets decompression errors through, and a KeyError for a dangling link.
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
+        raise CommandError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
     return content
 
 
@@ -351,10 +347,10 @@ def _arrange(source: str, files: Files) -> Arrangement:
             by_folder.setdefault(SPLITS.get(folder.lower(), folder), []).append(name)
     if "train" not in by_folder:
         if split := next((name for name in ("test", "val") if name in by_folder), None):
-            raise DataError(f"{source}: found {split}/ but no train/; expected both, or just folders of classes")
+            raise CommandError(f"{source}: found {split}/ but no train/; expected both, or just folders of classes")
         return _hold_out(files, sorted(name for group in by_folder.values() for name in group))
     if "test" not in by_folder:
-        raise DataError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
+        raise CommandError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
     train, test = by_folder["train"], by_folder["test"]
     unused = tuple(name for folder in by_folder.keys() - set(SPLITS.values()) for name in by_folder[folder])
     if val := by_folder.get("val"):
@@ -433,7 +429,7 @@ def _choose_size(contents: Iterable[bytes]) -> tuple[int, int]:
             continue
         sides.append(min(header.width, header.height))
     if not sides:
-        raise DataError("no training image could be read")
+        raise CommandError("no training image could be read")
     side = round(statistics.median(sides) / SIDE_STEP) * SIDE_STEP
     return (min(max(side, MIN_SIDE), MAX_SIDE),) * 2
 
@@ -462,6 +458,6 @@ def _decode_split(
         digests.append(digest(content))
         read.append(name)
     if not images:
-        raise DataError(f"split {split!r} has no readable image among {len(names)} files")
+        raise CommandError(f"split {split!r} has no readable image among {len(names)} files")
     labels = [classes.index(PurePosixPath(name).parts[-2]) for name in read]
     return Split(np.stack(images), np.asarray(labels, np.int64), tuple(read), tuple(sizes), tuple(digests))

@@ -29,7 +29,7 @@ from model.statistics import edges
 from model.verification import verify
 from train import command, runs
 from train.command import CommandError
-from train.data import Data, DataError, Split, batch_of
+from train.data import Data, Split, batch_of
 from train.measure import run_runtime
 from train.metrics import int8_tolerance, within
 from train.to_onnx import write_onnx
@@ -109,7 +109,7 @@ def git_commit() -> str:
 def export(run: Path, source: str, out: Path) -> Artifact:
     """Write the artifact of ``run`` to ``out``, which stays as it was on any error.
 
-    Raises ``DataError`` for an unfinished run or other data, ``ParityError`` if INT8 loses too much accuracy, and
+    Raises ``CommandError`` for an unfinished run or other data, ``ParityError`` if INT8 loses too much accuracy, and
     ``VerificationError`` if a runtime does not reproduce the reference outputs.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def export(run: Path, source: str, out: Path) -> Artifact:
 
 def _write(run: Path, source: str, out: Path) -> Artifact:
     if not (run / runs.RUN).exists():
-        raise DataError(f"{run}: not a finished run, for it has no {runs.RUN}; go on with --resume")
+        raise CommandError(f"{run}: not a finished run, for it has no {runs.RUN}; go on with --resume")
     training = runs.read_record(run)
     config, network = load_run(run)
     data = runs.load_data_of(config, training, source)

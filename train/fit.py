@@ -39,7 +39,8 @@ from model.network import ConvNet
 from train import command
 from train.augment import Augmented, Batch
 from train.check import check, print_findings
-from train.data import MIN_SIDE, Data, DataError, Split, batch_of, load
+from train.command import CommandError
+from train.data import MIN_SIDE, Data, Split, batch_of, load
 from train.muon import Muon
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
@@ -70,7 +71,7 @@ def choose_batch_size(images: int, size: tuple[int, int]) -> int:
 
 
 def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
-    """Raise ``DataError`` for options that are invalid whatever the data."""
+    """Raise ``CommandError`` for options that are invalid whatever the data."""
     _config(name, ("one", "other"), size or (MIN_SIDE,) * 2, ((0.0,) * 3, (1.0,) * 3), recipe)
 
 
@@ -81,9 +82,9 @@ def _config(
     while side // 2 >= SMALLEST_MAP:
         stages, side = stages + 1, side // 2
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", recipe.widths):
-        raise DataError(f"--widths {recipe.widths!r}; expected numbers of channels such as 64,256")
+        raise CommandError(f"--widths {recipe.widths!r}; expected numbers of channels such as 64,256")
     if not stages:
-        raise DataError(f"--size {side}; expected at least {2 * SMALLEST_MAP} pixels")
+        raise CommandError(f"--size {side}; expected at least {2 * SMALLEST_MAP} pixels")
     widths = [int(width) for width in recipe.widths.split(",")]
     mean, std = statistics
     try:
@@ -305,20 +306,22 @@ class Fit:
         """Give every process the state of the first: its weights, and where it resumes."""
         tensors, position = self.group.broadcast(self.state())
         if position["data_sha256"] != self.data_sha256:
-            raise DataError(f"{self.data.source}: process {self.group.rank} found other data there than the first one")
+            raise CommandError(
+                f"{self.data.source}: process {self.group.rank} found other data there than the first one"
+            )
         self.restore(tensors, position)
 
     def take_start(self, start: Trained) -> None:
         """Begin with the weights of ``start`` where this network has the same layers, and random ones elsewhere.
 
         The head is random for other classes, and so are stages that ``start`` lacks because its images are smaller.
-        Raises ``DataError`` for stages of another shape, and when ``start`` has learned from images that are held out
-        here: every figure of them would be too good.
+        Raises ``CommandError`` for stages of another shape, and when ``start`` has learned from images held out here:
+        every figure of them would be too good.
         """
         theirs, ours = start.config, self.config
         shared = min(len(theirs.widths), len(ours.widths))
         if (theirs.widths[:shared], theirs.depth) != (ours.widths[:shared], ours.depth):
-            raise DataError(
+            raise CommandError(
                 f"{start.path}: a network of widths {list(theirs.widths)} and depth {theirs.depth}; expected "
                 f"{list(ours.widths)} and {ours.depth} (--like takes its recipe)"
             )
@@ -340,7 +343,7 @@ class Fit:
             splits = (self.data.val, self.data.test)
             val, test = (sum(digest in start.digests for digest in split.digests) for split in splits)
             if val or test:
-                raise DataError(
+                raise CommandError(
                     f"{start.path}: was trained on {val} of the {len(self.data.val)} validation images and {test} of "
                     f"the {len(self.data.test)} test images of {self.data.source}; expected none of either"
                 )
@@ -351,12 +354,12 @@ class Fit:
             )
 
     def take_teacher(self, trained: Trained) -> None:
-        """Learn from the network of ``trained`` too; raises ``DataError`` if its classes or input size differ."""
+        """Learn from the network of ``trained`` too; raises ``CommandError`` if its classes or input size differ."""
         classes = trained.config.classes
         if classes != self.data.classes:
-            raise DataError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
+            raise CommandError(f"{trained.path}: a teacher of {list(classes)}; expected {list(self.data.classes)}")
         if (size := trained.config.input_size) != self.data.input_size:
-            raise DataError(f"{trained.path}: a teacher of {size} pixels; expected {self.data.input_size}")
+            raise CommandError(f"{trained.path}: a teacher of {size} pixels; expected {self.data.input_size}")
         teacher = self._network(trained.config)
         teacher.load_state_dict(trained.weights)
         self.teachers.append(teacher.eval().requires_grad_(False))
@@ -365,10 +368,10 @@ class Fit:
             print(f"--teacher {trained.path}: was trained on other data, {trained.record['source']}")
 
     def resume(self) -> None:
-        """Restore the checkpoint in ``out``; raises ``DataError`` if the recipe, data, start or teachers differ."""
+        """Restore the checkpoint in ``out``; raises ``CommandError`` if the recipe, data, start or teachers differ."""
         path = self.out / CHECKPOINT
         if not path.exists():
-            raise DataError(f"{self.out}: has no {CHECKPOINT} to resume from")
+            raise CommandError(f"{self.out}: has no {CHECKPOINT} to resume from")
         with open_weights(path) as checkpoint:
             position = json.loads(checkpoint.metadata()["position"])
             tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
@@ -376,13 +379,13 @@ class Fit:
         begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # older runs lack newer hyperparameters
         if differing := [name for name in wanted if begun[name] != wanted[name]]:
             theirs, ours = ({name: recipe[name] for name in differing} for recipe in (begun, wanted))
-            raise DataError(f"{path}: its recipe has {theirs}; expected {ours}")
+            raise CommandError(f"{path}: its recipe has {theirs}; expected {ours}")
         if position["data_sha256"] != self.data_sha256:
-            raise DataError(f"{path}: was trained on other data than {self.data.source}")
+            raise CommandError(f"{path}: was trained on other data than {self.data.source}")
         for option, given in self.learned_from.items():
             recorded = position.get("learned_from", {}).get(option, [])  # older checkpoints have none on record
             if recorded != given:
-                raise DataError(
+                raise CommandError(
                     f"{path}: on record for --{option} are weights {_short(recorded)}; expected {_short(given)}"
                 )
         self.restore(tensors, position)
@@ -455,17 +458,17 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
 
 
 def read_recipe(given: dict[str, Any], where: str = "") -> Recipe:
-    """The recipe with these hyperparameters; raises ``DataError`` with ``where``, the flag, its value and its bound."""
+    """The recipe with these values; raises ``CommandError`` with ``where``, the flag, its value and its bound."""
     try:
         return Recipe(**given)
     except ValidationError as error:
         raise _wrong_flag(error, where) from error
 
 
-def _wrong_flag(error: ValidationError, where: str = "") -> DataError:
+def _wrong_flag(error: ValidationError, where: str = "") -> CommandError:
     """One line about the first invalid value."""
     wrong = error.errors()[0]
-    return DataError(f"{where}{_flag(str(wrong['loc'][0]))} {wrong['input']!r}: {wrong['msg']}")
+    return CommandError(f"{where}{_flag(str(wrong['loc'][0]))} {wrong['input']!r}: {wrong['msg']}")
 
 
 def _flag(name: str) -> str:
@@ -473,13 +476,13 @@ def _flag(name: str) -> str:
 
 
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
-    """Resume the run in ``--out``, or start a new one there; raises ``DataError`` for a run of another name."""
+    """Resume the run in ``--out``, or start a new one there; raises ``CommandError`` for a run of another name."""
     if resume:
         fit.resume()
         path = fit.out / CONFIG
         # After a kill before the first epoch there may be none.
         if path.exists() and (name := ModelConfig.load(path).name) != config.name:
-            raise DataError(f"{path}: its --name is {name!r}; expected {config.name!r}")
+            raise CommandError(f"{path}: its --name is {name!r}; expected {config.name!r}")
     fit.save()
     config.save(fit.out / CONFIG)
 
@@ -529,7 +532,7 @@ def run_to_the_end(fit: Fit) -> None:
         print(f"\nstopped; {held}: go on with --resume", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        raise DataError(f"{error}; expected a --batch-size smaller than {fit.recipe.batch_size}") from error
+        raise CommandError(f"{error}; expected a --batch-size smaller than {fit.recipe.batch_size}") from error
 
 
 def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
@@ -538,7 +541,7 @@ def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, gro
     size = (options.size,) * 2 if options.size else None
     check_options(options.name, size, recipe)
     if (options.out / CHECKPOINT).exists() and not options.resume:
-        raise DataError(f"{options.out}: holds a run already; --resume it, or choose another --out (make: RUN=)")
+        raise CommandError(f"{options.out}: holds a run already; --resume it, or choose another --out (make: RUN=)")
     start = Trained.read(options.start) if options.start else None
     teachers = [Trained.read(run) for run in options.teacher]
     options.out.mkdir(parents=True, exist_ok=True)

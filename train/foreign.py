@@ -23,7 +23,8 @@ from model.classifier import Classifier
 from model.preprocess import Pixels
 from model.runtimes import create
 from train import command
-from train.data import DataError, read_photos
+from train.command import CommandError
+from train.data import read_photos
 from train.measure import THREADS, load_own_data, run_runtime, write_figures
 
 SYNTHETIC_IMAGES = 500
@@ -73,10 +74,10 @@ KINDS: dict[str, Maker] = {"noise": noise, "blobs": blobs, "letters": letters, "
 
 
 def foreign_photos(source: str, classes: tuple[str, ...], size: tuple[int, int]) -> Pixels:
-    """Every readable image of ``source`` in a folder not named after a class; raises ``DataError`` if there is none."""
+    """Every readable image of ``source`` in a folder not named after a class; raises ``CommandError`` without any."""
     images = read_photos(Path(source), size, lambda folder: folder not in classes).images
     if not images:
-        raise DataError(f"{source}: no image in a folder that is none of the classes {', '.join(classes)}")
+        raise CommandError(f"{source}: no image in a folder that is none of the classes {', '.join(classes)}")
     return np.stack(images)
 
 

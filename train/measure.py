@@ -20,7 +20,7 @@ THREADS = len(os.sched_getaffinity(0))
 
 
 def load_own_data(artifact: Artifact, source: str) -> Data:
-    """The data that ``artifact`` was trained on, from ``source``; raises ``DataError`` if that holds other data."""
+    """The data that ``artifact`` was trained on, from ``source``; raises ``CommandError`` if that holds other data."""
     return load_data_of(artifact.config, artifact.card["training"], source)
 
 

@@ -28,7 +28,7 @@ from model.tables import with_interval
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import DataError, Split, batch_of, read_photos, stratified
+from train.data import Split, batch_of, read_photos, stratified
 from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import Z_95, accuracy_interval, accuracy_line, proportion
 
@@ -108,7 +108,7 @@ def photographs(runtime: Runtime, artifact: Artifact, source: Path) -> dict[str,
     config = artifact.config
     photos = read_photos(source, config.input_size, lambda folder: folder in config.classes)
     if not photos.images:
-        raise DataError(f"{source}: no readable image in a folder named after a class, {', '.join(config.classes)}")
+        raise CommandError(f"{source}: no readable image in a folder named after a class, {', '.join(config.classes)}")
     labels = [config.classes.index(folder) for folder in photos.folders]
     right = verdicts(run_runtime(runtime, np.stack(photos.images))) == labels
     counts, hits = Counter(labels), Counter(np.asarray(labels)[right].tolist())

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model.artifact import CARD, CONFIG, WEIGHTS
 from model.config import ModelConfig
-from train.data import Data, DataError, load
+from train.command import CommandError
+from train.data import Data, load
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
 DIGESTS = "trained_on"
@@ -32,7 +33,7 @@ class Trained(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Trained:
-        """Raises ``DataError`` unless ``path`` is a finished run or an artifact."""
+        """Raises ``CommandError`` unless ``path`` is a finished run or an artifact."""
         return cls(path, read_weights(path), read_record(path), ModelConfig.load(path / CONFIG), read_digests(path))
 
     def holds_out_by_content(self) -> bool:
@@ -52,7 +53,7 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
     """The weights of the network of a run or an artifact, on the CPU."""
     path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
     if not path.exists():
-        raise DataError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
+        raise CommandError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
     with open_weights(path) as checkpoint:
         names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
         return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
@@ -70,44 +71,44 @@ def read_digests(trained: Path) -> set[int] | None:
 
 
 def open_weights(path: Path) -> safe_open:
-    """Open a safetensors file; raises ``DataError`` if it is damaged, such as cut off."""
+    """Open a safetensors file; raises ``CommandError`` if it is damaged, such as cut off."""
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise DataError(f"{path}: {error}; expected whole weights, not a damaged file") from error
+        raise CommandError(f"{path}: {error}; expected whole weights, not a damaged file") from error
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; raises ``DataError`` if ``path`` cannot be written or the disk is full."""
+    """Write a safetensors file; raises ``CommandError`` if ``path`` cannot be written or the disk is full."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise CommandError(f"{path}: {error}") from error
 
 
 def read_record(trained: Path) -> dict[str, Any]:
     """The record of the training, from a finished run or from the card of an artifact."""
     path = trained / (RUN if (trained / RUN).exists() else CARD)
     if not path.exists():
-        raise DataError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
+        raise CommandError(f"{trained}: not finished, for it has neither {RUN} nor {CARD}; --resume it first")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise DataError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
+        raise CommandError(f"{path}: {error}; expected whole JSON, not a damaged file") from error
     record: dict[str, Any] = content if path.name == RUN else content["training"]
     return record
 
 
 def load_data_of(config: ModelConfig, record: dict[str, Any], source: str) -> Data:
-    """The data of a training, from ``source``; raises ``DataError`` if that holds other data.
+    """The data of a training, from ``source``; raises ``CommandError`` if that holds other data.
 
     Images held out from other data may have been trained on: every figure of them would be too good.
     """
     data = load(source, config.input_size)
     if data.classes != config.classes:
-        raise DataError(f"{source}: classes {list(data.classes)}; expected {list(config.classes)}")
+        raise CommandError(f"{source}: classes {list(data.classes)}; expected {list(config.classes)}")
     if data.sha256() != record["data_sha256"]:
-        raise DataError(
+        raise CommandError(
             f"{source}: not the data of the training, {record['source']}: images held out here may have been trained on"
         )
     return data
