@@ -56,6 +56,8 @@ from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
 from train.runs import CHECKPOINT, RUN, Trained, read_record, read_weights, write_weights
+from train.sources import read_files
+from train.splits import SPLITS, arrange
 from train.strips import WIDEST_MAP, StripConv2d, use_strips
 from train.to_onnx import Calibration
 
@@ -98,9 +100,7 @@ class TestData:
         lone = 0
         for start in range(0, 2000, 50):
             names = [f"a/{i}" for i in range(start, start + 50)]
-            splits = [
-                data._arrange("", {name: DOT + name.encode() for name in names[:count]}) for count in range(10, 51)
-            ]
+            splits = [arrange("", {name: DOT + name.encode() for name in names[:count]}) for count in range(10, 51)]
             for smaller, larger in pairwise(splits):
                 assert set(smaller.train) <= set(larger.train)
             lone += len(splits[0].test) == len(splits[0].val) == 1
@@ -110,7 +110,7 @@ class TestData:
     def test_a_class_with_few_images_has_one_in_each_split(self, count: int) -> None:
         for start in range(0, 60_000, count):
             files = {f"a/{i}": DOT + i.to_bytes(2) for i in range(start, start + count)}
-            arranged = data._arrange("", files)
+            arranged = arrange("", files)
             assert all(arranged[:3])
             assert sorted(arranged.train + arranged.val + arranged.test) == sorted(files)
 
@@ -119,7 +119,7 @@ class TestData:
         files = {
             f"{split}/{name}/{i:04}": b"" for split in ("train", "test") for name in range(10) for i in range(5000)
         }
-        arranged = data._arrange("", files)
+        arranged = arrange("", files)
         assert len(arranged.val) == 2500
         drawn = hashlib.sha256("\n".join(arranged.val).encode()).hexdigest()
         assert drawn == "2985315fddb0e3c68a4ea6147a54a9117b9462dec8dc5dc4f6baefbe87b3fc21"
@@ -182,7 +182,7 @@ class TestData:
         """Taken for one folder of classes, most of its images would become training images."""
         shutil.copytree(toy_folder, tmp_path / "training_set")
         shutil.copytree(toy_folder, tmp_path / name)
-        with pytest.raises(CommandError, match=f"found {data.SPLITS[name.lower()]}/ but no train/; expected both"):
+        with pytest.raises(CommandError, match=f"found {SPLITS[name.lower()]}/ but no train/; expected both"):
             data.load(str(tmp_path))
 
     def test_a_file_that_is_no_image_takes_no_images_place(self, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ class TestData:
             (tmp_path / name).mkdir()
             (tmp_path / name / "1.png").write_bytes(b"")
             (tmp_path / name / "related").symlink_to(tmp_path / other)
-        assert sorted(data.read_files(tmp_path)) == [
+        assert sorted(read_files(tmp_path)) == [
             "rose/1.png",
             "rose/related/1.png",
             "tulip/1.png",
@@ -229,7 +229,7 @@ class TestData:
         """A file rewritten after the folder was listed is read with its new content."""
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "1").write_bytes(b"first")
-        files = data.read_files(tmp_path)
+        files = read_files(tmp_path)
         (tmp_path / "a" / "1").write_bytes(b"second")
         assert dict(files) == {"a/1": b"second"}
         (tmp_path / "a" / "1").unlink()

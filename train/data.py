@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import lzma
-import os
 import re
 import statistics
-import tarfile
-import zlib
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,26 +24,13 @@ from tqdm import tqdm
 from model.headers import ImageError, read_header
 from model.preprocess import Pixels, inspect, preprocess, render, resize
 from train.command import CommandError
+from train.sources import Files, Folder, read_files
+from train.splits import VALIDATION_SHARE, Arrangement, arrange, class_of, digest, stratified
 
 CIFAR10 = "cifar10"
 DOWNLOADS = Path("data")
-VALIDATION_SHARE = 0.05
-TEST_SHARE = 0.1
-"""Share of a flat folder that becomes its test split."""
-HELD_OUT_SHARE = TEST_SHARE + (1 - TEST_SHARE) * VALIDATION_SHARE
-"""Share of a flat folder that becomes its test and validation splits."""
-SPLIT_SEED = 0
-"""Independent of the training seed, so that runs with different seeds are evaluated on the same images."""
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-"""Folder names of each split, in any case."""
 PEAK_COPIES = 2
 """Peak memory as a multiple of the decoded pixels, while the images of a split become one array."""
-DIGEST_BITS = 63
-"""Bits of a digest: as many as fit into an int64 tensor."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 MIN_STD = 1.0
 """Least standard deviation assumed of a channel, in units of 0..255, so that dividing by it stays finite."""
@@ -120,64 +102,12 @@ class Data:
         return digest.hexdigest()
 
 
-Files = Mapping[str, bytes]
-"""The content of each file, by path relative to the root of the source."""
-
-
-class Folder(Files):
-    """The files of a folder, each read on access, because photographs may exceed memory.
-
-    Symbolic links to folders are followed, except in a cycle. Raises ``OSError`` for a folder that cannot be read,
-    whose images would otherwise be missing silently.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.empty: list[str] = []
-        """Empty folders: a class whose images were not copied would otherwise be missing silently."""
-        self._paths = {path.relative_to(root).as_posix(): path for path in _walk(root, self.empty)}
-
-    def __getitem__(self, name: str) -> bytes:
-        """Raises ``CommandError`` for a file that cannot be read."""
-        try:
-            return self._paths[name].read_bytes()
-        except OSError as error:
-            raise CommandError(f"{self._paths[name]}: {error.strerror}; expected a file that can be read") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-
-def _walk(root: Path, empty: list[str]) -> Iterator[Path]:
-    """Every file under ``root``, following links to folders except those that lead round in a cycle or up.
-
-    Adds empty folders to ``empty``.
-    """
-    above: dict[Path, frozenset[Path]] = {}
-    for directory, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        if not (folders or files):
-            empty.append(Path(directory).relative_to(root).as_posix())
-        here = Path(directory).resolve()
-        passed = above.pop(Path(directory), frozenset()) | {here}
-        targets = {name: (here / name).resolve() for name in folders}
-        folders[:] = [name for name, to in targets.items() if to not in passed and not here.is_relative_to(to)]
-        above.update((Path(directory, name), passed) for name in folders)
-        yield from (path for name in files if (path := Path(directory, name)).is_file())
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise error
-
-
 def test_files(source: str) -> list[tuple[str, bytes]]:
     """Class name and content of every test image of a folder or archive, as a client would send it."""
     if source == CIFAR10:
         raise CommandError(f"{CIFAR10!r} has no files to send; expected a folder or a tar archive")
     files = read_files(Path(source))
-    names = _arrange(source, files).test
-    found = ((PurePosixPath(name).parts[-2], files[name]) for name in names)
+    found = ((class_of(name), files[name]) for name in arrange(source, files).test)
     return [(class_name, content) for class_name, content in found if _is_image(content)]
 
 
@@ -198,29 +128,39 @@ def load(source: str, size: tuple[int, int] | None = None) -> Data:
     if source == CIFAR10:
         return _load_cifar10(size)
     files = read_files(Path(source))
-    arranged = _arrange(source, files)
-    classes = tuple(sorted({PurePosixPath(n).parts[-2] for n in (*arranged.train, *arranged.val, *arranged.test)}))
-    if len(classes) < 2:
-        raise CommandError(f"{source}: found classes {list(classes)}; expected at least two folders of images")
-    for name in classes:
-        if name != name.encode(errors="replace").decode():
-            raise CommandError(f"{source}: the folder {name!r}; expected a name in UTF-8")
+    arranged = arrange(source, files)
+    classes = _classes(source, arranged)
     if not arranged.train:
         raise CommandError(
             f"{source}: validation and test take all {len(files)} files; expected 3 and more of each class"
         )
     size = size or _choose_size(files[name] for name in arranged.train)
-    _require_memory(source, size, len(arranged.train) + len(arranged.val) + len(arranged.test))
+    _require_memory(source, size, sum(map(len, arranged.splits.values())))
     skipped = [f"{name}: in a folder that is no class of a split" for name in sorted(arranged.unused)]
     skipped += [f"{name}: an empty folder" for name in sorted(files.empty)] if isinstance(files, Folder) else []
-    train, val, test = (
-        _decode_split(name, getattr(arranged, name), files, classes, size, skipped) for name in ("train", "val", "test")
-    )
-    for kind, split in (("training", train), ("validation", val), ("test", test)):
-        without = [name for index, name in enumerate(classes) if not (split.labels == index).any()]
+    splits = {
+        split: _decode_split(split, names, files, classes, size, skipped) for split, names in arranged.splits.items()
+    }
+    data = Data(source, classes, **splits, skipped=tuple(skipped), by_content=arranged.by_content)
+    _require_every_class(data)
+    return data
+
+
+def _classes(source: str, arranged: Arrangement) -> tuple[str, ...]:
+    classes = sorted({class_of(name) for names in arranged.splits.values() for name in names})
+    if len(classes) < 2:
+        raise CommandError(f"{source}: found classes {classes}; expected at least two folders of images")
+    for name in classes:
+        if name != name.encode(errors="replace").decode():
+            raise CommandError(f"{source}: the folder {name!r}; expected a name in UTF-8")
+    return tuple(classes)
+
+
+def _require_every_class(data: Data) -> None:
+    for kind, split in (("training", data.train), ("validation", data.val), ("test", data.test)):
+        without = [name for index, name in enumerate(data.classes) if not (split.labels == index).any()]
         if without:
-            raise CommandError(f"{source}: no {kind} image of {', '.join(without)}; expected some of every class")
-    return Data(source, classes, train, val, test, tuple(skipped), arranged.by_content)
+            raise CommandError(f"{data.source}: no {kind} image of {', '.join(without)}; expected some of every class")
 
 
 def _require_memory(source: str, size: tuple[int, int], images: int) -> None:
@@ -277,26 +217,6 @@ def is_part_of(source: str, origin: str) -> bool:
     return re.match(rf"{origin}(?!\d)", source) is not None
 
 
-def read_files(root: Path) -> Files:
-    """The files of a folder or, held in memory, of a tar archive; raises ``CommandError`` if it cannot be read."""
-    content: dict[str, bytes] = {}
-    try:
-        if root.is_dir():
-            return Folder(root)
-        with tarfile.open(root) as archive:
-            for member in archive:
-                if file := archive.extractfile(member):
-                    content[PurePosixPath(member.name).as_posix()] = file.read()
-            # An archive ends with a block of zeros, but tarfile takes anything else there for the end, too.
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
-    # Besides its own errors, tarfile lets decompression errors through, and a KeyError for a dangling link.
-    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        raise CommandError(f"{root}: {error}; expected a folder, a tar archive or {CIFAR10!r}") from error
-    return content
-
-
 class Photos(NamedTuple):
     """Images of any size in some folders of a source, preprocessed as in the service."""
 
@@ -314,7 +234,7 @@ def read_photos(source: Path, size: tuple[int, int], is_wanted: Callable[[str], 
     unreadable = of_other_folders = 0
     files = read_files(source)
     for name in sorted(files):
-        folder = PurePosixPath(name).parent.name
+        folder = class_of(name)
         if not is_wanted(folder):
             of_other_folders += 1
             continue
@@ -325,98 +245,6 @@ def read_photos(source: Path, size: tuple[int, int], is_wanted: Callable[[str], 
             continue
         folders.append(folder)
     return Photos(images, folders, unreadable, of_other_folders)
-
-
-class Arrangement(NamedTuple):
-    """File names by split; the class of a file is the folder it lies in."""
-
-    train: list[str]
-    val: list[str]
-    test: list[str]
-    by_content: bool = False
-    unused: tuple[str, ...] = ()
-    """Files that belong to no split, though the source has folders of splits."""
-
-
-def _arrange(source: str, files: Files) -> Arrangement:
-    by_folder: dict[str, list[str]] = {}
-    for name in sorted(files):
-        parts = PurePosixPath(name).parts
-        if len(parts) >= 2 and not any(part.startswith(".") for part in parts):
-            folder = parts[-3] if len(parts) >= 3 else ""
-            by_folder.setdefault(SPLITS.get(folder.lower(), folder), []).append(name)
-    if "train" not in by_folder:
-        if split := next((name for name in ("test", "val") if name in by_folder), None):
-            raise CommandError(f"{source}: found {split}/ but no train/; expected both, or just folders of classes")
-        return _hold_out(files, sorted(name for group in by_folder.values() for name in group))
-    if "test" not in by_folder:
-        raise CommandError(f"{source}: found train/ but no test/; expected both, or just folders of classes")
-    train, test = by_folder["train"], by_folder["test"]
-    unused = tuple(name for folder in by_folder.keys() - set(SPLITS.values()) for name in by_folder[folder])
-    if val := by_folder.get("val"):
-        return Arrangement(train, val, test, unused=unused)
-    # By position, not by content: the shipped models were trained on all but these validation images; a different draw
-    # would put some of their training images into the validation split.
-    held_out = stratified([PurePosixPath(name).parts[-2] for name in train], VALIDATION_SHARE).tolist()
-    train, val = (
-        [name for name, held in zip(train, held_out, strict=True) if held is wanted] for wanted in (False, True)
-    )
-    return Arrangement(train, val, test, unused=unused)
-
-
-def _hold_out(files: Files, names: list[str]) -> Arrangement:
-    """Hold out about TEST_SHARE of each class for test and VALIDATION_SHARE of the rest for validation, at least one.
-
-    A file's content decides, not its position or name: it is held out if its digest is below a limit, or the lowest of
-    its class. So a training image stays one when files are added or the folder is renamed; otherwise a model that
-    continues from one of the smaller folder would be evaluated on images it has seen. Only in a class so small that
-    none would be left for training does the number of images matter too. Files that are no images are put into
-    training, where decoding reports them.
-    """
-    by_class: dict[str, list[tuple[float, str]]] = {}
-    train: list[str] = []
-    for name in names:
-        content = files[name]
-        if _has_header(content):
-            by_class.setdefault(PurePosixPath(name).parts[-2], []).append((digest(content) / 2**DIGEST_BITS, name))
-        else:
-            train.append(name)
-    val: list[str] = []
-    test: list[str] = []
-    for members in by_class.values():
-        members.sort()
-        places, ordered = zip(*members, strict=True)
-        # At least one image for test and one for validation, and one left for training, if there are so many.
-        test_end = max(1, min(bisect_left(places, TEST_SHARE), len(members) - 2))
-        val_end = max(test_end + 1, min(bisect_left(places, HELD_OUT_SHARE), len(members) - 1))
-        test += ordered[:test_end]
-        val += ordered[test_end:val_end]
-        train += ordered[val_end:]
-    return Arrangement(sorted(train), sorted(val), sorted(test), by_content=True)
-
-
-def _has_header(content: bytes) -> bool:
-    try:
-        read_header(content)
-    except ImageError:
-        return False
-    return True
-
-
-def digest(content: bytes) -> int:
-    """The first ``DIGEST_BITS`` bits of the SHA-256 of ``content``."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) >> (64 - DIGEST_BITS)
-
-
-def stratified(labels: list[str] | list[int], share: float) -> NDArray[np.bool_]:
-    """A mask over ``labels`` (N,) that holds out ``share`` of each class, at least one image, by a fixed seed."""
-    rng = np.random.default_rng(SPLIT_SEED)
-    values = np.asarray(labels)
-    mask = np.zeros(len(values), bool)
-    for value in np.unique(values):
-        members = np.flatnonzero(values == value)
-        mask[rng.choice(members, max(1, round(share * len(members))), replace=False)] = True
-    return mask
 
 
 def _choose_size(contents: Iterable[bytes]) -> tuple[int, int]:
@@ -459,5 +287,5 @@ def _decode_split(
         read.append(name)
     if not images:
         raise CommandError(f"split {split!r} has no readable image among {len(names)} files")
-    labels = [classes.index(PurePosixPath(name).parts[-2]) for name in read]
+    labels = [classes.index(class_of(name)) for name in read]
     return Split(np.stack(images), np.asarray(labels, np.int64), tuple(read), tuple(sizes), tuple(digests))

@@ -28,9 +28,10 @@ from model.tables import with_interval
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import Split, batch_of, read_photos, stratified
+from train.data import Split, batch_of, read_photos
 from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import Z_95, accuracy_interval, accuracy_line, proportion
+from train.splits import stratified
 
 IMAGES = 2000
 SEED = 0
