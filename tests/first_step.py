@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import data
-from train.fit import Fit, build_config
+from train.fit import Fit
+from train.options import build_config
 from train.parallel import Group, join
 from train.recipe import Recipe
 

@@ -42,7 +42,7 @@ from train.augment import Augmented
 from train.command import CommandError
 from train.evaluate import cpu_name
 from train.export import BANK_IMAGES, ParityError, evenly_spaced, load_run, parity
-from train.fit import Fit, build_config, choose_batch_size, parse_arguments, public_command
+from train.fit import Fit
 from train.measure import run_runtime
 from train.metrics import (
     Reliability,
@@ -52,6 +52,7 @@ from train.metrics import (
     expected_calibration_error,
 )
 from train.muon import Muon, orthogonalize
+from train.options import build_config, choose_batch_size, parse, public_command
 from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
@@ -532,17 +533,17 @@ def test_an_out_of_range_hyperparameter_is_one_clear_line(
     """Typed, or recorded in the run that --like names."""
     flag, typed = "--" + name.replace("_", "-"), ["photos", "--name", "it", "--out", "it"]
     with pytest.raises(CommandError, match=f"^{flag} {value}: Input should be"):
-        parse_arguments([*typed, flag, str(value)])
+        parse("", [*typed, flag, str(value)])
     run = shutil.copytree(toy_run, tmp_path / "run")
     record = json.loads((run / RUN).read_text())
     (run / RUN).write_text(json.dumps({**record, "recipe": {**record["recipe"], name: value}}))
     with pytest.raises(CommandError, match=f"{run}: {flag} {value}: Input should be"):
-        parse_arguments([*typed, "--like", str(run)])
+        parse("", [*typed, "--like", str(run)])
 
 
 def test_help_describes_each_hyperparameter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+        parse("", ["--help"])
     told = " ".join(capsys.readouterr().out.split())
     for name, field in Recipe.model_fields.items():
         assert f"{field.description} (default: {field.default})" in told, name
@@ -781,12 +782,12 @@ def test_local_paths_stay_out_of_the_card(option: str) -> None:
 
 def test_like_copies_another_networks_recipe(toy_run: Path) -> None:
     typed = ["photos", "--name", "it", "--out", "it", "--like", str(toy_run)]
-    options, recipe = parse_arguments(typed)
-    assert recipe == Recipe(**json.loads((toy_run / RUN).read_text())["recipe"]) != Recipe()
-    assert (options.size, options.batch_size) == (toy.SIDE, recipe.batch_size)
-    options, other = parse_arguments([*typed, "--epochs", "99", "--size", "64", "--batch-size", "7"])
-    assert other == recipe.model_copy(update={"epochs": 99, "batch_size": 7})
-    assert (options.size, options.batch_size) == (64, 7)
+    like = parse("", typed)
+    assert like.recipe == Recipe(**json.loads((toy_run / RUN).read_text())["recipe"]) != Recipe()
+    assert (like.size, like.has_batch_size) == ((toy.SIDE, toy.SIDE), True)
+    other = parse("", [*typed, "--epochs", "99", "--size", "64", "--batch-size", "7"])
+    assert other.recipe == like.recipe.model_copy(update={"epochs": 99, "batch_size": 7})
+    assert other.size == (64, 64)
 
 
 def test_like_reports_what_it_does_not_take_over(
@@ -796,12 +797,12 @@ def test_like_reports_what_it_does_not_take_over(
     record = json.loads((run / RUN).read_text())
     (run / RUN).write_text(json.dumps({**record, "start": record, "teachers": [record]}))
     typed = ["photos", "--name", "it", "--out", "it", "--like", str(run)]
-    parse_arguments(typed)
+    parse("", typed)
     told = capsys.readouterr().out.splitlines()
     assert [line.partition(": ")[2] for line in told] == [
         f"trained with --{option}, which is not taken over" for option in ("start", "teacher")
     ]
-    parse_arguments([*typed, "--start", str(run), "--teacher", str(run)])
+    parse("", [*typed, "--start", str(run), "--teacher", str(run)])
     assert not capsys.readouterr().out
 
 

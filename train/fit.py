@@ -16,19 +16,15 @@ as in fast.ai's DAWNBench entry of 2018), because two CPU cores then finish soon
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import math
-import re
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -40,67 +36,17 @@ from train import command
 from train.augment import Augmented, Batch
 from train.check import check, print_findings
 from train.command import CommandError
-from train.data import MIN_SIDE, Data, Split, batch_of, load
+from train.data import Data, Split, batch_of, load
 from train.muon import Muon
+from train.options import Options, build_config, parse, public_command
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
-from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, read_record, write_weights
+from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, write_weights
 from train.strips import strips_are_faster, use_strips
 
-SMALLEST_MAP = 3
-"""Least side of the last feature map: stages halve the input as often as that allows."""
 WHITENING_IMAGES = 5000
 VALIDATION_BATCH = 500
-EPOCH_STEPS = 20
-"""Least steps per epoch when choosing the batch size, as far as ``SMALLEST_BATCH`` allows: one step teaches little."""
-SMALLEST_BATCH = 16
-"""BatchNorm needs several images."""
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel."""
-
-
-def build_config(name: str, data: Data, recipe: Recipe) -> ModelConfig:
-    """Classes, input size and normalisation from the data, and as many stages as the size allows."""
-    return _config(name, data.classes, data.input_size, data.channel_statistics(), recipe)
-
-
-def choose_batch_size(images: int, size: tuple[int, int]) -> int:
-    """Batch size for ``images`` training images of ``size`` (height, width)."""
-    return max(SMALLEST_BATCH, min(batch_of(size, DEFAULTS.batch_size), images // EPOCH_STEPS))
-
-
-def check_options(name: str, size: tuple[int, int] | None, recipe: Recipe) -> None:
-    """Raise ``CommandError`` for options that are invalid whatever the data."""
-    _config(name, ("one", "other"), size or (MIN_SIDE,) * 2, ((0.0,) * 3, (1.0,) * 3), recipe)
-
-
-def _config(
-    name: str, classes: tuple[str, ...], size: tuple[int, int], statistics: Statistics, recipe: Recipe
-) -> ModelConfig:
-    stages, side = 0, min(size)
-    while side // 2 >= SMALLEST_MAP:
-        stages, side = stages + 1, side // 2
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", recipe.widths):
-        raise CommandError(f"--widths {recipe.widths!r}; expected numbers of channels such as 64,256")
-    if not stages:
-        raise CommandError(f"--size {side}; expected at least {2 * SMALLEST_MAP} pixels")
-    widths = [int(width) for width in recipe.widths.split(",")]
-    mean, std = statistics
-    try:
-        return ModelConfig.model_validate(
-            {
-                "name": name,
-                "classes": classes,
-                "input_size": size,
-                "mean": mean,
-                "std": std,
-                "widths": [*widths, *widths[-1:] * stages][:stages],
-                "depth": recipe.depth,
-            }
-        )
-    except ValidationError as error:
-        raise _wrong_flag(error) from error
 
 
 @torch.no_grad()
@@ -417,64 +363,6 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
     }
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    parser.add_argument("--name", required=True, help="name of the model in the store")
-    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument(
-        "--start",
-        type=Path,
-        metavar="RUN",
-        help="start from the weights of a run or an artifact, of these classes or others",
-    )
-    parser.add_argument(
-        "--teacher", type=Path, metavar="RUN", action="append", default=[], help="a run or an artifact; repeatable"
-    )
-    parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: from the data)")
-    parser.add_argument(
-        "--like",
-        type=Path,
-        metavar="RUN",
-        help="take size and hyperparameters from a run or an artifact; flags given here override them",
-    )
-    for name, default in DEFAULTS.model_dump().items():
-        about = Recipe.model_fields[name].description
-        parser.add_argument(_flag(name), type=type(default), help=f"{about} (default: {default})".replace("%", "%%"))
-    options = parser.parse_args(arguments)
-    given = {name: value for name in Recipe.model_fields if (value := getattr(options, name)) is not None}
-    recipe = read_recipe(given)
-    if options.like:
-        record = read_record(options.like)
-        given = record["recipe"] | given
-        recipe = read_recipe(given, f"{options.like}: ")
-        for option, key in (("start", "start"), ("teacher", "teachers")):
-            if key in record and not getattr(options, option):
-                print(f"--like {options.like}: trained with --{option}, which is not taken over")
-        options.size = options.size or ModelConfig.load(options.like / CONFIG).input_size[0]
-    options.batch_size = given.get("batch_size")
-    return options, recipe
-
-
-def read_recipe(given: dict[str, Any], where: str = "") -> Recipe:
-    """The recipe with these values; raises ``CommandError`` with ``where``, the flag, its value and its bound."""
-    try:
-        return Recipe(**given)
-    except ValidationError as error:
-        raise _wrong_flag(error, where) from error
-
-
-def _wrong_flag(error: ValidationError, where: str = "") -> CommandError:
-    """One line about the first invalid value."""
-    wrong = error.errors()[0]
-    return CommandError(f"{where}{_flag(str(wrong['loc'][0]))} {wrong['input']!r}: {wrong['msg']}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
     """Resume the run in ``--out``, or start a new one there; raises ``CommandError`` for a run of another name."""
     if resume:
@@ -488,8 +376,7 @@ def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
 
 
 def prepare(
-    options: argparse.Namespace,
-    recipe: Recipe,
+    options: Options,
     data: Data,
     start: Trained | None,
     teachers: list[Trained],
@@ -497,8 +384,7 @@ def prepare(
     group: Group,
 ) -> Fit:
     """The run, at the position where it begins or resumes, in the same state in every process."""
-    if options.batch_size is None:
-        recipe = recipe.model_copy(update={"batch_size": choose_batch_size(len(data.train), data.input_size)})
+    recipe = options.recipe_for(data)
     config = build_config(options.name, data, recipe)
     if start:
         # Its filters were trained on images with this normalisation.
@@ -535,20 +421,18 @@ def run_to_the_end(fit: Fit) -> None:
         raise CommandError(f"{error}; expected a --batch-size smaller than {fit.recipe.batch_size}") from error
 
 
-def train(options: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group) -> None:
+def train(options: Options, device: torch.device, group: Group) -> None:
     """A whole run, in each of its processes; the first one writes the files."""
     started = time.time()
-    size = (options.size,) * 2 if options.size else None
-    check_options(options.name, size, recipe)
     if (options.out / CHECKPOINT).exists() and not options.resume:
         raise CommandError(f"{options.out}: holds a run already; --resume it, or choose another --out (make: RUN=)")
     start = Trained.read(options.start) if options.start else None
-    teachers = [Trained.read(run) for run in options.teacher]
+    teachers = [Trained.read(run) for run in options.teachers]
     options.out.mkdir(parents=True, exist_ok=True)
-    data = load(options.source, size)
+    data = load(options.source, options.size)
     findings = check(data)
     print_findings(findings)
-    fit = prepare(options, recipe, data, start, teachers, device, group)
+    fit = prepare(options, data, start, teachers, device, group)
     run_to_the_end(fit)
     if group.rank == 0:
         write_run(fit, findings, start, teachers, started)
@@ -566,16 +450,6 @@ def write_run(
     (fit.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def public_command(arguments: list[str]) -> str:
-    """The command for the card, which is public: absolute paths are cut to their last part."""
-    words = []
-    for argument in arguments:
-        # In --out=/home/me/run the path follows the sign.
-        option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        words.append(option + sign + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(["python", "-m", "train.fit", *words])
-
-
 def keep_memory() -> None:
     """Make glibc reuse large freed blocks.
 
@@ -590,9 +464,9 @@ def keep_memory() -> None:
 
 def main() -> None:
     keep_memory()
-    options, recipe = parse_arguments()
+    options = parse(__doc__)
     with join() as (group, device):
-        train(options, recipe, device, group)
+        train(options, device, group)
 
 
 if __name__ == "__main__":
