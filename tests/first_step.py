@@ -40,7 +40,7 @@ def scale_after_overflow(fit: Fit, overflows: bool) -> Tensor:
     fit.network.zero_grad()
     batch = next(fit.batches.epoch(0))
     fit.backward(batch._replace(views=batch.views * torch.inf) if overflows else batch)
-    for optimizer, _ in fit.optimizers:
+    for optimizer in fit.optimizers:
         fit.scaler.step(optimizer)
     fit.scaler.update()
     return torch.tensor(fit.scaler.get_scale())

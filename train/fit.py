@@ -88,12 +88,11 @@ class Fit:
             {"params": [self.network.head.weight], "weight_decay": recipe.weight_decay},
             {"params": rest},
         ]
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (Muon(filters, recipe.muon_lr, recipe.muon_momentum), recipe.muon_lr),
-            (torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True), recipe.lr),
-        ]
+        muon = Muon(filters, recipe.muon_lr, recipe.muon_momentum)
+        sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (muon, sgd)
         self.states: dict[str, dict[str, Any]] = {
-            name: self.optimizers[0 if p.ndim == 4 else 1][0].state[p] for name, p in self.trained.items()
+            name: (muon if p.ndim == 4 else sgd).state[p] for name, p in self.trained.items()
         }
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.data_sha256 = data.sha256()
@@ -142,13 +141,13 @@ class Fit:
         sums = torch.zeros(3, device=self.device)
         first_step = self.epochs_done * len(self.batches)
         for step, batch in enumerate(self.batches.epoch(self.epochs_done), first_step):
-            for optimizer, rate in self.optimizers:
+            for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * self._lr_factor(step)
+                    group["lr"] = optimizer.defaults["lr"] * self._lr_factor(step)
                 optimizer.zero_grad(set_to_none=True)
             sums += self.backward(batch)
             # The gradients are the same in every process, and so is the step, or the scaler's decision to skip it.
-            for optimizer, _ in self.optimizers:
+            for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
             progress.update(batch.size)
@@ -363,16 +362,16 @@ def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
     }
 
 
-def begin(fit: Fit, config: ModelConfig, resume: bool) -> None:
+def begin(fit: Fit, resume: bool) -> None:
     """Resume the run in ``--out``, or start a new one there; raises ``CommandError`` for a run of another name."""
     if resume:
         fit.resume()
         path = fit.out / CONFIG
         # After a kill before the first epoch there may be none.
-        if path.exists() and (name := ModelConfig.load(path).name) != config.name:
-            raise CommandError(f"{path}: its --name is {name!r}; expected {config.name!r}")
+        if path.exists() and (name := ModelConfig.load(path).name) != fit.config.name:
+            raise CommandError(f"{path}: its --name is {name!r}; expected {fit.config.name!r}")
     fit.save()
-    config.save(fit.out / CONFIG)
+    fit.config.save(fit.out / CONFIG)
 
 
 def prepare(
@@ -395,7 +394,7 @@ def prepare(
     for teacher in teachers:
         fit.take_teacher(teacher)
     if group.rank == 0:
-        begin(fit, config, options.resume)
+        begin(fit, options.resume)
     fit.synchronize()
     return fit
 
