@@ -42,7 +42,7 @@ from train.options import Options, build_config, parse, public_command
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
-from train.runs import CHECKPOINT, DIGESTS, RUN, Trained, open_weights, write_weights
+from train.runs import CHECKPOINT, DIGESTS, NETWORK, RUN, Trained, read_checkpoint, write_checkpoint
 from train.strips import strips_are_faster, use_strips
 
 WHITENING_IMAGES = 5000
@@ -210,7 +210,7 @@ class Fit:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The content of a checkpoint: tensors, and the position in the schedule."""
-        tensors = {f"network.{n}": t for n, t in self.network.state_dict().items()}
+        tensors = {NETWORK + n: t for n, t in self.network.state_dict().items()}
         for name, state in self.states.items():
             if "momentum_buffer" in state:
                 tensors[f"momentum.{name}"] = state["momentum_buffer"]
@@ -228,9 +228,7 @@ class Fit:
 
     def restore(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Restore what ``state`` returned."""
-        self.network.load_state_dict(
-            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-        )
+        self.network.load_state_dict({n.removeprefix(NETWORK): t for n, t in tensors.items() if n.startswith(NETWORK)})
         for name, state in self.states.items():
             if f"momentum.{name}" in tensors:
                 state["momentum_buffer"] = tensors[f"momentum.{name}"].to(self.device)
@@ -239,13 +237,9 @@ class Fit:
             self.scaler.load_state_dict(position["scaler"])
 
     def save(self) -> None:
-        """Write the checkpoint, in the first process only; a kill in mid-write leaves the previous one intact."""
-        if self.group.rank > 0:
-            return
-        tensors, position = self.state()
-        partial = self.out / (CHECKPOINT + ".partial")
-        write_weights(tensors, partial, {"position": json.dumps(position)})
-        partial.replace(self.out / CHECKPOINT)
+        """Write the checkpoint, in the first process only."""
+        if self.group.rank == 0:
+            write_checkpoint(self.out, *self.state())
 
     def synchronize(self) -> None:
         """Give every process the state of the first: its weights, and where it resumes."""
@@ -315,11 +309,7 @@ class Fit:
     def resume(self) -> None:
         """Restore the checkpoint in ``out``; raises ``CommandError`` if the recipe, data, start or teachers differ."""
         path = self.out / CHECKPOINT
-        if not path.exists():
-            raise CommandError(f"{self.out}: has no {CHECKPOINT} to resume from")
-        with open_weights(path) as checkpoint:
-            position = json.loads(checkpoint.metadata()["position"])
-            tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
+        tensors, position = read_checkpoint(self.out)
         wanted = self.recipe.model_dump()
         begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # older runs lack newer hyperparameters
         if differing := [name for name in wanted if begun[name] != wanted[name]]:

@@ -17,6 +17,8 @@ from train.command import CommandError
 from train.data import Data, load
 
 CHECKPOINT, RUN = "checkpoint.safetensors", "run.json"
+NETWORK = "network."
+"""Prefix of the network's weights among the tensors of a checkpoint or an artifact."""
 DIGESTS = "trained_on"
 """Tensor of a checkpoint: the digests of all files that its network was trained on."""
 
@@ -55,8 +57,8 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise CommandError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
     with open_weights(path) as checkpoint:
-        names = [name for name in checkpoint.keys() if name.startswith("network.")]  # noqa: SIM118 (not a dict)
-        return {name.removeprefix("network."): checkpoint.get_tensor(name) for name in names}
+        names = [name for name in checkpoint.keys() if name.startswith(NETWORK)]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix(NETWORK): checkpoint.get_tensor(name) for name in names}
 
 
 def read_digests(trained: Path) -> set[int] | None:
@@ -68,6 +70,23 @@ def read_digests(trained: Path) -> set[int] | None:
         if DIGESTS not in checkpoint.keys():  # noqa: SIM118 (not a dict)
             return None
         return set(checkpoint.get_tensor(DIGESTS).tolist())
+
+
+def read_checkpoint(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the position in the schedule that ``write_checkpoint`` wrote."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        raise CommandError(f"{run}: has no {CHECKPOINT} to resume from")
+    with open_weights(path) as checkpoint:
+        tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, json.loads(checkpoint.metadata()["position"])
+
+
+def write_checkpoint(run: Path, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
+    """Replace the checkpoint; a kill in mid-write leaves the previous one intact."""
+    partial = run / (CHECKPOINT + ".partial")
+    write_weights(tensors, partial, {"position": json.dumps(position)})
+    partial.replace(run / CHECKPOINT)
 
 
 def open_weights(path: Path) -> safe_open:
