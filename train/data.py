@@ -43,6 +43,12 @@ def batch_of(size: tuple[int, int], most: int) -> int:
     return max(1, min(most, BATCH_PIXELS // (size[0] * size[1])))
 
 
+def in_batches(images: Pixels, most: int) -> list[slice]:
+    """Slices that together cover ``images``: ``most`` at a time, or fewer of large ones."""
+    size = batch_of(images.shape[1:3], most)
+    return [slice(start, start + size) for start in range(0, len(images), size)]
+
+
 @dataclass(frozen=True)
 class Split:
     """``images`` (N, H, W, 3) uint8 RGB and their ``labels`` (N,) int64."""

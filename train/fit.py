@@ -36,7 +36,7 @@ from train import command
 from train.augment import Augmented, Batch
 from train.check import check, print_findings
 from train.command import CommandError
-from train.data import Data, Split, batch_of, load
+from train.data import Data, Split, batch_of, in_batches, load
 from train.muon import Muon
 from train.options import Options, build_config, parse, public_command
 from train.parallel import Group, join
@@ -54,10 +54,8 @@ def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
     """How many images of ``split`` the ``network`` gets right (scalar), in mixed precision as in training."""
     network.eval()
     hits = torch.zeros((), device=device)
-    batch_size = batch_of(split.images.shape[1:3], VALIDATION_BATCH)
-    for start in range(0, len(split), batch_size):
-        images = torch.from_numpy(split.images[start : start + batch_size]).to(device)
-        labels = torch.from_numpy(split.labels[start : start + batch_size]).to(device)
+    for batch in in_batches(split.images, VALIDATION_BATCH):
+        images, labels = (torch.from_numpy(array[batch]).to(device) for array in (split.images, split.labels))
         with autocast(device):
             hits += (network(images).argmax(1) == labels).sum()
     network.train()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from model.artifact import Artifact, Outputs, seal
 from model.preprocess import Pixels
 from model.runtimes import Runtime
-from train.data import Data, batch_of
+from train.data import Data, in_batches
 from train.runs import load_data_of
 
 BATCH = 100
@@ -26,9 +26,8 @@ def load_own_data(artifact: Artifact, source: str) -> Data:
 
 def run_runtime(runtime: Runtime, images: Pixels) -> Outputs:
     """(N, K + 1) outputs for all ``images``, in batches, with a progress bar."""
-    batch = batch_of(images.shape[1:3], BATCH)
-    starts = tqdm(range(0, len(images), batch), desc=runtime.name, unit="batch", leave=False, disable=None)
-    return np.concatenate([runtime(images[start : start + batch]) for start in starts])
+    batches = tqdm(in_batches(images, BATCH), desc=runtime.name, unit="batch", leave=False, disable=None)
+    return np.concatenate([runtime(images[batch]) for batch in batches])
 
 
 def write_figures(artifact: Artifact, metrics: dict[str, Any]) -> Artifact:

@@ -28,7 +28,7 @@ from model.tables import with_interval
 from train import command
 from train.command import CommandError
 from train.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from train.data import Split, batch_of, read_photos
+from train.data import Split, in_batches, read_photos
 from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import Z_95, accuracy_interval, accuracy_line, proportion
 from train.splits import stratified
@@ -51,10 +51,7 @@ def sample(split: Split, images: int) -> Split:
 def corrupted(images: Pixels, name: str, severity: int) -> Pixels:
     """``corrupt`` in batches, to save memory; its random numbers depend only on the corruption and its severity."""
     rng = np.random.default_rng([SEED, list(CORRUPTIONS).index(name), severity])
-    batch = batch_of(images.shape[1:3], BATCH)
-    return np.concatenate(
-        [corrupt(images[start : start + batch], name, severity, rng) for start in range(0, len(images), batch)]
-    )
+    return np.concatenate([corrupt(images[batch], name, severity, rng) for batch in in_batches(images, BATCH)])
 
 
 def robustness(runtime: Runtime, split: Split) -> dict[str, Any]:
