@@ -328,28 +328,6 @@ def _short(digests: list[str]) -> str:
     return ", ".join(digest[:12] for digest in digests) or "none"
 
 
-def describe_run(fit: Fit, command: str, started: float) -> dict[str, object]:
-    """The record of a run for ``run.json`` and the card; ``training_seconds`` alone includes time before a resume."""
-    return {
-        "command": command,
-        "source": Path(fit.data.source).name,
-        "data_sha256": fit.data_sha256,
-        "held_out_by_content": fit.data.by_content,
-        "images": {name: len(split) for name, split in fit.data.splits.items()},
-        "recipe": fit.recipe.model_dump(),
-        "parameters": sum(p.numel() for p in fit.network.parameters()),
-        "device": torch.cuda.get_device_name()
-        if fit.device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "precision": str(compute_dtype(fit.device)).removeprefix("torch."),
-        "processes": fit.group.size,
-        "torch": torch.__version__,
-        "wall_seconds": round(time.time() - started, 1),
-        "training_seconds": round(sum(epoch["seconds"] for epoch in fit.history), 1),
-        "history": fit.history,
-    }
-
-
 def begin(fit: Fit, resume: bool) -> None:
     """Resume the run in ``--out``, or start a new one there; raises ``CommandError`` for a run of another name."""
     if resume:
@@ -428,13 +406,30 @@ def train(options: Options, device: torch.device, group: Group) -> None:
 def write_run(
     fit: Fit, findings: dict[str, Any], start: Trained | None, teachers: list[Trained], started: float
 ) -> None:
-    """Write ``run.json``, which marks the run as finished."""
-    about: dict[str, object] = {**describe_run(fit, public_command(sys.argv[1:]), started), "check": findings}
+    """Write ``run.json``, the record for the card; that it exists says that the run is finished."""
+    on_gpu = fit.device.type == "cuda"
+    record = {
+        "command": public_command(sys.argv[1:]),
+        "source": Path(fit.data.source).name,
+        "data_sha256": fit.data_sha256,
+        "held_out_by_content": fit.data.by_content,
+        "images": {name: len(split) for name, split in fit.data.splits.items()},
+        "recipe": fit.recipe.model_dump(),
+        "parameters": sum(p.numel() for p in fit.network.parameters()),
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "precision": str(compute_dtype(fit.device)).removeprefix("torch."),
+        "processes": fit.group.size,
+        "torch": torch.__version__,
+        "wall_seconds": round(time.time() - started, 1),
+        "training_seconds": round(sum(epoch["seconds"] for epoch in fit.history), 1),  # with those before a resume
+        "history": fit.history,
+        "check": findings,
+    }
     if teachers:
-        about["teachers"] = [teacher.record for teacher in teachers]
+        record["teachers"] = [teacher.record for teacher in teachers]
     if start:
-        about["start"] = start.record
-    (fit.out / RUN).write_text(json.dumps(about, indent=2) + "\n")
+        record["start"] = start.record
+    (fit.out / RUN).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def keep_memory() -> None:
