@@ -225,9 +225,12 @@ check-monitoring: $(VENV)/.dev $(NODE)/node_modules ## lint and unit-test alerts
 e2e-alerts: $(VENV)/.dev ## kill the service and check that the alert arrives; UPDATE=1 also draws docs/images/dashboard-*.png
 	$(BIN)/python -m pytest tests/monitoring/test_alerts.py
 
-.venv-bench/%/.installed: tests/benchmark/requirements-%.txt
+.venv-bench/peers/.installed: tests/benchmark/requirements-peers.txt
+.venv-bench/mlserver/.installed: tests/benchmark/requirements-mlserver.txt
+.venv-bench/fuzz/.installed: tests/fuzz/requirements.txt
+.venv-bench/%/.installed:
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $^
 	@touch $@
 
 bench: $(VENV)/.dev .venv-bench/peers/.installed .venv-bench/mlserver/.installed ## benchmark this service and its peers, 25 minutes; needs wrk and Nginx
@@ -240,11 +243,6 @@ capacity: $(VENV)/.dev ## write docs/capacity.md from docs/benchmarks.json (make
 
 bench-client: $(VENV)/.dev ## benchmark python -m client on the folder IMAGES against the service itself; needs wrk
 	$(BIN)/python -m tests.benchmark.command_line "$(IMAGES)"
-
-.venv-bench/fuzz/.installed: tests/fuzz/requirements.txt
-	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
 
 FUZZ_SECONDS ?= 1800
 fuzz: .venv-bench/fuzz/.installed ## fuzz the decoder and the request parser, FUZZ_SECONDS (1800) each
@@ -333,13 +331,14 @@ sbom: $(VENV)/.dev ## write the bill of materials of IMAGE to SBOM (dist/sbom.js
 	$(BIN)/python -m deploy.sbom "$${IMAGE:-$$IMAGE_CPU}" $(SBOM)
 
 # For the oldest 3.11, so that the backports it needs are pinned too: Debian has 3.11.2.
+COMPILE = $(BIN)/uv pip compile -q --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 lock: $(VENV)/.dev ## pin pyproject.toml's dependencies in requirements*.txt, with file hashes; bench and fuzz by version only
-	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --generate-hashes -o requirements-serve.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --python-version 3.11 --group peers -o tests/benchmark/requirements-peers.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --python-version 3.11 pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt --no-annotate --custom-compile-command "make lock"
-	$(BIN)/uv pip compile -q --python-version 3.11 --group mlserver -o tests/benchmark/requirements-mlserver.txt --no-annotate --custom-compile-command "make lock"
+	$(COMPILE) pyproject.toml --generate-hashes -o requirements-serve.txt
+	$(COMPILE) pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt
+	$(COMPILE) --group peers -o tests/benchmark/requirements-peers.txt
+	$(COMPILE) pyproject.toml --group fuzz -c requirements.txt -o tests/fuzz/requirements.txt
+	$(COMPILE) --group mlserver -o tests/benchmark/requirements-mlserver.txt
 
 clean: ## remove the virtual environments, the model store .bentoml and caches, nothing else
 	rm -rf $(VENV) .venv-bench .bentoml .mypy_cache .ruff_cache .pytest_cache
