@@ -272,23 +272,8 @@ class Fit:
             print(f"--start {start.path}: has no weights for {' and '.join(fresh)} of this network: they are random")
         self.learned_from["start"].append(start.sha256())
         if start.record["data_sha256"] != self.data_sha256:
-            self._require_unseen(start)
+            start.require_unseen(self.data)
         self.digests = None if start.digests is None else start.digests.union(self.data.train.digests)
-
-    def _require_unseen(self, start: Trained) -> None:
-        if start.digests is not None:
-            splits = (self.data.val, self.data.test)
-            val, test = (sum(digest in start.digests for digest in split.digests) for split in splits)
-            if val or test:
-                raise CommandError(
-                    f"{start.path}: was trained on {val} of the {len(self.data.val)} validation images and {test} of "
-                    f"the {len(self.data.test)} test images of {self.data.source}; expected none of either"
-                )
-        elif not (self.data.by_content and start.holds_out_by_content()):
-            print(
-                f"--start {start.path}: was trained on other data, {start.record['source']}, and has no record of the "
-                "images: figures are too good if some are validation or test images here"
-            )
 
     def take_teacher(self, trained: Trained) -> None:
         """Learn from the network of ``trained`` too; raises ``CommandError`` if its classes or input size differ."""

@@ -38,9 +38,24 @@ class Trained(NamedTuple):
         """Raises ``CommandError`` unless ``path`` is a finished run or an artifact."""
         return cls(path, read_weights(path), read_record(path), ModelConfig.load(path / CONFIG), read_digests(path))
 
-    def holds_out_by_content(self) -> bool:
-        """Whether all runs that led to it did, so that none was trained on what any other such run holds out."""
-        return all(run.get("held_out_by_content", False) for run in runs(self.record))
+    def require_unseen(self, data: Data) -> None:
+        """Raise ``CommandError`` if it was trained on images that ``data`` holds out; say so if that is not on record.
+
+        Needs no record if all runs that led to it held images out by their content, as ``data`` does: none of them was
+        trained on what any other such run holds out.
+        """
+        if self.digests is not None:
+            val, test = (sum(digest in self.digests for digest in split.digests) for split in (data.val, data.test))
+            if val or test:
+                raise CommandError(
+                    f"{self.path}: was trained on {val} of the {len(data.val)} validation images and {test} of the "
+                    f"{len(data.test)} test images of {data.source}; expected none of either"
+                )
+        elif not (data.by_content and all(run.get("held_out_by_content", False) for run in runs(self.record))):
+            print(
+                f"--start {self.path}: was trained on other data, {self.record['source']}, and has no record of the "
+                "images: figures are too good if some are validation or test images here"
+            )
 
     def sha256(self) -> str:
         """Hash of the weights: the folder may hold another network later."""
