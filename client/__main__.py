@@ -44,8 +44,7 @@ ABORT_GRACE_SECONDS = 2.0
 def backend(options: argparse.Namespace) -> Classify:
     """What classifies: the service, or this process."""
     if options.local is None:
-        query = {} if options.prediction_set is None else {"prediction_set": options.prediction_set}
-        return Remote(options.url, query, options.cacert, options.patience)
+        return Remote(options.url, options.patience, options.prediction_set, options.cacert)
     from client.local import Local  # needs the service's classes, which a client on another machine does without
 
     return Local(options.local, options.prediction_set)

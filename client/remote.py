@@ -7,7 +7,6 @@ import random
 import ssl
 import sys
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -36,8 +35,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 class Remote:
     """The service at ``url``; a batch is retried for at most ``patience`` seconds."""
 
-    def __init__(self, url: str, query: Mapping[str, Any], cacert: Path | None, patience: float) -> None:
-        self._url, self._query, self._patience = url, query, patience
+    def __init__(
+        self, url: str, patience: float, prediction_set: float | None = None, cacert: Path | None = None
+    ) -> None:
+        self._url, self._patience = url, patience
+        self._query = {} if prediction_set is None else {"prediction_set": prediction_set}
         key = os.environ.get(API_KEY, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ClientError(f"{API_KEY}: has characters that no key has; expected one line of ASCII")

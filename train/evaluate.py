@@ -121,7 +121,7 @@ def evaluate_service(artifact: Artifact, source: str, url: str) -> None:
     classes = list(artifact.config.classes)
     replies: list[Reply] = []
     try:
-        service = Remote(url, {}, None, PATIENCE_SECONDS)
+        service = Remote(url, PATIENCE_SECONDS)
         if (served := service.card().get("classes")) != classes:
             raise CommandError(f"{url}: serves classes {served}; expected {classes}")
         started = time.perf_counter()
