@@ -14,6 +14,7 @@ import pytest
 from model.batching import GoneError, QueueFullError
 from model.preprocess import Pixels
 from serving.decoding import DecodeQueue
+from tests.loops import in_a_loop
 
 PIXELS = np.zeros((1, 1, 3), np.uint8)
 
@@ -59,103 +60,93 @@ async def begin(queue: DecodeQueue, decode: Callable[[bytes], Pixels], count: in
     return waiting
 
 
-def test_an_image_that_would_wait_too_long_is_refused_and_the_others_are_decoded() -> None:
-    async def scenario() -> None:
-        release, done = threading.Event(), list[bytes]()
-        decode = held(release, done)
-        queue = DecodeQueue(max_wait=0.05, clock=Clock())
+@in_a_loop
+async def test_an_image_that_would_wait_too_long_is_refused_and_the_others_are_decoded() -> None:
+    release, done = threading.Event(), list[bytes]()
+    decode = held(release, done)
+    queue = DecodeQueue(max_wait=0.05, clock=Clock())
+    queue.admit()
+    release.set()
+    await queue(here, decode, b"first")
+    release.clear()
+    waiting = await begin(queue, decode, 6)
+    with pytest.raises(QueueFullError, match="6 images are waiting; expected at most 5") as refusal:
         queue.admit()
-        release.set()
-        await queue(here, decode, b"first")
-        release.clear()
-        waiting = await begin(queue, decode, 6)
-        with pytest.raises(QueueFullError, match="6 images are waiting; expected at most 5") as refusal:
-            queue.admit()
-        assert refusal.value.retry_after == 1
-        release.set()
-        await asyncio.gather(*waiting)
-        assert len(done) == 7
-        queue.admit()
-        assert queue.waiting == 0
-
-    asyncio.run(scenario())
+    assert refusal.value.retry_after == 1
+    release.set()
+    await asyncio.gather(*waiting)
+    assert len(done) == 7
+    queue.admit()
+    assert queue.waiting == 0
 
 
-def test_nothing_is_decoded_for_a_client_that_hung_up_or_timed_out() -> None:
-    async def scenario() -> None:
-        release, done = threading.Event(), list[bytes]()
-        decode = held(release, done)
-        queue = DecodeQueue(max_wait=1)
-        first = asyncio.create_task(queue(here, decode, b"first"))
-        left = asyncio.create_task(queue(lambda: False, decode, b"left"))
-        late = asyncio.create_task(queue(here, decode, b"late"))
+@in_a_loop
+async def test_nothing_is_decoded_for_a_client_that_hung_up_or_timed_out() -> None:
+    release, done = threading.Event(), list[bytes]()
+    decode = held(release, done)
+    queue = DecodeQueue(max_wait=1)
+    first = asyncio.create_task(queue(here, decode, b"first"))
+    left = asyncio.create_task(queue(lambda: False, decode, b"left"))
+    late = asyncio.create_task(queue(here, decode, b"late"))
+    await asyncio.sleep(0.05)
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    release.set()
+    await first
+    with pytest.raises(GoneError):
+        await left
+    assert done == [b"first"]
+    assert queue.waiting == 0
+
+
+@in_a_loop
+async def test_a_timeout_leaves_nothing_behind_and_does_not_free_a_busy_decoder() -> None:
+    release, done = threading.Event(), list[bytes]()
+    decode = held(release, done)
+    queue = DecodeQueue(max_wait=1)
+    body = bytes(1000)
+    holders = sys.getrefcount(body)
+
+    async def give_up() -> None:
+        tasks = [asyncio.create_task(queue(here, decode, data)) for data in (b"running", body)]
         await asyncio.sleep(0.05)
-        late.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await late
-        release.set()
-        await first
-        with pytest.raises(GoneError):
-            await left
-        assert done == [b"first"]
-        assert queue.waiting == 0
+        assert queue.waiting == 2
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
-    asyncio.run(scenario())
-
-
-def test_a_timeout_leaves_nothing_behind_and_does_not_free_a_busy_decoder() -> None:
-    async def scenario() -> None:
-        release, done = threading.Event(), list[bytes]()
-        decode = held(release, done)
-        queue = DecodeQueue(max_wait=1)
-        body = bytes(1000)
-        holders = sys.getrefcount(body)
-
-        async def give_up() -> None:
-            tasks = [asyncio.create_task(queue(here, decode, data)) for data in (b"running", body)]
-            await asyncio.sleep(0.05)
-            assert queue.waiting == 2
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-        await give_up()
-        gc.collect()
-        assert sys.getrefcount(body) == holders
-        await asyncio.sleep(0)
-        assert queue.waiting == 1, "the thread is still at it"
-        release.set()
-        while queue.waiting:  # noqa: ASYNC110  # an event would come from the code under test
-            await asyncio.sleep(0.01)
-        assert done == [b"running"]
-
-    asyncio.run(asyncio.wait_for(scenario(), 10))
+    await give_up()
+    gc.collect()
+    assert sys.getrefcount(body) == holders
+    await asyncio.sleep(0)
+    assert queue.waiting == 1, "the thread is still at it"
+    release.set()
+    while queue.waiting:  # noqa: ASYNC110  # an event would come from the code under test
+        await asyncio.sleep(0.01)
+    assert done == [b"running"]
 
 
-def test_an_undecodable_image_keeps_no_place() -> None:
+@in_a_loop
+async def test_an_undecodable_image_keeps_no_place() -> None:
     def broken(data: bytes) -> Pixels:
         raise ValueError
 
-    async def scenario() -> None:
-        queue = DecodeQueue(max_wait=1)
-        with pytest.raises(ValueError):
-            await queue(here, broken, b"")
-        assert queue.waiting == 0
-
-    asyncio.run(scenario())
+    queue = DecodeQueue(max_wait=1)
+    with pytest.raises(ValueError):
+        await queue(here, broken, b"")
+    assert queue.waiting == 0
 
 
-def test_one_very_slow_image_does_not_shut_out_others_for_long() -> None:
-    async def scenario() -> None:
-        release, done = threading.Event(), list[bytes]()
-        decode = held(release, done)
-        queue = DecodeQueue(max_wait=0.5, clock=Slow())
-        release.set()
-        for number in range(20):
-            await queue(here, decode, b"%d" % number)
-        release.clear()
-        waiting = await begin(queue, decode, 5)
-        release.set()
-        await asyncio.gather(*waiting)
-
-    asyncio.run(scenario())
+@in_a_loop
+async def test_one_very_slow_image_does_not_shut_out_others_for_long() -> None:
+    release, done = threading.Event(), list[bytes]()
+    decode = held(release, done)
+    queue = DecodeQueue(max_wait=0.5, clock=Slow())
+    release.set()
+    for number in range(20):
+        await queue(here, decode, b"%d" % number)
+    release.clear()
+    waiting = await begin(queue, decode, 5)
+    release.set()
+    await asyncio.gather(*waiting)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from model.runtimes import EngineLostError
 from serving.engines import MAX_BLOCKING_SECONDS, LocalEngine, RunnerClient
 from serving.errors import ApiError
 from tests.live import REPOSITORY
+from tests.loops import in_a_loop
 
 IMAGE = np.zeros((1, 4, 4, 3), np.uint8)
 
@@ -64,60 +67,49 @@ def test_small_batches_run_on_the_event_loop_once_known_to_be_fast() -> None:
     assert ["engine_0", "MainThread", "engine_0", "MainThread"] in seen
 
 
-def test_a_slow_engine_never_blocks_the_event_loop() -> None:
+@in_a_loop
+async def test_a_slow_engine_never_blocks_the_event_loop() -> None:
     engine = Engine(2 * MAX_BLOCKING_SECONDS)
-
-    async def ask() -> None:
-        local = LocalEngine(engine, engine)
-        for _ in range(4):
-            await local.infer(IMAGE)
-
-    asyncio.run(ask())
+    local = LocalEngine(engine, engine)
+    for _ in range(4):
+        await local.infer(IMAGE)
     assert set(engine.threads) == {"engine_0"}
 
 
-def test_inference_time_excludes_waiting_for_the_engine() -> None:
-    engine = Engine(MAX_BLOCKING_SECONDS)
-
+@in_a_loop
+async def test_inference_time_excludes_waiting_for_the_engine() -> None:
     def inferred() -> float:
         return REGISTRY.get_sample_value("classifier_stage_seconds_sum", {"stage": "infer"}) or 0.0
 
-    async def ask() -> None:
-        local = LocalEngine(engine, engine, concurrency=2)
-        await asyncio.gather(*(local.infer(np.repeat(IMAGE, 4, axis=0)) for _ in range(6)))
-
+    engine = Engine(MAX_BLOCKING_SECONDS)
+    local = LocalEngine(engine, engine, concurrency=2)
     before, started = inferred(), time.perf_counter()
-    asyncio.run(ask())
+    await asyncio.gather(*(local.infer(np.repeat(IMAGE, 4, axis=0)) for _ in range(6)))
     assert 24 * MAX_BLOCKING_SECONDS <= inferred() - before <= time.perf_counter() - started
 
 
-def test_calls_wait_for_an_engine_that_is_busy() -> None:
+@in_a_loop
+async def test_calls_wait_for_an_engine_that_is_busy() -> None:
     engine = Engine(MAX_BLOCKING_SECONDS / 4)
-
-    async def ask() -> None:
-        local = LocalEngine(engine, engine)
-        await local.infer(IMAGE)
-        busy = asyncio.create_task(local.evidence(np.repeat(IMAGE, 20, axis=0)))
-        await asyncio.sleep(MAX_BLOCKING_SECONDS)  # until the thread has started
-        await asyncio.gather(busy, *(local.infer(IMAGE) for _ in range(3)))
-
-    asyncio.run(ask())
+    local = LocalEngine(engine, engine)
+    await local.infer(IMAGE)
+    busy = asyncio.create_task(local.evidence(np.repeat(IMAGE, 20, axis=0)))
+    await asyncio.sleep(MAX_BLOCKING_SECONDS)  # until the thread has started
+    await asyncio.gather(busy, *(local.infer(IMAGE) for _ in range(3)))
     assert engine.threads == ["engine_0"] * 5
 
 
-def test_with_two_batches_in_flight_the_next_one_waits_at_the_engine() -> None:
-    async def left_waiting(concurrency: int) -> int:
-        engine = Engine(seconds=0.1)
-        local = LocalEngine(engine, engine, concurrency)
-        queue = Batcher(local.infer, max_batch=1, max_queue=8, concurrency=local.concurrency)
-        jobs = [asyncio.create_task(queue(IMAGE)) for _ in range(3)]
-        await asyncio.sleep(0.05)
-        waiting = queue.waiting
-        await asyncio.gather(*jobs)
-        assert engine.threads == ["engine_0"] * 3
-        return waiting
-
-    assert [asyncio.run(left_waiting(concurrency)) for concurrency in (1, 2)] == [2, 1]
+@pytest.mark.parametrize(("concurrency", "waiting"), [(1, 2), (2, 1)])
+@in_a_loop
+async def test_with_two_batches_in_flight_the_next_one_waits_at_the_engine(concurrency: int, waiting: int) -> None:
+    engine = Engine(seconds=0.1)
+    local = LocalEngine(engine, engine, concurrency)
+    queue = Batcher(local.infer, max_batch=1, max_queue=8, concurrency=local.concurrency)
+    jobs = [asyncio.create_task(queue(IMAGE)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert queue.waiting == waiting
+    await asyncio.gather(*jobs)
+    assert engine.threads == ["engine_0"] * 3
 
 
 class Broken:
@@ -132,21 +124,19 @@ class Broken:
         return self(images)
 
 
-def test_a_lost_engine_gives_503_and_its_process_gives_up_once() -> None:
+@in_a_loop
+async def test_a_lost_engine_gives_503_and_its_process_gives_up_once() -> None:
     reasons: list[str] = []
-
-    async def ask() -> None:
-        local = LocalEngine(Broken(), Broken(), give_up=reasons.append)
-        for ask in (local.infer, local.infer, local.evidence):
-            with pytest.raises(ApiError) as caught:
-                await ask(IMAGE)
-            assert caught.value.status == 503
-
-    asyncio.run(ask())
+    local = LocalEngine(Broken(), Broken(), give_up=reasons.append)
+    for ask in (local.infer, local.infer, local.evidence):
+        with pytest.raises(ApiError) as caught:
+            await ask(IMAGE)
+        assert caught.value.status == 503
     assert reasons == ["CUDA error: an illegal memory access was encountered"]
 
 
-def test_a_hanging_engine_is_given_up_but_a_busy_one_is_not() -> None:
+@in_a_loop
+async def test_a_hanging_engine_is_given_up_but_a_busy_one_is_not() -> None:
     reasons: list[str] = []
 
     async def ask(seconds: float, times: int) -> None:
@@ -155,9 +145,9 @@ def test_a_hanging_engine_is_given_up_but_a_busy_one_is_not() -> None:
         for _ in range(times):
             await local.infer(IMAGE)
 
-    asyncio.run(ask(seconds=0.2, times=5))
+    await ask(seconds=0.2, times=5)
     assert reasons == []
-    asyncio.run(ask(seconds=2, times=1))
+    await ask(seconds=2, times=1)
     assert reasons == ["a batch takes more than 0.5 s"]
 
 
@@ -208,6 +198,18 @@ def test_a_process_without_an_engine_does_not_drain() -> None:
     assert (done.returncode, done.stdout) == (0, "told to stop\n"), done.stderr
 
 
+@asynccontextmanager
+async def runner_at(socket: Path) -> AsyncIterator[RunnerClient]:
+    """A client of the runner that listens, or does not, on ``socket``."""
+
+    async def get_session() -> aiohttp.ClientSession:
+        return session
+
+    async with aiohttp.ClientSession("http://runner", connector=aiohttp.UnixConnector(str(socket))) as session:
+        client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
+        yield RunnerClient(SimpleNamespace(to_async=client))
+
+
 async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
     """Ask a runner that closes its first ``hang_ups`` connections, and answers each later one with a row of zeros."""
     left = hang_ups
@@ -221,40 +223,26 @@ async def ask_a_runner(socket: Path, hang_ups: int) -> Outputs:
             writer.write(b"HTTP/1.1 200 OK\r\nx-shape: 1,3\r\ncontent-length: 12\r\n\r\n" + bytes(12))
         writer.close()
 
-    async def get_session() -> aiohttp.ClientSession:
-        return session
-
-    connector = aiohttp.UnixConnector(str(socket))
-    async with (
-        await asyncio.start_unix_server(serve, socket),
-        aiohttp.ClientSession("http://runner", connector=connector) as session,
-    ):
-        client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
-        return await RunnerClient(SimpleNamespace(to_async=client)).infer(IMAGE)
+    async with await asyncio.start_unix_server(serve, socket), runner_at(socket) as remote:
+        return await remote.infer(IMAGE)
 
 
-def test_a_runner_that_hangs_up_is_asked_again_once(tmp_path: Path) -> None:
-    assert asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=1)).tolist() == [[0, 0, 0]]
+@in_a_loop
+async def test_a_runner_that_hangs_up_is_asked_again_once(tmp_path: Path) -> None:
+    assert (await ask_a_runner(tmp_path / "s", hang_ups=1)).tolist() == [[0, 0, 0]]
 
 
-def test_an_unreachable_runner_gives_503(tmp_path: Path) -> None:
+@in_a_loop
+async def test_an_unreachable_runner_gives_503(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="cannot be reached"):
-        asyncio.run(ask_a_runner(tmp_path / "s", hang_ups=2))
+        await ask_a_runner(tmp_path / "s", hang_ups=2)
 
 
-def test_an_unready_runner_is_logged_once_for_many_probes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def probe() -> list[bool]:
-        async with aiohttp.ClientSession(
-            "http://runner", connector=aiohttp.UnixConnector(str(tmp_path / "s"))
-        ) as session:
-
-            async def get_session() -> aiohttp.ClientSession:
-                return session
-
-            client = SimpleNamespace(_session_manager=SimpleNamespace(get_session=get_session))
-            remote = RunnerClient(SimpleNamespace(to_async=client))
-            return [await remote.is_ready() for _ in range(3)]
-
-    assert asyncio.run(probe()) == [False, False, False]
+@in_a_loop
+async def test_an_unready_runner_is_logged_once_for_many_probes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with runner_at(tmp_path / "s") as remote:
+        assert [await remote.is_ready() for _ in range(3)] == [False, False, False]
     (told,) = caplog.records
     assert told.reason.startswith("the engine cannot be reached: ")  # type: ignore[attr-defined]  # as logged

@@ -8,11 +8,11 @@ from typing import Any
 
 import orjson
 import pytest
-from starlette.responses import Response
 
 from model.batching import QueueFullError
 from serving import draining, metrics
 from serving.shedding import REPORT_SECONDS, LoadShedder
+from tests.loops import in_a_loop
 
 REQUEST_ID = (b"x-request-id", b"mine")
 
@@ -25,61 +25,53 @@ def free(count: int, ahead: int) -> None:
     pass
 
 
-def test_a_refusal_equals_the_reply_of_the_application() -> None:
-    async def ask() -> None:
-        response = LoadShedder(["/classify"], full, log_requests=False)(b"/classify?prediction_set=0.9", [REQUEST_ID])
-        assert response
-        assert response.status_code == 429
-        headers = dict(response.raw_headers)
-        assert headers[b"retry-after"] == b"3"
-        assert headers[b"x-error-code"] == b"overloaded"
-        assert headers[b"x-request-id"] == b"mine"
-        assert int(headers[b"content-length"]) == len(response.body)
-        error = orjson.loads(response.body)["error"]
-        assert (error["code"], error["request_id"]) == ("overloaded", "mine")
-        assert "50 images are waiting" in error["message"]
-
-    asyncio.run(ask())
+@in_a_loop
+async def test_a_refusal_equals_the_reply_of_the_application() -> None:
+    response = LoadShedder(["/classify"], full, log_requests=False)(b"/classify?prediction_set=0.9", [REQUEST_ID])
+    assert response
+    assert response.status_code == 429
+    headers = dict(response.raw_headers)
+    assert headers[b"retry-after"] == b"3"
+    assert headers[b"x-error-code"] == b"overloaded"
+    assert headers[b"x-request-id"] == b"mine"
+    assert int(headers[b"content-length"]) == len(response.body)
+    error = orjson.loads(response.body)["error"]
+    assert (error["code"], error["request_id"]) == ("overloaded", "mine")
+    assert "50 images are waiting" in error["message"]
 
 
-def test_each_refusal_without_a_valid_id_gets_its_own() -> None:
-    async def ask() -> set[Any]:
-        shedder = LoadShedder(["/classify"], full, log_requests=False)
-        responses = [shedder(b"/classify", [(b"x-request-id", b"no good\n")]) for _ in range(3)]
-        return {orjson.loads(response.body)["error"]["request_id"] for response in responses if response}
-
-    assert len(asyncio.run(ask()) - {"no good\n", ""}) == 3
+@in_a_loop
+async def test_each_refusal_without_a_valid_id_gets_its_own() -> None:
+    shedder = LoadShedder(["/classify"], full, log_requests=False)
+    responses = [shedder(b"/classify", [(b"x-request-id", b"no good\n")]) for _ in range(3)]
+    found = {orjson.loads(response.body)["error"]["request_id"] for response in responses if response}
+    assert len(found - {"no good\n", ""}) == 3
 
 
 @pytest.mark.parametrize(
     ("admit", "target"), [(free, b"/classify"), (full, b"/model"), (full, b"/classify/"), (full, b"")]
 )
-def test_requests_with_a_free_place_or_to_other_paths_are_admitted(admit: Any, target: bytes) -> None:
-    async def ask() -> Response | None:
-        return LoadShedder(["/classify"], admit, log_requests=False)(target, [])
-
-    assert asyncio.run(ask()) is None
+@in_a_loop
+async def test_requests_with_a_free_place_or_to_other_paths_are_admitted(admit: Any, target: bytes) -> None:
+    assert LoadShedder(["/classify"], admit, log_requests=False)(target, []) is None
 
 
-def test_of_simultaneous_requests_only_as_many_are_admitted_as_fit() -> None:
+@in_a_loop
+async def test_of_simultaneous_requests_only_as_many_are_admitted_as_fit() -> None:
     places = 3
 
     def admit(count: int, ahead: int) -> None:
         if ahead + count > places:
             raise QueueFullError(ahead, places, retry_after=1)
 
-    async def ask() -> list[list[bool]]:
-        shedder = LoadShedder(["/classify"], admit, log_requests=False)
-        turns = []
-        for _ in range(2):
-            turns.append([shedder(b"/classify", []) is None for _ in range(5)])
-            await asyncio.sleep(0)
-        return turns
-
-    assert asyncio.run(ask()) == [[True, True, True, False, False]] * 2
+    shedder = LoadShedder(["/classify"], admit, log_requests=False)
+    for _ in range(2):
+        assert [shedder(b"/classify", []) is None for _ in range(5)] == [True, True, True, False, False]
+        await asyncio.sleep(0)
 
 
-def test_a_place_that_becomes_free_is_given_in_the_next_turn() -> None:
+@in_a_loop
+async def test_a_place_that_becomes_free_is_given_in_the_next_turn() -> None:
     waiting, asked = 1, 0
 
     def admit(count: int, ahead: int) -> None:
@@ -88,15 +80,11 @@ def test_a_place_that_becomes_free_is_given_in_the_next_turn() -> None:
         if waiting:
             raise QueueFullError(waiting, 1, retry_after=1)
 
-    async def ask() -> list[bool]:
-        nonlocal waiting
-        shedder = LoadShedder(["/classify"], admit, log_requests=False)
-        admitted = [shedder(b"/classify", []) is None for _ in range(3)]
-        waiting = 0
-        await asyncio.sleep(0)
-        return [*admitted, shedder(b"/classify", []) is None]
-
-    assert asyncio.run(ask()) == [False, False, False, True]
+    shedder = LoadShedder(["/classify"], admit, log_requests=False)
+    assert [shedder(b"/classify", []) is None for _ in range(3)] == [False, False, False]
+    waiting = 0
+    await asyncio.sleep(0)
+    assert shedder(b"/classify", []) is None
     assert asked == 2, "once in each turn, in which nothing changes"
 
 
@@ -108,37 +96,29 @@ def test_while_draining_the_application_answers() -> None:
         draining.started.clear()
 
 
-def test_it_reports_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_loop
+async def test_it_reports_shedding_for_a_while_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.shedding.SHEDDING_SECONDS", 0.05)
-
-    async def ask() -> list[bool]:
-        shedder = LoadShedder(["/classify"], full, log_requests=False)
-        states = [shedder.is_shedding]
-        shedder(b"/classify", [])
-        states.append(shedder.is_shedding)
-        await asyncio.sleep(0.06)
-        return [*states, shedder.is_shedding]
-
-    assert asyncio.run(ask()) == [False, True, False]
+    shedder = LoadShedder(["/classify"], full, log_requests=False)
+    assert not shedder.is_shedding
+    shedder(b"/classify", [])
+    assert shedder.is_shedding
+    await asyncio.sleep(0.06)
+    assert not shedder.is_shedding
 
 
-def test_refusals_are_counted_and_logged_in_aggregate(caplog: pytest.LogCaptureFixture) -> None:
+@in_a_loop
+async def test_refusals_are_counted_and_logged_in_aggregate(caplog: pytest.LogCaptureFixture) -> None:
     counted: list[tuple[str, int, int]] = []
     before = metrics.REJECTED.labels("overloaded")._value.get()
-
-    async def ask() -> None:
-        paths = ["/classify", "/classify/batch"]
-        shedder = LoadShedder(
-            paths, full, True, lambda path, status, seconds: counted.append((path, status, len(seconds)))
-        )
+    paths = ["/classify", "/classify/batch"]
+    shedder = LoadShedder(paths, full, True, lambda path, status, seconds: counted.append((path, status, len(seconds))))
+    with caplog.at_level(logging.INFO):
         for target in (b"/classify", b"/classify/batch", b"/classify"):
             shedder(target, [])
         await asyncio.sleep(3 * REPORT_SECONDS)
         shedder(b"/classify", [])
         await asyncio.sleep(3 * REPORT_SECONDS)
-
-    with caplog.at_level(logging.INFO):
-        asyncio.run(ask())
     assert metrics.REJECTED.labels("overloaded")._value.get() - before == 4
     assert counted == [("/classify", 429, 2), ("/classify/batch", 429, 1), ("/classify", 429, 1)]
     assert [(record.path, record.requests) for record in caplog.records if record.message == "requests"] == [  # type: ignore[attr-defined]  # by extra

@@ -15,6 +15,7 @@ import pytest
 from serving.access import AccessError, Key
 from serving.errors import ApiError
 from serving.usage import DAY_SECONDS, PATIENCE_SECONDS, Account, Usage
+from tests.loops import in_a_loop
 
 NOON = 20_000 * DAY_SECONDS + DAY_SECONDS / 2
 
@@ -70,17 +71,18 @@ def test_setting_the_clock_back_grants_nothing_and_blocks_nobody() -> None:
     assert account.charge(limits, 1, NOON - 3598)
 
 
-def test_a_refusal_after_the_clock_was_set_back_lasts_one_second(
+@in_a_loop
+async def test_a_refusal_after_the_clock_was_set_back_lasts_one_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage, limits, now = Usage(tmp_path / "usage.sqlite"), key(images_per_second=1), NOON
     monkeypatch.setattr("time.time", lambda: now)
-    asyncio.run(usage.charge("a", limits, 1))
+    await usage.charge("a", limits, 1)
     now -= 3600
     with pytest.raises(ApiError, match="a second"):
-        asyncio.run(usage.charge("a", limits, 1))
+        await usage.charge("a", limits, 1)
     now += 1.1
-    asyncio.run(usage.charge("a", limits, 1))
+    await usage.charge("a", limits, 1)
 
 
 def test_a_quota_covers_one_utc_day() -> None:
@@ -94,59 +96,55 @@ def test_a_quota_covers_one_utc_day() -> None:
     assert tomorrow.images == 100
 
 
-def test_refused_images_are_not_charged(tmp_path: Path) -> None:
+async def charge_at_once(usage: Usage, limits: Key, *batches: int, name: str = "a") -> list[bool]:
+    """Which of these batches, sent together, are admitted."""
+    results = await asyncio.gather(*(usage.charge(name, limits, n) for n in batches), return_exceptions=True)
+    return [result is None for result in results]
+
+
+@in_a_loop
+async def test_refused_images_are_not_charged(tmp_path: Path) -> None:
     usage, limits = Usage(tmp_path / "usage"), key(images_per_day=10)
-
-    async def send(*batches: int) -> list[bool]:
-        results = await asyncio.gather(*(usage.charge("a", limits, n) for n in batches), return_exceptions=True)
-        return [result is None for result in results]
-
-    assert asyncio.run(send(8, 3, 2, 1)) == [True, False, True, False]
+    assert await charge_at_once(usage, limits, 8, 3, 2, 1) == [True, False, True, False]
 
 
-def test_two_processes_share_the_file_and_restarts_keep_it(tmp_path: Path) -> None:
+@in_a_loop
+async def test_two_processes_share_the_file_and_restarts_keep_it(tmp_path: Path) -> None:
     limits = key(images_per_day=5)
-
-    def taken(usage: Usage, name: str = "a") -> int:
-        async def send() -> int:
-            results = await asyncio.gather(*(usage.charge(name, limits, 1) for _ in range(3)), return_exceptions=True)
-            return results.count(None)
-
-        return asyncio.run(send())
-
     first, second = Usage(tmp_path / "usage"), Usage(tmp_path / "usage")
-    assert (taken(first), taken(second), taken(first)) == (3, 2, 0)
-    assert taken(second, "b") == 3
-    assert taken(Usage(tmp_path / "usage")) == 0
+    assert [sum(await charge_at_once(one, limits, 1, 1, 1)) for one in (first, second, first)] == [3, 2, 0]
+    assert sum(await charge_at_once(second, limits, 1, 1, 1, name="b")) == 3
+    assert sum(await charge_at_once(Usage(tmp_path / "usage"), limits, 1, 1, 1)) == 0
 
 
-def test_nothing_is_counted_without_limits(tmp_path: Path) -> None:
+@in_a_loop
+async def test_nothing_is_counted_without_limits(tmp_path: Path) -> None:
     usage = Usage(tmp_path / "usage")
     (tmp_path / "usage").write_bytes(b"gone")
-    asyncio.run(usage.charge("a", key(), 1_000_000))
+    await usage.charge("a", key(), 1_000_000)
 
 
-def test_a_failing_file_limits_nobody_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@in_a_loop
+async def test_a_failing_file_limits_nobody_and_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     usage = Usage(tmp_path / "usage")
-    asyncio.run(usage.charge("a", key(images_per_day=1), 1))
+    await usage.charge("a", key(images_per_day=1), 1)
     with contextlib.closing(sqlite3.connect(tmp_path / "usage", isolation_level=None)) as other:
         other.execute("DROP TABLE usage")
     with caplog.at_level(logging.ERROR):
         for _ in range(5):
-            asyncio.run(usage.charge("a", key(images_per_day=1), 1))
+            await usage.charge("a", key(images_per_day=1), 1)
     assert [record.message for record in caplog.records] == ["API keys are not limited"]
 
 
-def test_a_file_locked_by_another_process_delays_only_one_request(tmp_path: Path) -> None:
+@in_a_loop
+async def test_a_file_locked_by_another_process_delays_only_one_request(tmp_path: Path) -> None:
     usage, limits = Usage(tmp_path / "usage"), key(images_per_day=1)
-
-    async def send() -> list[BaseException | None]:
-        return await asyncio.gather(*(usage.charge("a", limits, 1) for _ in range(20)), return_exceptions=True)
-
     with contextlib.closing(sqlite3.connect(tmp_path / "usage", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         started = time.monotonic()
-        assert asyncio.run(send()) == [None] * 20
+        assert all(await charge_at_once(usage, limits, *[1] * 20))
         assert time.monotonic() - started < 3 * PATIENCE_SECONDS
 
 
@@ -167,10 +165,11 @@ def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
         Usage(tmp_path / "usage")
 
 
-def test_a_restarted_worker_survives_a_failing_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@in_a_loop
+async def test_a_restarted_worker_survives_a_failing_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "usage").write_bytes(b"not a database" * 100)
     with caplog.at_level(logging.ERROR):
-        asyncio.run(Usage(tmp_path / "usage", is_running=True).charge("a", key(images_per_day=1), 1))
+        await Usage(tmp_path / "usage", is_running=True).charge("a", key(images_per_day=1), 1)
     assert [record.message for record in caplog.records] == ["API keys are not limited"]
 
 
