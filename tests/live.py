@@ -58,6 +58,45 @@ def command(port: int) -> list[str]:
     return [sys.executable, "-m", "bentoml", "serve", "service:Classifier", "--port", str(port), "--host", "127.0.0.1"]
 
 
+def python(
+    home: Path, *arguments: object, code: int = 0, cwd: Path = REPOSITORY, **settings: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``settings`` and its own BentoML home in ``home``, and check its exit status."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(home, **settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def store_model(home: Path, artifact: Path) -> str:
+    """Import an artifact into the model store in ``home``; returns its tag."""
+    return python(home, "-m", "model.store", "import", artifact).stdout.strip()
+
+
+def failed_start(
+    home: Path, port: int | None = None, preexec_fn: Callable[[], None] | None = None, **settings: Any
+) -> list[str]:
+    """What a server that cannot start with ``settings`` prints, line by line."""
+    done = subprocess.run(
+        command(port or free_port()),
+        cwd=REPOSITORY,
+        env=environment(home, **settings),
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        preexec_fn=preexec_fn,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()
+
+
 @contextmanager
 def serve(topology: str, home: Path, **settings: Any) -> Iterator[str]:
     """Start the server with ``settings`` and its own BentoML home in ``home``; yields its base URL once it is ready."""

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import stat
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from serving import access
 from serving.errors import ApiError
 from serving.keys import Keys
 from tests import toy
-from tests.live import LOG, command, encode, environment, free_port, picture, samples, serve, total
+from tests.live import LOG, encode, failed_start, picture, samples, serve, total
 
 IMAGE = encode(picture())
 OPEN = ("/livez", "/healthz", "/readyz", "/metrics")
@@ -294,16 +293,7 @@ def test_unusable_files_stop_the_start_with_one_line(tmp_path: Path, settings: d
     (tmp_path / "broken.toml").write_text("[a]\n" + "# far from a database\n" * 100)
     access.add(tmp_path / "good.toml", "a")
     chosen = {name: tmp_path / value for name, value in settings.items()}
-    result = subprocess.run(
-        command(free_port()),
-        cwd=toy.ROOT,
-        env=environment(tmp_path, **chosen),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode != 0
-    (line,) = result.stderr.strip().splitlines()
+    (line,) = failed_start(tmp_path, **chosen)
     assert line.startswith("error: ")
     assert re.search(expected, line), line
 

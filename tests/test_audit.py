@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +12,7 @@ import pytest
 import requests
 
 from serving import access
-from tests import toy
-from tests.live import LOG, encode, environment, picture, serve
+from tests.live import LOG, encode, picture, python, serve
 
 PNG = encode(picture())
 LARGE = encode(picture(1, 400, 600), "BMP")
@@ -113,14 +110,6 @@ def test_neither_contents_nor_keys_are_logged(audited: Audited) -> None:
         assert secret not in written
 
 
-def run(program: str, tmp_path: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=toy.ROOT, env=environment(tmp_path), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stderr
-
-
 def test_the_files_rotate_and_their_number_is_bounded(tmp_path: Path) -> None:
     for start, count in (("first", 10), ("second", 1000)):  # a restart appends
         program = f"""
@@ -131,7 +120,7 @@ log = audit.Audit(Path({str(tmp_path)!r}), "api-1")
 for number in range({count}):
     log.write(start={start!r}, number=number)
 """
-        run(program, tmp_path)
+        python(tmp_path, "-c", program)
         files = sorted(tmp_path.glob("audit-*"), reverse=True)
         lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         if start == "first":
@@ -150,7 +139,7 @@ for replica in [Audit(Path({str(tmp_path)!r}), "api-1") for _ in range(2)]:
     replica.write(replica=replica._lock.name)
 """
     for _ in range(2):  # a restart continues the same files
-        run(program, tmp_path)
+        python(tmp_path, "-c", program)
     lines = {file.name: file.read_text().splitlines() for file in tmp_path.glob("audit-*")}
     assert lines.keys() == {"audit-api-1.jsonl", "audit-api-1-2.jsonl"}
     assert [(len(written), len(set(written))) for written in lines.values()] == [(2, 1)] * 2
@@ -165,6 +154,6 @@ log = Audit(Path({str(tmp_path)!r}), "api-1")
 for number in range(1000):
     log.write(number=number)
 """
-    said = run(program, tmp_path)
+    said = python(tmp_path, "-c", program).stderr
     assert said.count("audit lines are lost") == 1
     assert "Traceback" not in said

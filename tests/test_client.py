@@ -34,7 +34,7 @@ from model.artifact import Artifact
 from model.headers import FORMATS
 from serving import access
 from tests import toy
-from tests.live import Server, encode, environment, free_port, picture, samples, serve, total
+from tests.live import Server, encode, environment, free_port, picture, python, samples, serve, store_model, total
 from tests.snippets import of_the_example
 
 PICTURES = 200
@@ -588,19 +588,12 @@ class TestMistakes:
 
     def test_parquet_without_its_package_is_one_line(self, tmp_path: Path) -> None:
         code = "import sys, runpy; sys.modules['pyarrow'] = None; runpy.run_module('client', run_name='__main__')"
-        done = subprocess.run(
-            [sys.executable, "-c", code, "README.md", "--out", tmp_path / "x.parquet"],
-            cwd=toy.ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = python(tmp_path, "-c", code, "README.md", "--out", tmp_path / "x.parquet", code=2)
         assert "Parquet needs the package pyarrow" in done.stderr
 
 
 def test_a_model_is_chosen_by_name(toy_artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from model import store; store.put(Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, toy_artifact.path], cwd=toy.ROOT, env=environment(tmp_path), check=True)
+    store_model(tmp_path, toy_artifact.path)
     run(toy_folder, "--local", "toy", "--out", tmp_path / "out.jsonl", home=tmp_path, code=1)
     again = tmp_path / "again.jsonl"
     run(toy_folder, "--local", "toy", "--out", again, home=tmp_path, code=1, RUNTIME="fastest")

@@ -26,7 +26,7 @@ from serving.engines import LocalEngine
 from serving.errors import ApiError
 from serving.usage import DAY_SECONDS, Account
 from tests.golden import SHIPPED_NAME
-from tests.live import REPOSITORY, command, encode, environment, free_port, picture, processes, serve
+from tests.live import REPOSITORY, encode, failed_start, picture, processes, serve
 
 
 def models(home: Path) -> Path:
@@ -42,13 +42,6 @@ def flip(file: Path) -> None:
         byte = opened.read(1)[0]
         opened.seek(-1, os.SEEK_CUR)
         opened.write(bytes([byte ^ 1]))
-
-
-def started(home: Path) -> subprocess.CompletedProcess[str]:
-    """The result of starting a server that should fail to start."""
-    return subprocess.run(
-        command(free_port()), cwd=REPOSITORY, env=environment(home), capture_output=True, text=True, timeout=120
-    )
 
 
 def test_an_altered_model_does_not_affect_a_running_server_but_stops_the_next_start(tmp_path: Path) -> None:
@@ -68,9 +61,7 @@ def test_an_altered_model_does_not_affect_a_running_server_but_stops_the_next_st
         assert ask(url) == before
         assert processes(tmp_path) == started_with, "none was replaced"
         shutil.move(tmp_path / "gone", tmp_path / "models")
-    done = started(tmp_path)
-    assert done.returncode
-    (line,) = done.stderr.strip().splitlines()
+    (line,) = failed_start(tmp_path)
     assert line.startswith(f"error: MODEL={SHIPPED_NAME!r}: ")
     assert "model.onnx: sha256 " in line
 

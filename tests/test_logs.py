@@ -6,8 +6,6 @@ import base64
 import email.policy
 import json
 import socketserver
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.live import LOG, encode, environment, picture, serve
-
-REPOSITORY = Path(__file__).parent.parent
+from tests.live import LOG, encode, picture, python, serve
 
 PROGRAM = """
 import logging
@@ -47,15 +43,7 @@ logger.critical("the model is wrong")
 
 def log(tmp_path: Path, program: str = PROGRAM, **settings: Any) -> list[dict[str, Any]]:
     """The records that ``program`` wrote to its console."""
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=environment(tmp_path, **settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
+    result = python(tmp_path, "-c", program, **settings)
     assert result.stdout == ""
     return [json.loads(line) for line in result.stderr.splitlines()]
 
@@ -205,16 +193,8 @@ def test_an_unreachable_mail_server_loses_no_line_and_stops_nothing(tmp_path: Pa
     with mail_server() as server:
         port = server.server_address[1]
     program = PROGRAM + "\nlogger.info('still here')\n"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=environment(tmp_path, SMTP_HOST="127.0.0.1", SMTP_PORT=port, SMTP_TO="ops@example.com"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0
-    assert '"still here"' in result.stderr
+    said = python(tmp_path, "-c", program, SMTP_HOST="127.0.0.1", SMTP_PORT=port, SMTP_TO="ops@example.com").stderr
+    assert '"still here"' in said
 
 
 def test_no_log_contains_an_image_or_a_body(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +20,7 @@ from model.classifier import Prediction
 from serving import review
 from serving.review import BLOCK, LEDGER, Review
 from settings import load
-from tests import toy
-from tests.live import encode, environment, picture, serve
+from tests.live import encode, picture, python, serve
 
 PAIR = 2 * BLOCK
 """Disk space of a small image and its line."""
@@ -178,11 +175,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 offer(kept, 21)
 wait(lambda: len(list(directory.glob("*.json"))) == 1)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=toy.ROOT, env=environment(tmp_path), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("images for review are not kept") == 1
+    assert python(tmp_path, "-c", program).stderr.count("images for review are not kept") == 1
 
 
 def test_a_full_disk_does_not_damage_the_ledger(tmp_path: Path) -> None:
@@ -199,10 +192,7 @@ offer(kept, 2)
 time.sleep(0.3)
 assert (directory / LEDGER).read_text() == before != "", before
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=toy.ROOT, env=environment(tmp_path), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    python(tmp_path, "-c", program)
 
 
 def test_images_waiting_in_memory_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +17,7 @@ from model.tuning import compare
 from model.verification import TOLERANCE, VerificationError, check
 from tests import toy
 from tests.golden import SHIPPED_NAME
-from tests.live import LOG, environment, samples, serve, total
+from tests.live import LOG, python, samples, serve, store_model, total
 
 
 class Store(NamedTuple):
@@ -40,17 +37,7 @@ def stored(toy_folder: Path, toy_artifact: Artifact, tmp_path_factory: pytest.Te
     recipe = ("--epochs", 1, "--batch-size", 64, "--widths", "8,32", "--depth", 2, "--seed", 7)
     toy.run("train.fit", toy_folder, "--name", "poor", "--out", root / "run", *recipe)
     toy.run("train.export", root / "run", toy_folder, "--out", root / "poor")
-    tags = [
-        subprocess.run(
-            [sys.executable, "-m", "model.store", "import", str(path)],
-            cwd=toy.ROOT,
-            env={**os.environ, "BENTOML_HOME": str(root / "home")},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for path in (toy_artifact.path, root / "poor")
-    ]
+    tags = [store_model(root / "home", path) for path in (toy_artifact.path, root / "poor")]
     images = [path.read_bytes() for path in sorted(toy_folder.glob("*/00?.png"))]
     together = Ensemble([toy_artifact, Artifact.load(root / "poor")])
     return Store(root / "home", tags[0], tags[1], images, together.config.temperature)
@@ -113,18 +100,9 @@ def test_an_ensemble_returns_the_calibrated_mean_and_its_shadow_is_counted(
 def test_incompatible_models_stop_the_start_with_one_line(
     settings: dict[str, str], expected: str, stored: Store
 ) -> None:
-    code = "import service"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=toy.ROOT,
-        env=environment(stored.home, **settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+    said = python(stored.home, "-c", "import service", code=1, **settings).stderr
+    assert expected in said
+    assert "Traceback" not in said
 
 
 def test_the_fastest_correct_runtime_serves_and_is_reported(stored: Store, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from model import promotions
 from model.artifact import CARD, CONFIG, FILES, ONNX, ONNX_INT8, Artifact, save_reference, seal
 from model.comparison import difference_interval
 from model.config import ModelConfig
-from tests import toy
+from tests import live, toy
 from tests.golden import SHIPPED_NAME, TYPICAL
 from tests.live import environment, serve
 from train import readme
@@ -42,17 +42,9 @@ def variant(artifact: Artifact, path: Path, hits: int, **card: Any) -> Artifact:
     return seal(path, {**artifact.card, "metrics": metrics, **card})
 
 
-def python(home: Path, *arguments: object, cwd: Path = toy.ROOT, code: int = 0, **settings: Any) -> str:
-    """Run Python with the model store in ``home``, check the exit status and return the output."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(home, **settings),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
+def python(home: Path, *arguments: object, **options: Any) -> str:
+    """Run Python with the model store in ``home``, and return everything it prints."""
+    done = live.python(home, *arguments, **options)
     return done.stdout + done.stderr
 
 

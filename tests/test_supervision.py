@@ -15,6 +15,7 @@ from tests.live import (
     STOP_SECONDS,
     command,
     environment,
+    failed_start,
     family,
     free_port,
     is_ready,
@@ -88,25 +89,15 @@ def test_a_port_that_needs_root_is_one_clear_line(tmp_path: Path) -> None:
         pr_capbset_drop, cap_net_bind_service = 24, 10
         ctypes.CDLL(None).prctl(pr_capbset_drop, cap_net_bind_service)  # fails for who has no such right anyway
 
-    done = subprocess.run(
-        command(81), cwd=REPOSITORY, env=environment(tmp_path), capture_output=True, text=True, timeout=60,
-        preexec_fn=drop_the_right_to_it,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: port 81 is reserved for root; expected one that this user may open"
-    assert "Traceback" not in done.stderr
+    printed = failed_start(tmp_path, 81, drop_the_right_to_it)
+    assert printed[-1] == "error: port 81 is reserved for root; expected one that this user may open"
 
 
 def test_a_port_in_use_is_one_clear_line_and_does_not_disturb_its_server(tmp_path: Path) -> None:
     with serve("embedded", tmp_path, WORKERS=1) as url:
         port = int(url.rpartition(":")[2])
         before = samples(url)
-        second = subprocess.run(
-            command(port), cwd=REPOSITORY, env=environment(tmp_path), capture_output=True, text=True, timeout=60
-        )
-        assert second.returncode == 1
-        assert second.stderr.splitlines()[-1] == f"error: port {port} is in use; expected a free one"
-        assert "Traceback" not in second.stderr
+        assert failed_start(tmp_path, port)[-1] == f"error: port {port} is in use; expected a free one"
         assert {name for name in before if name.startswith("classifier_")} <= samples(url).keys()
         (folder,) = (path for path in (tmp_path / "prometheus_multiproc_dir").iterdir() if path.is_dir())
     assert not folder.exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,11 @@ from PIL import Image
 
 from model.artifact import Artifact
 from tests import toy
-from tests.live import encode, environment, serve
+from tests.live import encode, serve, store_model
 
 
 def test_a_classifier_of_other_classes_is_served(toy_artifact: Artifact, tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "model.store", "import", toy_artifact.path],
-        cwd=toy.ROOT,
-        env=environment(tmp_path),
-        check=True,
-        timeout=120,
-    )
+    store_model(tmp_path, toy_artifact.path)
     folder = toy_artifact.path.parent / "folder"
     rng = np.random.default_rng(99)
     names = [toy.CLASSES[i % 3] for i in range(30)]
