@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
@@ -32,19 +30,21 @@ from serving.metrics import REASONS
 from tests.live import (
     LIMITS,
     LOG,
-    REPOSITORY,
     Server,
     await_workers,
     command,
     encode,
     environment,
+    failed_start,
     free_port,
     picture,
     png_header,
     processes,
+    python,
     running,
     samples,
     serve,
+    store_model,
     total,
 )
 from tests.snippets import of_the_example
@@ -289,15 +289,7 @@ def test_bentomls_own_client_works(server: Server, tmp_path: Path) -> None:
     first.write_bytes(JPEG)
     second.write_bytes(encode(picture(1)))
     broken.write_bytes(b"broken")
-    result = subprocess.run(
-        [sys.executable, "-c", CLIENT, server.url, first, second, broken],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert result.returncode == 0, result.stderr
-    single, several = json.loads(result.stdout)
+    single, several = json.loads(python(tmp_path, "-c", CLIENT, server.url, first, second, broken).stdout)
     assert_says(single, JPEG)
     assert_says(several["results"][0], JPEG)
     assert_says(several["results"][1], second.read_bytes())
@@ -733,28 +725,14 @@ def test_a_missed_deadline_is_504(tmp_path: Path) -> None:
     [
         ({"RUNTIME": "tpu"}, "RUNTIME='tpu'; expected one of auto, fastest, torch, onnx, onnx-int8"),
         ({"MODEL": "nope:1"}, "MODEL='nope:1'"),
-        ({"MAX_QUEUE": "0"}, "MAX_QUEUE='0'; expected greater than or equal to 1"),
-        ({"WORKERS": "0"}, "WORKERS='0'; expected"),
-        ({"WORKERS": "many"}, "WORKERS='many'; expected"),
-        ({"MAX_QUEUE": "4", "MAX_REQUEST_IMAGES": "8"}, "MAX_QUEUE=4; expected at least MAX_REQUEST_IMAGES=8"),
-        ({"SMTP_HOST": "mail.example.com"}, "SMTP_HOST and SMTP_TO"),
-        ({"LOG_DIRECTORY": "/proc/logs"}, "LOG_DIRECTORY='/proc/logs'; expected a directory that can be written"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_unusable_settings_stop_the_start_with_one_line(
     tmp_path: Path, settings: dict[str, str], expected: str
 ) -> None:
-    result = subprocess.run(
-        command(free_port()),
-        cwd=Path(__file__).parent.parent,
-        env=environment(tmp_path, **settings),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert result.returncode != 0
-    (line,) = result.stderr.strip().splitlines()
+    """One for the settings and one for the model: test_settings.py has the others."""
+    (line,) = failed_start(tmp_path, **settings)
     assert re.search(f"^error: .*{expected}", line)
 
 
@@ -796,9 +774,8 @@ def test_an_engine_with_wrong_results_is_never_ready_and_logs_it_once(topology: 
     seal(path, ARTIFACT.card)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    env = environment(tmp_path / "home", TOPOLOGY=topology, WORKERS=1, RUNTIME="onnx-int8")
-    store = [sys.executable, "-m", "model.store", "import", str(path)]
-    env["MODEL"] = subprocess.check_output(store, cwd=REPOSITORY, env=env, text=True).strip()
+    home = tmp_path / "home"
+    env = environment(home, TOPOLOGY=topology, WORKERS=1, RUNTIME="onnx-int8", MODEL=store_model(home, path))
     log = tmp_path / LOG
 
     def has_said_so() -> bool:

@@ -14,7 +14,7 @@ from model.artifact import ACCURATE, CONFIG, SHIPPED
 from model.config import ModelConfig
 from model.runtimes import PROBED, cuda_devices
 from settings import SettingsError, load
-from tests.live import environment, serve
+from tests.live import environment, python, serve
 
 DRIVER = """
 class NVMLError(Exception): pass
@@ -39,11 +39,10 @@ def test_an_environment_variable_sets_a_field(monkeypatch: pytest.MonkeyPatch) -
     assert (load().max_batch, load().resolved_runtime()) == (7, "onnx")
 
 
-def test_a_runtime_that_is_not_installed_is_one_clear_line() -> None:
+def test_a_runtime_that_is_not_installed_is_one_clear_line(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; import settings; settings.load(runtime='torch')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr == "error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime\n"
+    said = python(tmp_path, "-c", code, code=1).stderr
+    assert said == "error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime\n"
 
 
 def driver(folder: Path, answer: str) -> str:
@@ -133,8 +132,7 @@ def test_there_are_at_most_as_many_workers_as_usable_cpus(tmp_path: Path) -> Non
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
         "import service; print(service.deployment.workers)"
     )
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path), text=True, timeout=120)
-    assert printed == "1\n"
+    assert python(tmp_path, "-c", code).stdout == "1\n"
 
 
 @pytest.mark.parametrize(
@@ -142,10 +140,16 @@ def test_there_are_at_most_as_many_workers_as_usable_cpus(tmp_path: Path) -> Non
     [
         ({"runtime": "tpu"}, "error: RUNTIME='tpu'; expected one of auto, fastest, torch, onnx, onnx-int8"),
         ({"max_batch": 0}, "error: MAX_BATCH=0; expected greater than or equal to 1 or auto"),
+        ({"max_queue": "0"}, "error: MAX_QUEUE='0'; expected greater than or equal to 1"),
         ({"max_queue": 8, "max_request_images": 9}, "error: MAX_QUEUE=8; expected at least MAX_REQUEST_IMAGES=9"),
         ({"workers": "many"}, "error: WORKERS='many'; expected a valid integer or cpu_count"),
+        ({"workers": "0"}, "error: WORKERS='0'; expected greater than or equal to 1 or cpu_count"),
         ({"drain_seconds": "inf"}, "error: DRAIN_SECONDS='inf'; expected a finite number"),
         ({"smtp_host": "mail"}, "error: SMTP_HOST and SMTP_TO go together; found only one of them"),
+        (
+            {"log_directory": "/proc/logs"},
+            "error: LOG_DIRECTORY='/proc/logs'; expected a directory that can be written",
+        ),
     ],
 )
 def test_a_bad_setting_is_one_clear_line(setting: dict[str, object], message: str) -> None:
