@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -20,11 +19,10 @@ from PIL import Image
 from model import preprocess as module
 from model.headers import FORMATS, MAX_SCANS, ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
 from model.preprocess import MAX_PIXELS, Pixels, inspect, preprocess, resize
-from tests.live import png_header
+from tests.live import REPOSITORY, encode, png_header
 
 HEIGHT, WIDTH = 48, 64
 ORIENTATION = 0x0112
-REPOSITORY = Path(__file__).parent.parent
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -39,12 +37,6 @@ def gradient() -> Pixels:
     """A smooth picture with four different corners, which lossy formats reproduce closely."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     return np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, 255 - (x + y) * 255 // (WIDTH + HEIGHT)], 2).astype(np.uint8)
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def cv2_encode(suffix: str, image: NDArray[Any]) -> bytes:

@@ -17,8 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from starlette.requests import Request
-from starlette.types import Message
 
 from model.headers import FORMATS, Header, ImageError, read_header
 from model.preprocess import inspect, preprocess, render, shrink
@@ -28,6 +26,7 @@ from serving.options import read_options, read_timeout
 from serving.requests import Item, read_image, read_images
 from settings import Settings
 from tests import seeds
+from tests.asgi import request
 from tests.live import encode
 
 settings.register_profile("ours", derandomize=True, deadline=None, max_examples=100)
@@ -119,19 +118,6 @@ def test_damaged_images_give_pixels_or_errors(data: bytes) -> None:
         assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
 
 
-def request(
-    content_type: str, chunks: Sequence[bytes], query: bytes = b"", extra: Sequence[tuple[bytes, bytes]] = ()
-) -> Request:
-    headers = [(b"content-type", content_type.encode("latin-1")), *extra]
-    messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    waiting = iter([*messages, {"type": "http.request", "body": b"", "more_body": False}])
-
-    async def receive() -> Message:
-        return next(waiting)
-
-    return Request({"type": "http", "method": "POST", "headers": headers, "query_string": query}, receive)
-
-
 def read(content_type: str, chunks: Sequence[bytes]) -> list[Item]:
     return asyncio.run(read_images(request(content_type, chunks), LIMITS))
 
@@ -191,7 +177,7 @@ def test_any_request_gives_images_or_a_documented_error(content_type: str, body:
 @given(st.dictionaries(st.sampled_from(["prediction_set", "abstain_below", "abstain_foreign"]) | st.text(), st.text()))
 def test_any_query_gives_options_or_a_400(query: dict[str, str]) -> None:
     encoded = urlencode(query, errors="surrogatepass").encode()
-    options = outcome(lambda: read_options(request("", [], encoded)))
+    options = outcome(lambda: read_options(request("", b"", encoded)))
     if isinstance(options, ApiError):
         assert options.status == 400
     else:
@@ -200,8 +186,7 @@ def test_any_query_gives_options_or_a_400(query: dict[str, str]) -> None:
 
 @given(st.text(st.characters(codec="latin-1"), max_size=50) | st.floats().map(str))
 def test_any_deadline_is_within_the_limit_or_a_400(asked: str) -> None:
-    headers = [(b"x-request-timeout", asked.encode("latin-1"))]
-    seconds = outcome(lambda: read_timeout(request("", [], b"", headers), 10))
+    seconds = outcome(lambda: read_timeout(request("", b"", x_request_timeout=asked), 10))
     if isinstance(seconds, ApiError):
         assert seconds.status == 400
     else:

@@ -11,33 +11,18 @@ from collections.abc import Sequence
 from http import HTTPStatus
 
 import pytest
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from serving.errors import ApiError, from_exception
 from serving.requests import Item, _base64, read_image, read_images
 from settings import Settings
+from tests.asgi import request, sending
 
 SETTINGS = Settings(max_body_bytes=20_000, max_image_bytes=4_096, max_request_images=8)
 BOUNDARY = "b0undary"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 JSON = "application/json"
-
-
-def request(content_type: str | bytes | None, chunks: bytes | Sequence[bytes], **headers: str) -> Request:
-    """A request as the server would pass it on; ``headers`` are spelled with underscores instead of hyphens."""
-    chunks = [chunks] if isinstance(chunks, bytes) else list(chunks)
-    pairs = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
-    if content_type is not None:
-        pairs.append((b"content-type", content_type if isinstance(content_type, bytes) else content_type.encode()))
-    messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    messages.append({"type": "http.request", "body": b"", "more_body": False})
-    waiting = iter(messages)
-
-    async def receive() -> Message:
-        return next(waiting)
-
-    return Request({"type": "http", "method": "POST", "path": "/classify", "headers": pairs}, receive)
 
 
 def one(content_type: str | bytes | None, chunks: bytes | Sequence[bytes], **headers: str) -> bytes:
@@ -271,19 +256,16 @@ def test_white_space_in_base64_takes_no_extra_memory() -> None:
 @pytest.mark.parametrize(("content_type", "limit"), [("image/png", 4_096), (FORM, 20_000), (JSON, 20_000)])
 def test_reading_stops_at_the_limit(content_type: str, limit: int) -> None:
     body = Endless()
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type.encode())]}
     with pytest.raises(ApiError) as refusal:
-        asyncio.run(read_image(Request(scope, body.receive), SETTINGS))
+        asyncio.run(read_image(request(content_type, body.receive), SETTINGS))
     assert refusal.value.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     assert body.read <= limit + 1000
 
 
 def test_an_announced_length_over_the_limit_is_refused_unread() -> None:
     body = Endless()
-    headers = [(b"content-type", b"image/png"), (b"content-length", b"4097")]
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
     with pytest.raises(ApiError) as refusal:
-        asyncio.run(read_image(Request(scope, body.receive), SETTINGS))
+        asyncio.run(read_image(request("image/png", body.receive, content_length="4097"), SETTINGS))
     assert refusal.value.code == "too_large"
     assert body.read == 0
 
@@ -299,18 +281,9 @@ def test_an_absurd_length_is_refused() -> None:
 
 
 def test_a_caller_that_hangs_up_is_not_a_server_error() -> None:
-    messages: list[Message] = [
-        {"type": "http.request", "body": b"half of", "more_body": True},
-        {"type": "http.disconnect"},
-    ]
-    waiting = iter(messages)
-
-    async def receive() -> Message:
-        return next(waiting)
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"image/png")]}
+    half = sending([b"half of"], {"type": "http.disconnect"})
     with pytest.raises((ApiError, ClientDisconnect)) as refusal:
-        asyncio.run(read_image(Request(scope, receive), SETTINGS))
+        asyncio.run(read_image(request("image/png", half), SETTINGS))
     assert from_exception(refusal.value).status < HTTPStatus.INTERNAL_SERVER_ERROR
 
 

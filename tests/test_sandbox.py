@@ -21,7 +21,6 @@ import pytest
 import requests
 from PIL import Image
 from starlette.requests import Request
-from starlette.types import Message
 
 from model import runtimes
 from model.artifact import ONNX_INT8, Artifact
@@ -37,6 +36,7 @@ from serving.drift import Drift
 from serving.pipeline import LARGE_BYTES, Pipeline, is_decoded_here
 from serving.replies import Replies
 from settings import Settings
+from tests.asgi import request
 from tests.faulty_decoder import FAULTS, WALL_SECONDS
 from tests.live import Server, encode, family, picture, processes
 
@@ -175,15 +175,9 @@ def pipeline(faulty: Sandbox) -> Pipeline:
     )
 
 
-def request(images: list[bytes]) -> Request:
+def batch(images: list[bytes]) -> Request:
     body = orjson.dumps({"images": [base64.b64encode(image).decode() for image in images]})
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        return messages.pop()
-
-    headers = [(b"content-type", b"application/json")]
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}, receive)
+    return request("application/json", body)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -193,7 +187,7 @@ def test_one_image_among_64_that_kills_its_decoder_fails_alone(
     images = [encode(picture(i), "WEBP") for i in range(64)]
     images[40] += fault
     before = metrics.DECODER_DEATHS._value.get()
-    results = orjson.loads(asyncio.run(pipeline.classify_batch(request(images))).body)["results"]
+    results = orjson.loads(asyncio.run(pipeline.classify_batch(batch(images))).body)["results"]
     assert [i for i, result in enumerate(results) if "error" in result] == [40]
     assert results[40]["error"]["code"] == "invalid_image"
     assert metrics.DECODER_DEATHS._value.get() - before == 1
@@ -207,7 +201,7 @@ def test_many_small_images_do_not_block_the_event_loop(pipeline: Pipeline) -> No
     assert all(read_header(image).is_plain and len(image) < LARGE_BYTES for image in images), "decoded in the loop"
 
     async def turns() -> int:
-        work, count = asyncio.create_task(pipeline.classify_batch(request(images))), 0
+        work, count = asyncio.create_task(pipeline.classify_batch(batch(images))), 0
         while not work.done():
             await asyncio.sleep(0)
             count += 1
