@@ -104,6 +104,17 @@ def serving(loop: str, connection: type[Connection] = Hasty) -> Iterator[int]:
         thread.join()
 
 
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+@contextmanager
+def connected(loop: str, connection: type[Connection] = Hasty) -> Iterator[socket.socket]:
+    """A client of a server of its own."""
+    with serving(loop, connection) as port, connect(port) as client:
+        yield client
+
+
 def headers_that_never_end(client: socket.socket) -> None:
     client.sendall(HEAD)
     while True:
@@ -183,7 +194,7 @@ def a_reply_that_nobody_reads(client: socket.socket) -> None:
     ],
 )
 def test_a_client_that_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None], loop: str) -> None:
-    with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected(loop, Guarded) as client:
         started = time.monotonic()
         with pytest.raises((ConnectionError, BrokenPipeError)):
             dawdle(client)
@@ -195,7 +206,7 @@ class Patient(Hasty):
 
 
 def test_a_slow_but_steady_client_gets_everything() -> None:
-    with serving("uvloop", Patient) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Patient) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         received = 0
         while chunk := client.recv(2**20):
@@ -241,7 +252,7 @@ def test_each_reply_has_its_own_timeout() -> None:
 
 
 def test_malformed_http_gets_the_common_error_format() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(b"\x16\x03\x01\x02\x00\r\n\r\n")
         response = http.client.HTTPResponse(client)
         response.begin()
@@ -275,13 +286,13 @@ def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]
 
 @pytest.mark.parametrize("more", [b"a:b\r\n" * 1000, b"X: " + b"y" * 5000], ids=["many", "long"])
 def test_endless_headers_are_cut_off(more: bytes) -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         _, sent = flood(client, HEAD, more)
     assert sent < 2**23, "what the two systems hold on the way, and no more"
 
 
 def test_too_many_headers_are_refused() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(HEAD + b"X: " + b"y" * MAX_HEAD_BYTES)
         response = http.client.HTTPResponse(client)
         response.begin()
@@ -294,14 +305,14 @@ def test_malformed_http_is_refused_once_however_long_it_goes_on() -> None:
         return REGISTRY.get_sample_value("classifier_rejected_total", {"reason": "invalid_request"}) or 0.0
 
     before = refused()
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         received, _ = flood(client, b"POST / HTTP/1.1\r\nno header" + b"\0" * 2 * MAX_HEAD_BYTES, b"x")
     assert received.count(b"HTTP/1.1 ") <= 1
     assert refused() - before == 1
 
 
 def test_many_headers_within_the_limit_are_accepted() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         for _ in range(4):
             client.sendall(HEAD + b"X: y\r\n" * 5000 + b"Content-Length: 0\r\n\r\n")
             expect_reply(client)
@@ -310,17 +321,17 @@ def test_many_headers_within_the_limit_are_accepted() -> None:
 def test_endless_trailers_of_a_chunked_body_are_cut_off() -> None:
     start = HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
     with serving("uvloop") as port:
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with connect(port) as client:
             client.sendall(start + b"X: y\r\n\r\n" + HEAD + b"Content-Length: 0\r\n\r\n")
             for _ in range(2):
                 expect_reply(client)
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with connect(port) as client:
             _, sent = flood(client, start, b"a:b\r\n" * 1000)
     assert sent < 2**23
 
 
 def test_many_small_chunks_form_one_body() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
         expect_reply(client)
         client.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
@@ -329,7 +340,7 @@ def test_many_small_chunks_form_one_body() -> None:
 
 def test_no_connection_becomes_a_websocket() -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: x\r\n"
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(b"GET /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n")
         response = http.client.HTTPResponse(client)
         response.begin()
@@ -343,7 +354,7 @@ def test_a_request_to_upgrade_the_protocol_is_answered_in_http_1_1(method: bytes
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
     body = b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n"
     length = f"Content-Length: {len(body)}\r\n\r\n".encode()
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         for part in (method + b" /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + length, body, body):
             client.sendall(part)
             time.sleep(pause)
@@ -353,27 +364,27 @@ def test_a_request_to_upgrade_the_protocol_is_answered_in_http_1_1(method: bytes
 
 def test_many_upgrade_requests_at_once_are_answered() -> None:
     asks = b"GET /pieces HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(asks * 700)  # as many as one read may return
         assert read_all(client).count(b"abcdefg") == 700
 
 
 def test_pipelined_requests_are_limited() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(b"GET /pieces HTTP/1.1\r\n\r\n" * 2 * MAX_PIPELINED)
         received = read_all(client)
     assert received.count(b"HTTP/1.1 200") == received.count(b"abcdefg") == 1 + MAX_PIPELINED
 
 
 def test_http_1_0_ignores_upgrades_and_closes_after_its_reply() -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(b"GET /pieces HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
         assert b"connection: close" in read_all(client)
 
 
 @pytest.mark.parametrize("requests_", [1, 3])
 def test_malformed_http_does_not_answer_the_requests_before_it(requests_: int) -> None:
-    with serving("uvloop") as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop") as client:
         client.sendall(b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n" * requests_ + b"garbage\r\n\r\n")
         received = read_all(client)
     assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200") == received.count(b"abcdefg") == requests_
@@ -382,10 +393,10 @@ def test_malformed_http_does_not_answer_the_requests_before_it(requests_: int) -
 def test_a_malformed_body_only_fails_its_own_request() -> None:
     broken = HEAD.replace(b"/ ", b"/read ") + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n"
     with serving("uvloop") as port:
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with connect(port) as client:
             client.sendall(broken)
             assert read_all(client).startswith(b"HTTP/1.1 400 ")
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with connect(port) as client:
             client.sendall(HEAD.replace(b"/ ", b"/read ") + LENGTH + b"\r\nbody." + broken)
             assert b" 400 " not in read_all(client)
 
@@ -396,7 +407,7 @@ def test_hanging_up_on_pipelined_requests_is_not_logged_as_an_error(
 ) -> None:
     with serving(loop) as port:
         for _ in range(10):
-            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            client = connect(port)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets instead of closing
             client.sendall(HEAD.replace(b"/ ", b"/slow ") + LENGTH + b"\r\nbody." + b"GET /pieces HTTP/1.1\r\n\r\n")
             time.sleep(0.01)
@@ -421,7 +432,7 @@ def test_a_load_shedder_answers_from_the_headers_and_keeps_the_connection() -> N
     """Even with a body still to come, and for pipelined requests: it is not asked for those behind an admitted one."""
     full = FULL + LENGTH + b"\r\n"
     heard = HEAD + LENGTH + b"\r\nbody."
-    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Guarded) as client:
         for _ in range(3):
             client.sendall(full)
             refusal = client.recv(1000)
@@ -450,7 +461,7 @@ def test_a_load_shedder_is_asked_only_once_per_request() -> None:
     class Counted(Hasty):
         shedder = Counting()
 
-    with serving("uvloop", Counted) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Counted) as client:
         for _ in range(3):
             client.sendall(HEAD + LENGTH + b"\r\nbody.")
             expect_reply(client)
@@ -461,7 +472,7 @@ def test_a_load_shedder_is_asked_only_once_per_request() -> None:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_refusal_is_delayed_and_later_requests_are_answered_after_it(loop: str) -> None:
-    with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected(loop, Guarded) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         started = time.monotonic()
         client.sendall(FULL + LENGTH + b"\r\nbody.")
@@ -476,10 +487,10 @@ def test_a_refusal_is_delayed_and_later_requests_are_answered_after_it(loop: str
 def test_hanging_up_before_a_refusal_is_sent_is_no_error() -> None:
     with serving("uvloop", Guarded) as port:
         for _ in range(5):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            with connect(port) as client:
                 client.sendall(FULL + LENGTH + b"\r\nbody.")
         time.sleep(2 * REFUSAL_SECONDS)
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with connect(port) as client:
             client.sendall(HEAD + LENGTH + b"\r\nbody.")
             expect_reply(client)
 
@@ -492,7 +503,7 @@ def test_pending_refusals_are_sent_when_the_server_stops() -> None:
             super().connection_made(transport)
             made.append(self)
 
-    with serving("uvloop", Stopped) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Stopped) as client:
         client.sendall(FULL + LENGTH + b"\r\nbody.")
         started = time.monotonic()
         time.sleep(REFUSAL_SECONDS / 4)
@@ -503,7 +514,7 @@ def test_pending_refusals_are_sent_when_the_server_stops() -> None:
 
 def test_a_body_that_looks_like_a_request_is_not_shed() -> None:
     request = FULL + LENGTH + b"\r\nbody."
-    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Guarded) as client:
         client.sendall(HEAD.replace(b"/ ", b"/read ") + f"Content-Length: {len(request)}\r\n\r\n".encode())
         time.sleep(0.1)
         client.sendall(request)
@@ -514,7 +525,7 @@ def test_a_body_that_looks_like_a_request_is_not_shed() -> None:
 
 @pytest.mark.parametrize("head", [b"POST /full HTTP/1.0", b"POST /full HTTP/1.1\r\nConnection: close"])
 def test_requests_that_close_the_connection_are_not_shed(head: bytes) -> None:
-    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Guarded) as client:
         client.sendall(head + b"\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
         received = read_all(client)
         assert received.startswith(b"HTTP/1.1 200")  # by the application, which would refuse at a higher cost
@@ -549,7 +560,7 @@ def test_a_request_gets_the_same_reply_in_one_piece_or_several(request_: bytes) 
     replies = set()
     with serving("uvloop", Guarded) as port:
         for cut in (len(request_), 30, 5):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            with connect(port) as client:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.sendall(request_[:cut])
                 time.sleep(0.05)
@@ -561,7 +572,7 @@ def test_a_request_gets_the_same_reply_in_one_piece_or_several(request_: bytes) 
 
 
 def test_blanks_in_a_header_do_not_slow_down_shedding() -> None:
-    with serving("uvloop", Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected("uvloop", Guarded) as client:
         started = time.monotonic()
         client.sendall(FULL + b"X: a" + b" " * 60_000 + b"b\r\n\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 429")
@@ -573,7 +584,7 @@ def test_blanks_in_a_header_do_not_slow_down_shedding() -> None:
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_request_that_arrived_in_time_is_answered_however_busy_the_server_was(loop: str) -> None:
     with serving(loop, Guarded) as port:
-        idle, other = (socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(2))
+        idle, other = (connect(port) for _ in range(2))
         with idle, other:
             idle.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
             expect_reply(idle)
