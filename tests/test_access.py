@@ -23,7 +23,7 @@ from serving import access
 from serving.errors import ApiError
 from serving.keys import Keys
 from tests import toy
-from tests.live import LOG, encode, failed_start, picture, samples, serve, total
+from tests.live import LOG, assert_error, encode, failed_start, picture, samples, serve, total
 
 IMAGE = encode(picture())
 OPEN = ("/livez", "/healthz", "/readyz", "/metrics")
@@ -67,19 +67,11 @@ def call(url: str, path: str = "/classify", key: str | None = None, images: int 
     return requests.post(url + path, files=[(field, IMAGE)] * images, headers=headers, timeout=60)
 
 
-def assert_refused(response: requests.Response, status: int, code: str) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"code", "message", "request_id"}
-    assert error["code"] == code
-    assert error["request_id"] == response.headers["X-Request-ID"]
-
-
 @pytest.mark.parametrize("path", access.GUARDED)
 def test_the_api_requires_a_key(guarded: Guarded, path: str) -> None:
     for wrong in (None, "unknown", guarded.keys["free"][:-1], "free", access.sha256(guarded.keys["free"])):
         response = call(guarded.url, path, wrong)
-        assert_refused(response, 401, "unauthorized")
+        assert_error(response, 401, "unauthorized")
         assert response.headers["WWW-Authenticate"].startswith("Bearer")
     assert call(guarded.url, path, guarded.keys["free"]).status_code == 200
     assert call(guarded.url, path, guarded.keys["other"]).status_code == 200
@@ -90,7 +82,7 @@ def test_a_key_may_come_in_either_header(guarded: Guarded) -> None:
     for headers in ({"Authorization": f"Bearer {key}"}, {"authorization": f"bearer {key}"}, {"X-API-Key": key}):
         assert requests.get(f"{guarded.url}/model", headers=headers, timeout=60).status_code == 200
     for headers in ({"Authorization": key}, {"Authorization": f"Basic {key}"}, {"X-API-Key": f"Bearer {key}"}):
-        assert_refused(requests.get(f"{guarded.url}/model", headers=headers, timeout=60), 401, "unauthorized")
+        assert_error(requests.get(f"{guarded.url}/model", headers=headers, timeout=60), 401, "unauthorized")
     assert call(f"{guarded.url}/model?key={key}").status_code == 401
 
 
@@ -100,15 +92,15 @@ def test_probes_and_metrics_need_no_key(guarded: Guarded, path: str) -> None:
 
 
 def test_an_unknown_path_is_404_without_a_key(guarded: Guarded) -> None:
-    assert_refused(requests.get(f"{guarded.url}/nowhere", timeout=60), 404, "not_found")
+    assert_error(requests.get(f"{guarded.url}/nowhere", timeout=60), 404, "not_found")
 
 
 def test_an_expired_key_or_a_path_not_granted_is_forbidden(guarded: Guarded) -> None:
     response = call(guarded.url, key=guarded.keys["expired"])
-    assert_refused(response, 403, "forbidden")
+    assert_error(response, 403, "forbidden")
     assert "2020-01-01" in response.json()["error"]["message"]
     assert call(guarded.url, "/model", guarded.keys["card"]).status_code == 200
-    assert_refused(call(guarded.url, key=guarded.keys["card"]), 403, "forbidden")
+    assert_error(call(guarded.url, key=guarded.keys["card"]), 403, "forbidden")
 
 
 def lines(guarded: Guarded, name: str) -> list[int]:
@@ -146,7 +138,7 @@ def test_a_quota_holds_across_both_workers(guarded: Guarded) -> None:
     assert Counter(reply.status_code for reply in replies) == {200: 20, 429: 20}
     for reply in replies:
         if reply.status_code == 429:
-            assert_refused(reply, 429, "quota_exceeded")
+            assert_error(reply, 429, "quota_exceeded")
             assert 1 <= int(reply.headers["Retry-After"]) <= 86_400
     time.sleep(1)
     assert lines(guarded, "frugal") == [20, 20]
@@ -160,7 +152,7 @@ def test_a_rate_holds_across_both_workers_and_counts_each_image_of_a_batch(guard
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: call(guarded.url, key=guarded.keys["slow"]), range(16)))
     for reply in replies:
-        assert_refused(reply, 429, "rate_limited")
+        assert_error(reply, 429, "rate_limited")
         # Two images are owed and one is requested, at one per twenty seconds.
         assert 20 < int(reply.headers["Retry-After"]) <= 60
     values = samples(guarded.url)

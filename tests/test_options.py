@@ -14,7 +14,7 @@ from PIL import Image
 
 from model.artifact import ONNX_INT8, SHIPPED, Artifact
 from tests.golden import IMAGES, TYPICAL, judge
-from tests.live import Server, encode, picture, samples, total
+from tests.live import Server, assert_error, encode, picture, samples, total
 from tests.snippets import of_the_example
 from train.foreign import KINDS
 
@@ -105,8 +105,7 @@ def test_options_apply_to_every_image_of_a_batch(server: Server) -> None:
 @pytest.mark.parametrize("path", ["/classify", "/explain"])
 def test_an_invalid_option_is_refused(server: Server, path: str, query: dict[str, Any], expected: str) -> None:
     response = classify(server, FAMILIAR, path, **query)
-    assert response.status_code == 400
-    assert response.json()["error"]["code"] == "invalid_request"
+    assert_error(response, 400, "invalid_request")
     assert expected in response.json()["error"]["message"]
 
 

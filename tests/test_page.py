@@ -13,14 +13,14 @@ import requests
 from serving.errors import OVERLOADED
 from serving.static import FOLDER
 from tests.golden import IMAGES, MOST_SAMPLES, TYPICAL
-from tests.live import Server, samples
-from tests.test_service import TIMEOUT, assert_error
+from tests.live import Server, assert_error, samples
 from tests.toy import ROOT
 
 FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 TEXTS = [path for path in FILES if path.suffix not in {".jpg", ".png"}]
 OURS = {"no_file", "unknown", "unreachable", "unreadable"}
 """Error codes that the page itself creates."""
+TIMEOUT = 60
 
 
 def address(path: Path) -> str:
