@@ -22,7 +22,7 @@ from tests.benchmark import __main__ as benchmark
 from tests.benchmark import bars, loads, report, servers
 from tests.benchmark.results import EMBEDDED, TWO_REPLICAS, Results, without_folders
 from tests.benchmark.workloads import SAMPLE, VERDICT, small
-from tests.live import REPOSITORY, Server, environment, free_port
+from tests.live import REPOSITORY, Server, environment, free_port, python
 
 
 class Silent(BaseHTTPRequestHandler):
@@ -147,7 +147,7 @@ replicas.main()
         assert process.wait(60) == 0
 
 
-def test_every_peer_has_one_worker_per_core_and_no_access_log() -> None:
+def test_every_peer_has_one_worker_per_core_and_no_access_log(tmp_path: Path) -> None:
     code = """
 import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
@@ -163,8 +163,7 @@ for service in (bento_app.Single, bento_app.Depends, bento_app.Model):
     assert service.config["workers"] == 1, service.config
     assert not service.config["logging"]["access"]["enabled"], service.config
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    python(tmp_path, "-c", code)
 
 
 def test_the_report_says_how_photographs_are_decoded() -> None:

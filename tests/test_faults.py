@@ -9,8 +9,6 @@ import ast
 import asyncio
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from serving.engines import LocalEngine
 from serving.errors import ApiError
 from serving.usage import DAY_SECONDS, Account
 from tests.golden import SHIPPED_NAME
-from tests.live import REPOSITORY, encode, failed_start, picture, processes, serve
+from tests.live import REPOSITORY, encode, failed_start, picture, processes, python, serve
 
 
 def models(home: Path) -> Path:
@@ -155,24 +153,21 @@ os._exit(0)  # as if killed
 
 
 def test_counters_of_dead_processes_count_and_their_gauges_do_not(tmp_path: Path) -> None:
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for lives in (1, 2):
-        text = subprocess.check_output([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, text=True)
+        text = python(tmp_path, "-c", TWO_LIVES, PROMETHEUS_MULTIPROC_DIR=tmp_path).stdout
         assert "classifier_queue_images 7.0" in text
         assert f'classifier_rejected_total{{reason="internal"}} {lives}.0' in text
 
 
 def test_processes_that_die_while_starting_leave_no_files_behind(tmp_path: Path) -> None:
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(3):
         ends = "import os; from serving import metrics; os._exit(1)"
-        assert subprocess.run([sys.executable, "-c", ends], cwd=REPOSITORY, env=env).returncode == 1
+        python(tmp_path, "-c", ends, code=1, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     assert len({file.stem.rpartition("_")[2] for file in tmp_path.glob("*.db")}) == 1
 
 
 def test_metrics_reserve_their_disk_space(tmp_path: Path) -> None:
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", TWO_LIVES], cwd=REPOSITORY, env=env, check=True, capture_output=True)
+    python(tmp_path, "-c", TWO_LIVES, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     files = list(tmp_path.glob("*.db"))
     assert len(files) == 5
     for file in files:
