@@ -49,7 +49,7 @@ def python(home: Path, *arguments: object, **options: Any) -> str:
 
 
 def store(home: Path, *arguments: object, code: int = 0) -> str:
-    return python(home, "-m", "model.store", *arguments, code=code)
+    return toy.run("model.store", *arguments, code=code, env=environment(home))
 
 
 def call(home: Path, expression: str) -> str:

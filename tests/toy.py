@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -50,17 +50,19 @@ def make_folder(root: Path, per_class: int = 80, seed: int = 0, zoom: int = 1) -
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch"])
+FORKS.set_forkserver_preload(["torch", "bentoml.models", "cv2", "pydantic_settings"])
 
 
-def run(module: str, *arguments: object, code: int = 0) -> str:
+def run(module: str, *arguments: object, code: int = 0, env: Mapping[str, str] | None = None) -> str:
     """Run ``python -m module arguments``, check its exit status and return what it printed.
 
-    Runs in a fork of a process that has already imported torch, which would otherwise cost each command three seconds.
+    Runs in a fork of a process that has already imported what takes long: torch would otherwise cost each command three
+    seconds, BentoML most of one. Neither has looked at its environment by then, which is ``env`` or that of the caller.
     """
     with NamedTemporaryFile() as output:
+        chosen = dict(os.environ if env is None else env)
         process = FORKS.Process(
-            target=_main, args=(module, list(map(str, arguments)), output.name, dict(os.environ)), daemon=True
+            target=_main, args=(module, list(map(str, arguments)), output.name, chosen), daemon=True
         )
         process.start()
         process.join(300)
