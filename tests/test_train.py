@@ -21,6 +21,7 @@ import zlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ DOT = encode(Image.new("RGB", (1, 1)))
 @pytest.fixture(scope="module")
 def loaded(toy_folder: Path) -> data.Data:
     return data.load(str(toy_folder))
+
+
+def begin(source: data.Data, out: Path, **recipe: Any) -> Fit:
+    """A run of a small network that has not trained yet."""
+    chosen = Recipe(**{"batch_size": 32, "widths": "8,32", "depth": 2, **recipe})
+    return Fit(build_config("toy", source, chosen), source, chosen, out, torch.device("cpu"), ALONE)
+
+
+def train_on(source: Path, out: Path, *options: object, name: str = "toy", code: int = 0) -> str:
+    """Run ``python -m train.fit`` with the recipe of ``toy_run``, unless ``options`` say otherwise."""
+    return toy.run("train.fit", source, "--name", name, "--out", out, *toy.RECIPE, *options, code=code)
 
 
 class TestData:
@@ -477,8 +489,7 @@ def test_strips_change_neither_a_networks_outputs_nor_its_weight_names(loaded: d
 
 
 def test_training_uses_strips_where_they_pay(loaded: data.Data, toy_run: Path, tmp_path: Path) -> None:
-    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
-    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    fit = begin(loaded, tmp_path)
     fit.take_teacher(Trained.read(toy_run))
     has_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
     for network in (fit.network, *fit.teachers):
@@ -589,15 +600,10 @@ def test_a_killed_run_resumes_with_the_same_result(toy_folder: Path, toy_run: Pa
 def test_a_kill_during_validation_loses_no_epoch(
     loaded: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Recipe(epochs=2, batch_size=32, widths="8,32", depth=2)
-
-    def begin() -> Fit:
-        return Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
-
     def run_out_of_memory(*_: object) -> None:
         raise MemoryError
 
-    killed, resumed, whole = begin(), begin(), begin()
+    killed, resumed, whole = (begin(loaded, tmp_path, epochs=2) for _ in range(3))
     with monkeypatch.context() as patch:
         patch.setattr("train.fit.count_hits", run_out_of_memory)
         with pytest.raises(MemoryError):
@@ -661,16 +667,13 @@ def test_interrupting_leaves_a_usable_checkpoint(toy_folder: Path, tmp_path: Pat
 
 
 def test_resuming_with_a_different_recipe_is_refused(toy_folder: Path, toy_run: Path) -> None:
-    printed = toy.run(
-        "train.fit", toy_folder, "--name", "toy", "--out", toy_run, *toy.RECIPE, "--epochs", 9, "--resume", code=1
-    )
+    printed = train_on(toy_folder, toy_run, "--epochs", 9, "--resume", code=1)
     assert printed.endswith("its recipe has {'epochs': 6}; expected {'epochs': 9}\n")
 
 
 def test_resuming_under_a_different_name_is_refused(toy_folder: Path, toy_run: Path) -> None:
     before = (toy_run / CONFIG).read_bytes()
-    common = (toy_folder, "--out", toy_run, *toy.RECIPE, "--resume")
-    printed = toy.run("train.fit", *common, "--name", "other", code=1)
+    printed = train_on(toy_folder, toy_run, "--resume", name="other", code=1)
     assert printed.endswith(f"error: {toy_run / CONFIG}: its --name is 'toy'; expected 'other'\n")
     assert (toy_run / CONFIG).read_bytes() == before
 
@@ -678,9 +681,8 @@ def test_resuming_under_a_different_name_is_refused(toy_folder: Path, toy_run: P
 def test_a_student_can_learn_from_teachers_alone(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
     """With no weight on the labels, only the teacher's verdicts can have taught it."""
     recipe = ("--epochs", 8, "--batch-size", 32, "--widths", "8,16", "--depth", 2, "--distill", 1)
-    common = (toy_folder, "--name", "student", *recipe)
-    toy.run("train.fit", *common, "--out", tmp_path / "taught", "--teacher", toy_run)
-    run = json.loads((tmp_path / "taught" / RUN).read_text())
+    toy.run("train.fit", toy_folder, "--name", "student", "--out", tmp_path, *recipe, "--teacher", toy_run)
+    run = json.loads((tmp_path / RUN).read_text())
     assert run["history"][-1]["train_accuracy"] > 0.7
     assert run["teachers"][0]["data_sha256"] == run["data_sha256"]
     assert run["parameters"] < run["teachers"][0]["parameters"]
@@ -688,10 +690,9 @@ def test_a_student_can_learn_from_teachers_alone(toy_folder: Path, toy_run: Path
 
 def test_training_can_start_from_an_artifact(toy_folder: Path, toy_artifact: Artifact, tmp_path: Path) -> None:
     """One epoch at a tiny learning rate keeps what the artifact knew."""
-    common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
     calm = ("--epochs", 1, "--lr", 1e-6, "--muon-lr", 1e-6, "--low-res", 0)
-    toy.run("train.fit", *common, *calm, "--start", toy_artifact.path)
-    run = json.loads((tmp_path / "run" / RUN).read_text())
+    train_on(toy_folder, tmp_path, *calm, "--start", toy_artifact.path)
+    run = json.loads((tmp_path / RUN).read_text())
     assert run["history"][-1]["val_accuracy"] >= 0.9
     assert run["start"] == toy_artifact.card["training"]
 
@@ -706,9 +707,7 @@ def given_splits(flat: Path, root: Path) -> data.Data:
 
 
 def begin_from(start: Trained, source: data.Data) -> Fit:
-    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
-    out = Path("not-written")
-    fit = Fit(build_config("toy", source, recipe), source, recipe, out, torch.device("cpu"), ALONE)
+    fit = begin(source, Path("not-written"))
     fit.take_start(start)
     return fit
 
@@ -759,8 +758,7 @@ def test_a_start_on_other_data_without_a_record_of_its_images_is_reported(
 def test_a_start_keeps_its_normalisation(toy_run: Path, tmp_path: Path) -> None:
     """Its filters were learned with it, and the configuration must describe what the weights hold."""
     other = toy.make_folder(tmp_path / "other", per_class=24, seed=1)
-    common = (other, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE, "--epochs", 1)
-    toy.run("train.fit", *common, "--start", toy_run)
+    train_on(other, tmp_path / "run", "--epochs", 1, "--start", toy_run)
     before, after = (json.loads((run / CONFIG).read_text()) for run in (toy_run, tmp_path / "run"))
     assert (after["mean"], after["std"]) == (before["mean"], before["std"])
     held = load_file(tmp_path / "run" / CHECKPOINT)
@@ -806,11 +804,14 @@ def test_like_reports_what_it_does_not_take_over(
     assert not capsys.readouterr().out
 
 
-def test_a_start_must_be_a_run_or_an_artifact(toy_folder: Path, tmp_path: Path) -> None:
-    common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
-    printed = toy.run("train.fit", *common, "--start", tmp_path, code=1)
+@pytest.mark.parametrize(("option", "path"), [("--start", "."), ("--teacher", "typo")])
+def test_what_is_no_run_and_no_artifact_is_refused_and_leaves_no_run_behind(
+    option: str, path: str, toy_folder: Path, tmp_path: Path
+) -> None:
+    printed = train_on(toy_folder, tmp_path / "run", option, tmp_path / path, code=1)
     assert "expected a finished run or an artifact" in printed
     assert "Traceback" not in printed
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
 
 
 @pytest.mark.parametrize("option", ["--start", "--teacher"])
@@ -819,8 +820,7 @@ def test_an_unfinished_run_is_refused_before_the_first_epoch(
 ) -> None:
     unfinished = shutil.copytree(toy_run, tmp_path / "unfinished")
     (unfinished / RUN).unlink()
-    common = (toy_folder, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE)
-    printed = toy.run("train.fit", *common, option, unfinished, code=1)
+    printed = train_on(toy_folder, tmp_path / "run", option, unfinished, code=1)
     assert f"error: {unfinished}: not finished, for it has neither run.json nor card.json" in printed
     assert "epoch" not in printed
 
@@ -833,17 +833,9 @@ def test_a_damaged_run_is_one_clear_line(toy_run: Path, tmp_path: Path) -> None:
             read(damaged)
 
 
-def test_a_wrong_command_leaves_no_run_behind(toy_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE)
-    assert "expected a finished run" in toy.run("train.fit", *common, "--teacher", tmp_path / "typo", code=1)
-    assert not (out / CHECKPOINT).exists()
-
-
 def test_a_run_started_on_a_cpu_resumes_on_a_gpu(loaded: data.Data, tmp_path: Path) -> None:
     """A GPU has a loss scale, which the checkpoint lacks; here a CPU scaler stands in for it."""
-    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
-    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    fit = begin(loaded, tmp_path)
     fit.save()
     fit.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fit.resume()
@@ -867,21 +859,19 @@ def test_a_run_does_not_resume_without_its_start_or_teacher(
     option: str, toy_folder: Path, toy_run: Path, toy_artifact: Artifact, tmp_path: Path
 ) -> None:
     """Nor with another network at the same path: the artifact's weights are rounded."""
-    out = tmp_path / "run"
-    common = (toy_folder, "--name", "toy", "--out", out, *toy.RECIPE, "--epochs", 1)
-    toy.run("train.fit", *common, option, toy_run)
-    toy.run("train.fit", *common, option, toy_run, "--resume")
-    printed = toy.run("train.fit", *common, "--resume", code=1)
-    assert f"{out / CHECKPOINT}: on record for {option} are weights " in printed
+    common = (toy_folder, tmp_path, "--epochs", 1)
+    train_on(*common, option, toy_run)
+    train_on(*common, option, toy_run, "--resume")
+    printed = train_on(*common, "--resume", code=1)
+    assert f"{tmp_path / CHECKPOINT}: on record for {option} are weights " in printed
     assert "; expected none" in printed
-    assert f"for {option} are" in toy.run("train.fit", *common, option, toy_artifact.path, "--resume", code=1)
+    assert f"for {option} are" in train_on(*common, option, toy_artifact.path, "--resume", code=1)
 
 
 def test_a_checkpoint_without_a_record_of_teachers_resumes_only_without_them(
     loaded: data.Data, toy_run: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
-    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    fit = begin(loaded, tmp_path)
     tensors, position = fit.state()
     del position["learned_from"]
     save_file(tensors, tmp_path / CHECKPOINT, metadata={"position": json.dumps(position)})
@@ -892,13 +882,12 @@ def test_a_checkpoint_without_a_record_of_teachers_resumes_only_without_them(
 
 
 def test_a_run_older_than_a_hyperparameter_resumes_with_its_default(loaded: data.Data, tmp_path: Path) -> None:
-    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
-    fit = Fit(build_config("toy", loaded, recipe), loaded, recipe, tmp_path, torch.device("cpu"), ALONE)
+    fit = begin(loaded, tmp_path)
     tensors, position = fit.state()
     del position["recipe"]["flip"]
     save_file(tensors, tmp_path / CHECKPOINT, metadata={"position": json.dumps(position)})
     fit.resume()
-    fit.recipe = recipe.model_copy(update={"flip": 0})
+    fit.recipe = fit.recipe.model_copy(update={"flip": 0})
     with pytest.raises(CommandError, match=r"its recipe has {'flip': 1}; expected {'flip': 0}$"):
         fit.resume()
 
@@ -914,10 +903,8 @@ def test_teachers_are_asked_in_turn_and_on_mirrored_images_too(loaded: data.Data
             return torch.zeros(len(images), 3)
 
     asked: list[tuple[int, str]] = []
-    recipe = Recipe(batch_size=32, widths="8,32", depth=2)
     for flip in (1, 0):
-        one = recipe.model_copy(update={"flip": flip})
-        fit = Fit(build_config("toy", loaded, one), loaded, one, tmp_path, torch.device("cpu"), ALONE)
+        fit = begin(loaded, tmp_path, flip=flip)
         fit.teachers = [Teacher(0), Teacher(1)]  # type: ignore[list-item]  # stand-ins for networks
         for batch in itertools.islice(fit.batches.epoch(0), 4):
             fit.backward(batch)
@@ -926,8 +913,7 @@ def test_teachers_are_asked_in_turn_and_on_mirrored_images_too(loaded: data.Data
 
 
 def test_a_teacher_of_another_size_is_refused(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
-    common = (toy_folder, "--name", "student", "--out", tmp_path / "run", "--teacher", toy_run, "--size", 16)
-    printed = toy.run("train.fit", *common, *toy.RECIPE, code=1)
+    printed = train_on(toy_folder, tmp_path, "--teacher", toy_run, "--size", 16, code=1)
     assert f"error: {toy_run}: a teacher of (24, 24) pixels; expected (16, 16)" in printed
 
 
@@ -946,16 +932,14 @@ def test_a_bank_may_have_fewer_images_than_neighbours_requested(loaded: data.Dat
 
 def test_a_teacher_trained_on_other_data_is_reported(toy_run: Path, tmp_path: Path) -> None:
     other = toy.make_folder(tmp_path / "other", seed=1)
-    common = (other, "--name", "toy", "--out", tmp_path / "run", *toy.RECIPE, "--epochs", 1)
-    printed = toy.run("train.fit", *common, "--teacher", toy_run)
+    printed = train_on(other, tmp_path / "run", "--epochs", 1, "--teacher", toy_run)
     assert f"--teacher {toy_run}: was trained on other data, folder\n" in printed
 
 
 def test_a_teacher_with_other_classes_is_refused(toy_run: Path, tmp_path: Path) -> None:
     other = toy.make_folder(tmp_path / "other", per_class=24)
     (other / "disc").rename(other / "zebra")
-    common = ("--name", "student", "--out", tmp_path / "run", "--teacher", toy_run)
-    printed = toy.run("train.fit", other, *common, *toy.RECIPE, code=1)
+    printed = train_on(other, tmp_path / "run", "--teacher", toy_run, code=1)
     assert "a teacher of ['disc', 'frame', 'stripes']; expected ['frame', 'stripes', 'zebra']" in printed
 
 
@@ -1097,19 +1081,18 @@ class TestEvaluate:
 
 
 def test_unwritable_output_is_one_clear_line(toy_folder: Path) -> None:
-    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", "/dev/null/run", *toy.RECIPE, code=1)
+    printed = train_on(toy_folder, Path("/dev/null/run"), code=1)
     assert printed.endswith("error: [Errno 20] Not a directory: '/dev/null/run'\n")
 
 
 def test_images_that_exceed_memory_are_one_clear_line(toy_folder: Path) -> None:
-    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", "run", "--size", 40_000, code=1)
+    printed = train_on(toy_folder, Path("run"), "--size", 40_000, code=1)
     assert re.search(r"images of 40000x40000 pixels take [\d.]+ GiB of memory; expected at most [\d.]+, which", printed)
     assert "Traceback" not in printed
 
 
 def test_a_start_with_another_shape_is_one_clear_line(toy_folder: Path, toy_run: Path, tmp_path: Path) -> None:
-    recipe = ("--epochs", 1, "--widths", "8,16", "--depth", 2)
-    printed = toy.run("train.fit", toy_folder, "--name", "toy", "--out", tmp_path, *recipe, "--start", toy_run, code=1)
+    printed = train_on(toy_folder, tmp_path, "--widths", "8,16", "--start", toy_run, code=1)
     assert printed.endswith(
         f"error: {toy_run}: a network of widths [8, 32, 32] and depth 2; expected [8, 16, 16] and 2 "
         "(--like takes its recipe)\n"
