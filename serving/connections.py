@@ -205,6 +205,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"{MAX_PIPELINED} requests are waiting")  # treated like input that is not HTTP
         self._expect_more()
+        self._unset_keepalive_if_required()  # the end of an answered request, in the same data, has just started it
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:

@@ -34,6 +34,9 @@ PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", mem
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 FULL = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\n"
 LENGTH = b"Content-Length: 5\r\n"
+DELAYS = {"/slow": 0.1, "/slower": 2 * PATIENCE}
+"""Seconds before the application answers a POST to these paths."""
+SLOWER = HEAD.replace(b"/ ", b"/slower ") + b"Content-Length: 0\r\n\r\n"
 
 
 class Hasty(Connection):
@@ -41,13 +44,13 @@ class Hasty(Connection):
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers GET with a large reply or with pieces, and POST at once, before any of its body, except on two paths."""
+    """Answers GET with a large reply or with pieces, and POST at once, before any of its body, except on some paths."""
     if scope["path"] == "/read":
         while (await receive()).get("more_body", False):
             pass
-    elif scope["path"] == "/slow":
+    elif scope["path"] in DELAYS:
         await receive()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(DELAYS[scope["path"]])
     if scope["path"] == "/pieces":
         length = (b"content-length", str(sum(map(len, PIECES))).encode())
         await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -199,6 +202,16 @@ def test_a_client_that_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None
         with pytest.raises((ConnectionError, BrokenPipeError)):
             dawdle(client)
         assert time.monotonic() - started < 20 * PATIENCE
+
+
+@pytest.mark.parametrize("start", [HEAD, FULL], ids=["answered", "refused"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_request_that_arrives_with_the_rest_of_an_answered_one_is_not_idle(loop: str, start: bytes) -> None:
+    with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(start + LENGTH + b"\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 ")
+        client.sendall(b"body." + SLOWER)
+        expect_reply(client)
 
 
 class Patient(Hasty):
