@@ -85,7 +85,13 @@ class Connection(HttpToolsProtocol):
         self._feed(data)
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse_head()
-        elif self._is_incomplete and self._receiving.cancelled():
+        else:
+            self._await_rest()
+
+    def _await_rest(self) -> None:
+        """Limit the wait for the rest of what is incomplete, unless it is we who read no more of it."""
+        is_reading = not (self.flow.read_paused or self.transport.is_closing())
+        if self._is_incomplete and self._receiving.cancelled() and is_reading:
             self._await_bytes()
 
     def _refuse_whole(self, shedder: LoadShedder, data: bytes) -> bool:
@@ -266,6 +272,7 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._await_bytes()
+        self._await_rest()  # reading goes on
         if self.transport.get_write_buffer_size():
             self._await_reader()
 

@@ -214,6 +214,17 @@ def test_a_request_that_arrives_with_the_rest_of_an_answered_one_is_not_idle(loo
         expect_reply(client)
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_client_does_not_dawdle_while_nothing_is_read_from_it(loop: str) -> None:
+    """With a request waiting for the reply to another one, the server reads no more, although the client sends it."""
+    with serving(loop) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        for piece in (SLOWER, SLOWER + HEAD, b"Content-Length: 0\r\n\r\n"):
+            client.sendall(piece)
+            time.sleep(0.05)
+        for _ in range(3):
+            expect_reply(client)
+
+
 class Patient(Hasty):
     send_seconds = 10 * PATIENCE
 
