@@ -2,7 +2,8 @@
 
 - It checks for dead workers every 10 s, and in a container replaces none until all are dead: here, within a second.
 - On shutdown it stops the runner together with the workers that still call it: here, the runner goes last.
-- Meanwhile it keeps a port open that nobody accepts on: here, a proxy is refused at once and tries another replica.
+- Meanwhile it keeps a port open that nobody accepts on, and so does the runner, which inherits it: here, a proxy is
+  refused at once and tries another replica.
 - A second server with the same home empties the first one's metrics: here, each has its own folder.
 - Any user of the machine can control it over a TCP port: here, over a socket in a private folder.
 - When killed, it leaves its workers behind, holding the port: here, they stop.
@@ -20,8 +21,10 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,8 +121,26 @@ def _usable_gpus() -> list[int]:
 
 
 def follow() -> None:
-    """Have this worker sent SIGTERM when the supervisor dies without having stopped it."""
+    """Have this worker sent SIGTERM when the supervisor dies without having stopped it, and keep only its own socket.
+
+    A worker inherits the sockets of all services. The runner, which stops last, would hold the port open until then.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    own = int(sys.argv[sys.argv.index("--fd") + 1])
+    for descriptor in _listening():
+        if descriptor != own:
+            os.close(descriptor)
+
+
+def _listening() -> Iterator[int]:
+    """The descriptors of this process on which connections can arrive."""
+    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        with suppress(OSError):  # the one that listed the folder
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as copy:
+                    is_listening = copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if is_listening:
+                    yield descriptor
 
 
 def install() -> None:

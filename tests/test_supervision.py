@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from tests.live import (
     LOG,
@@ -63,6 +66,26 @@ def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
     with running(command(port), settings, tmp_path / LOG, lambda: is_ready(url), stop=signal.SIGKILL) as server:
         assert len(family(server.pid)) > 3
     # Any surviving process would have been an error by now.
+
+
+@pytest.mark.parametrize("topology", ["embedded", "runner"])
+def test_a_server_that_stops_refuses_connections_while_it_answers_its_last_request(
+    tmp_path: Path, topology: str
+) -> None:
+    """A connection that nobody accepts would keep a proxy waiting instead of sending it to another replica."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    settings = environment(tmp_path, RUNTIME="onnx-int8", WORKERS=2, TOPOLOGY=topology)
+    with running(command(port), settings, tmp_path / LOG, lambda: is_ready(url)) as server:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+            slow.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n")
+            time.sleep(0.5)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(2)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), timeout=30)
+            slow.sendall(b"no image.")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 415 ")
+        server.wait(STOP_SECONDS)
 
 
 def test_a_server_stops_with_its_terminal_but_not_under_nohup(tmp_path: Path) -> None:
