@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class DecodeQueue:
     ) -> Pixels:
         """``decode(data, *how)`` in its turn; raises what it raises, or ``GoneError`` if no longer wanted by then."""
         job = _Job(is_wanted, decode, data, how)
-        future = self._thread.submit(self._run, job)
+        future = self._thread.submit(contextvars.copy_context().run, self._run, job)  # its log lines have a request id
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         try:

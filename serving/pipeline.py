@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,14 +167,7 @@ class Pipeline:
         return await self._contained(self._sandbox.render, data, self._size)
 
     async def _contained(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
-        try:
-            return await self._decode_queue(client_waits(), decode, data, *how)
-        except DecoderError:
-            metrics.DECODER_DEATHS.inc()
-            logger.warning(
-                "a decoder died", extra={"sha256": hashlib.sha256(data).hexdigest(), **read_header(data)._asdict()}
-            )
-            raise
+        return await self._decode_queue(client_waits(), partial(_reporting_deaths, decode), data, *how)
 
     async def _attempt(self, item: Item, header: Header | ApiError) -> Pixels | ApiError:
         """One decoded image of a batch, or what is wrong with it: it fails alone."""
@@ -184,6 +178,18 @@ class Pipeline:
                 item = from_exception(error)
         metrics.REJECTED.labels(item.code).inc()
         return item
+
+
+def _reporting_deaths(decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
+    """``decode(data, *how)``; it reports here, in the thread, because the caller may not wait for the outcome."""
+    try:
+        return decode(data, *how)
+    except DecoderError:
+        metrics.DECODER_DEATHS.inc()
+        logger.warning(
+            "a decoder died", extra={"sha256": hashlib.sha256(data).hexdigest(), **read_header(data)._asdict()}
+        )
+        raise
 
 
 def is_decoded_here(item: Item, header: Header | ApiError) -> bool:

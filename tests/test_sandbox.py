@@ -32,12 +32,14 @@ from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess
 from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import metrics
+from serving.context import request_id
 from serving.drift import Drift
+from serving.logs import add_request_id
 from serving.pipeline import LARGE_BYTES, Pipeline, is_decoded_here
 from serving.replies import Replies
 from settings import Settings
 from tests.asgi import request
-from tests.faulty_decoder import FAULTS, WALL_SECONDS
+from tests.faulty_decoder import FAULTS, SLEEP, WALL_SECONDS
 from tests.live import Server, encode, family, picture, processes
 
 SIZE = (32, 32)
@@ -194,6 +196,27 @@ def test_one_image_among_64_that_kills_its_decoder_fails_alone(
     (line,) = caplog.records
     assert line.message == "a decoder died"
     assert line.__dict__["sha256"] == hashlib.sha256(images[40]).hexdigest()
+
+
+def test_a_decoder_that_dies_after_the_deadline_is_reported(
+    pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = metrics.DECODER_DEATHS._value.get()
+
+    async def give_up() -> None:
+        request_id.set("impatient")
+        async with asyncio.timeout(0.5):
+            await pipeline.classify_batch(request([WEBP + SLEEP]))
+
+    caplog.handler.addFilter(add_request_id)
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    deadline = time.monotonic() + 10 * WALL_SECONDS
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert metrics.DECODER_DEATHS._value.get() - before == 1
+    (line,) = caplog.records
+    assert (line.message, line.__dict__["request_id"]) == ("a decoder died", "impatient")
 
 
 def test_many_small_images_do_not_block_the_event_loop(pipeline: Pipeline) -> None:
