@@ -73,8 +73,7 @@ class Pipeline:
             items = await read_images(request, self._settings)
             headers = [self._inspect(item) async for item in without_blocking(items)]
         self._infer.admit(len(items))
-        self._admit_decoding(items, headers)
-        await accounting.charge(items)
+        await self._admit_and_charge(items, headers)
         with stages.timed("decode"):
             decoded = [await self._attempt(*pair) async for pair in without_blocking(zip(items, headers, strict=True))]
         images = [image for image in decoded if not isinstance(image, ApiError)]
@@ -122,8 +121,7 @@ class Pipeline:
             data = await read_image(request, self._settings)
             header = self._inspect(data)
         admit()
-        self._admit_decoding([data], [header])
-        await accounting.charge([data])
+        await self._admit_and_charge([data], [header])
         with stages.timed("decode"):
             image = await self._decode(data, header)
         prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
@@ -154,9 +152,16 @@ class Pipeline:
         except ImageError as error:
             return from_exception(error)
 
-    def _admit_decoding(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
-        """Refuse a request whose images would wait too long for a decoder, before a key is charged for them."""
-        if not all(map(is_decoded_here, items, headers)):
+    async def _admit_and_charge(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
+        """Refuse a request whose images would wait too long for a decoder, if possible before charging a key for them.
+
+        While that takes its time, other requests may fill the queue.
+        """
+        awaits_decoder = not all(map(is_decoded_here, items, headers))
+        if awaits_decoder:
+            self._decode_queue.admit()
+        await accounting.charge(items)
+        if awaits_decoder:
             self._decode_queue.admit()
 
     async def _decode(self, data: bytes, header: Header | ApiError) -> Pixels:

@@ -11,9 +11,10 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -24,14 +25,14 @@ from starlette.requests import Request
 
 from model import runtimes
 from model.artifact import ONNX_INT8, Artifact
-from model.batching import Batcher
+from model.batching import Batcher, QueueFullError
 from model.classifier import Classifier, Scores
 from model.decoder import BASE_MEMORY, memory_for
 from model.headers import FORMATS, ImageError, UnsupportedFormatError, read_header
 from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess, shrink
 from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
-from serving import metrics
+from serving import accounting, metrics
 from serving.context import request_id
 from serving.drift import Drift
 from serving.logs import add_request_id
@@ -162,7 +163,11 @@ def test_a_png_with_more_data_than_pixels_is_not_decoded_in_this_process(mode: s
 
 @pytest.fixture
 def pipeline(faulty: Sandbox) -> Pipeline:
-    """The real pipeline with the shipped model, and a decoder that can be made to fail."""
+    return make_pipeline(faulty)
+
+
+def make_pipeline(sandbox: Sandbox, **settings: Any) -> Pipeline:
+    """The real pipeline with the shipped model; ``faulty`` is a decoder that can be made to fail."""
     artifact = Artifact.load(SHIPPED)
     reference = artifact.reference(ONNX_INT8)
     classifier = Classifier(artifact.config, reference)
@@ -172,9 +177,8 @@ def pipeline(faulty: Sandbox) -> Pipeline:
         return classifier.score(engine(images))
 
     queue = Batcher(infer, max_batch=64, max_queue=64)
-    return Pipeline(
-        Settings(), classifier, Replies("toy:1", classifier), Drift(artifact.config, reference), queue, queue, faulty
-    )
+    replies, drift = Replies("toy:1", classifier), Drift(artifact.config, reference)
+    return Pipeline(Settings(**settings), classifier, replies, drift, queue, queue, sandbox)
 
 
 def batch(images: list[bytes]) -> Request:
@@ -217,6 +221,24 @@ def test_a_decoder_that_dies_after_the_deadline_is_reported(
     assert metrics.DECODER_DEATHS._value.get() - before == 1
     (line,) = caplog.records
     assert (line.message, line.__dict__["request_id"]) == ("a decoder died", "impatient")
+
+
+def test_requests_that_come_while_others_are_charged_do_not_overfill_the_decode_queue(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def charge(items: Sequence[Any]) -> None:
+        await asyncio.sleep(0.01)  # in a thread, as for the audit log or a key's quota
+
+    async def burst() -> list[Any]:
+        pipeline = make_pipeline(sandbox, max_wait=0.001)
+        image = encode(picture(0, 1000, 1000))
+        await pipeline.classify_batch(request([image]))  # takes longer than MAX_WAIT
+        work = [pipeline.classify_batch(request([image])) for _ in range(20)]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    monkeypatch.setattr(accounting, "charge", charge)
+    outcomes = asyncio.run(burst())
+    assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) > 10
 
 
 def test_many_small_images_do_not_block_the_event_loop(pipeline: Pipeline) -> None:
