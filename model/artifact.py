@@ -126,6 +126,11 @@ class Artifact:
         """The runtimes that it has a file for."""
         return tuple(runtime for runtime, name in FILES.items() if name in self.card["files"])
 
+    @property
+    def cpu_runtime(self) -> str:
+        """The runtime that serves on a CPU unless another is asked for."""
+        return self.runtimes[-1]
+
     def file(self, runtime: str) -> Path:
         """The file that ``runtime`` loads."""
         return self.path / FILES[runtime]

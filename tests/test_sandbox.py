@@ -210,7 +210,7 @@ def test_a_decoder_that_dies_after_the_deadline_is_reported(
     async def give_up() -> None:
         request_id.set("impatient")
         async with asyncio.timeout(0.5):
-            await pipeline.classify_batch(request([WEBP + SLEEP]))
+            await pipeline.classify_batch(batch([WEBP + SLEEP]))
 
     caplog.handler.addFilter(add_request_id)
     with pytest.raises(TimeoutError):
@@ -232,8 +232,8 @@ def test_requests_that_come_while_others_are_charged_do_not_overfill_the_decode_
     async def burst() -> list[Any]:
         pipeline = make_pipeline(sandbox, max_wait=0.001)
         image = encode(picture(0, 1000, 1000))
-        await pipeline.classify_batch(request([image]))  # takes longer than MAX_WAIT
-        work = [pipeline.classify_batch(request([image])) for _ in range(20)]
+        await pipeline.classify_batch(batch([image]))  # takes longer than MAX_WAIT
+        work = [pipeline.classify_batch(batch([image])) for _ in range(20)]
         return await asyncio.gather(*work, return_exceptions=True)
 
     monkeypatch.setattr(accounting, "charge", charge)

@@ -38,7 +38,7 @@ from model.network import ConvNet, ServedNet
 from model.preprocess import MAX_PIXELS, Pixels, preprocess
 from tests import toy
 from tests.live import Server, encode
-from train import data, precision
+from train import command, data, precision
 from train.augment import Augmented
 from train.command import CommandError
 from train.evaluate import cpu_name
@@ -53,7 +53,7 @@ from train.metrics import (
     expected_calibration_error,
 )
 from train.muon import Muon, orthogonalize
-from train.options import build_config, choose_batch_size, parse, public_command
+from train.options import build_config, choose_batch_size, parse
 from train.parallel import ALONE
 from train.recipe import Recipe
 from train.robustness import corrupted
@@ -773,7 +773,7 @@ def test_local_paths_stay_out_of_the_card(option: str) -> None:
         "--out": (["--out", "/home/me/run"], ["--out", "run"]),
         "": (["/home/me/a=b/photos"], ["photos"]),
     }[option]
-    assert public_command([*given, "--widths", "8,32"]) == shlex.join(
+    assert command.public("train.fit", [*given, "--widths", "8,32"]) == shlex.join(
         ["python", "-m", "train.fit", *told, "--widths", "8,32"]
     )
 

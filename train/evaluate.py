@@ -16,6 +16,7 @@ import json
 import platform
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def prediction_sets(
     return result
 
 
-def evaluate(artifact: Artifact, data: Data, runtimes: list[str]) -> dict[str, dict[str, Any]]:
+def evaluate(artifact: Artifact, data: Data, runtimes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Figures by runtime, on the test split of ``data``."""
     result = {}
     for name in runtimes:
@@ -162,7 +163,7 @@ def main() -> None:
     if options.url:
         evaluate_service(artifact, options.source, options.url.rstrip("/"))
         return
-    metrics = evaluate(artifact, load_own_data(artifact, options.source), options.runtime or list(RUNTIMES))
+    metrics = evaluate(artifact, load_own_data(artifact, options.source), options.runtime or artifact.runtimes)
     sealed = write_figures(artifact, metrics)
     validation = json.dumps(artifact.card["validation"])
     print(f"\n{options.artifact}: version {sealed.version}, figures written to its card", validation)

@@ -12,8 +12,11 @@ import argparse
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,10 +115,15 @@ def export(run: Path, source: str, out: Path) -> Artifact:
     Raises ``CommandError`` for an unfinished run or other data, ``ParityError`` if INT8 loses too much accuracy, and
     ``VerificationError`` if a runtime does not reproduce the reference outputs.
     """
+    return write_artifact(out, partial(_write, run, source))
+
+
+def write_artifact(out: Path, write: Callable[[Path], Artifact]) -> Artifact:
+    """Copy to ``out`` what ``write`` puts into an empty folder, once every runtime has been verified."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        sealed = _write(run, source, Path(folder))
-        for name in RUNTIMES:
+        sealed = write(Path(folder))
+        for name in sealed.runtimes:
             verify(create(name, sealed), sealed.reference(name))
         out.mkdir(exist_ok=True)
         sealed.copy_to(out)
@@ -132,31 +140,49 @@ def _write(run: Path, source: str, out: Path) -> Artifact:
     weights = {name: _round(name, tensor).contiguous() for name, tensor in served.state_dict().items()}
     weights_path, fp32, int8 = (out / files.FILES[runtime] for runtime in RUNTIMES)
     runs.write_weights(weights, weights_path)
-    write_onnx(served, fp32, int8, weights_path, evenly_spaced(data.train.images, CALIBRATION_IMAGES))
-    full, quantised = _references(fp32, int8, data)
-    save_reference(out, full, quantised)
-    agreement = parity(full.validation, quantised.validation, data.val)
-    temperature = fit_temperature(full.validation, data.val.labels)
-    bank = served.bank.shape[1]
-    config.model_copy(update={"bank": bank, "temperature": temperature}).save(out / files.CONFIG)
-    card = {
-        "training": training,
-        "validation": agreement,
-        "git_commit": git_commit(),
-        "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "bentoml")},
-    }
-    return seal(out, card)
+    write_onnx(served, fp32, int8, weights_path, calibration_images(data))
+    return complete(out, config.model_copy(update={"bank": served.bank.shape[1]}), training, data)
 
 
-def _references(fp32: Path, int8: Path, data: Data) -> tuple[Reference, Reference]:
-    """What each of the two ONNX files answers."""
+def calibration_images(data: Data) -> Pixels:
+    """The images with which INT8 is calibrated."""
+    return evenly_spaced(data.train.images, CALIBRATION_IMAGES)
+
+
+def complete(out: Path, config: ModelConfig, training: dict[str, Any], data: Data) -> Artifact:
+    """Add to the graphs in ``out`` what else an artifact holds; raises ``ParityError`` if INT8 loses too much accuracy.
+
+    ``training`` is the record of how the network was trained.
+    """
     samples = evenly_spaced(data.val.images, REFERENCE_IMAGES)
     limits = edges(evenly_spaced(data.train.images, STATISTICS_IMAGES))
 
-    def reference(runtime: OnnxRuntime) -> Reference:
+    def reference(name: str) -> Reference:
+        runtime = OnnxRuntime(out / files.FILES[name], name)
         return Reference(samples, runtime(samples), run_runtime(runtime, data.val.images), data.val.labels, limits)
 
-    return reference(OnnxRuntime(fp32, ONNX)), reference(OnnxRuntime(int8, ONNX_INT8))
+    full = reference(ONNX)
+    quantised = reference(ONNX_INT8) if (out / files.FILES[ONNX_INT8]).exists() else None
+    save_reference(out, full, quantised)
+    card = {
+        "training": training,
+        "validation": parity(full.validation, quantised.validation, data.val) if quantised else {},
+        "git_commit": git_commit(),
+        "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "bentoml")},
+    }
+    temperature = fit_temperature(full.validation, data.val.labels)
+    config.model_copy(update={"temperature": temperature}).save(out / files.CONFIG)
+    return seal(out, card)
+
+
+def describe(artifact: Artifact) -> None:
+    """Print what was written, and what the number of validation images does not allow."""
+    print(json.dumps(artifact.card["validation"]), f"temperature {artifact.config.temperature}")
+    classifier = Classifier(artifact.config, artifact.reference(artifact.cpu_runtime))
+    for warning in filter(None, (classifier.foreign_warning, classifier.prediction_set_warning)):
+        print(warning)
+    for name, entry in artifact.card["files"].items():
+        print(f"  {name:18} {entry['bytes'] / 1e6:6.2f} MB  sha256 {entry['sha256'][:16]}")
 
 
 def main() -> None:
@@ -165,13 +191,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    sealed = export(options.run, options.source, options.out)
-    print(json.dumps(sealed.card["validation"]), f"temperature {sealed.config.temperature}")
-    classifier = Classifier(sealed.config, sealed.reference(ONNX_INT8))
-    for warning in filter(None, (classifier.foreign_warning, classifier.prediction_set_warning)):
-        print(warning)
-    for name, entry in sealed.card["files"].items():
-        print(f"  {name:18} {entry['bytes'] / 1e6:6.2f} MB  sha256 {entry['sha256'][:16]}")
+    describe(export(options.run, options.source, options.out))
 
 
 if __name__ == "__main__":

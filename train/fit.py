@@ -38,7 +38,7 @@ from train.check import check, print_findings
 from train.command import CommandError
 from train.data import Data, Split, batch_of, in_batches, load
 from train.muon import Muon
-from train.options import Options, build_config, parse, public_command
+from train.options import Options, build_config, parse
 from train.parallel import Group, join
 from train.precision import autocast, compute_dtype
 from train.recipe import DEFAULTS, Recipe
@@ -394,7 +394,7 @@ def write_run(
     """Write ``run.json``, the record for the card; that it exists says that the run is finished."""
     on_gpu = fit.device.type == "cuda"
     record = {
-        "command": public_command(sys.argv[1:]),
+        "command": command.public("train.fit", sys.argv[1:]),
         "source": Path(fit.data.source).name,
         "data_sha256": fit.data_sha256,
         "held_out_by_content": fit.data.by_content,

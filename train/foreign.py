@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from model.artifact import ONNX_INT8, Artifact, Outputs
+from model.artifact import Artifact, Outputs
 from model.classifier import Classifier
 from model.preprocess import Pixels
 from model.runtimes import create
@@ -118,8 +118,8 @@ def main() -> None:
     }
     if options.photos:
         images["photographs"] = foreign_photos(options.photos, config.classes, config.input_size)
-    runtime = create(ONNX_INT8, artifact, THREADS)
-    classifier = Classifier(config, artifact.reference(ONNX_INT8))
+    runtime = create(artifact.cpu_runtime, artifact, THREADS)
+    classifier = Classifier(config, artifact.reference(artifact.cpu_runtime))
     ordinary = run_runtime(runtime, data.test.images)
     found = measure(classifier, ordinary, {kind: run_runtime(runtime, pixels) for kind, pixels in images.items()})
     print(f"{found['images']} test images, of which {found['told_wrongly']:.1%} are called foreign")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,13 +161,3 @@ def _widths(given: str, side: int) -> list[int]:
         stages += 1
     widths = [int(width) for width in given.split(",")]
     return [*widths, *widths[-1:] * stages][:stages]
-
-
-def public_command(arguments: list[str]) -> str:
-    """The command for the card, which is public: absolute paths are cut to their last part."""
-    words = []
-    for argument in arguments:
-        # In --out=/home/me/run the path follows the sign.
-        option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        words.append(option + sign + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(["python", "-m", "train.fit", *words])

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.artifact import ONNX_INT8, RUNTIMES, Artifact
+from model.artifact import RUNTIMES, Artifact
 from model.classifier import verdicts
 from model.preprocess import Pixels
 from model.runtimes import Runtime, create
@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("source")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"test images to corrupt; default {IMAGES}")
-    parser.add_argument("--runtime", choices=RUNTIMES, default=ONNX_INT8)
+    parser.add_argument("--runtime", choices=RUNTIMES, help="by default the one that serves on a CPU")
     parser.add_argument("--photos", type=Path, metavar="PHOTOGRAPHS", help="folder or tar archive of <class>/*")
     options = parser.parse_args()
     if options.images < 1:
         raise CommandError(f"--images {options.images}; expected at least 1")
     artifact = Artifact.load(options.artifact)
     data = load_own_data(artifact, options.source)
-    runtime = create(options.runtime, artifact, THREADS)
+    runtime = create(options.runtime or artifact.cpu_runtime, artifact, THREADS)
     # The photographs first, so that errors in them show before the long part.
     metrics = {"photographs": photographs(runtime, artifact, options.photos)} if options.photos else {}
     metrics["robustness"] = robustness(runtime, sample(data.test, options.images))

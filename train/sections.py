@@ -72,14 +72,20 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
     return "\n\n".join(
         [
             "### Accuracy",
-            f"On the test images, without test-time augmentation{speed(figures)}. INT8 agrees with FP32 on "
-            f"{artifact.card['validation']['agreement']:.1%} of the validation images.",
+            f"On the test images, without test-time augmentation{speed(figures)}." + agreement(artifact),
             markdown(head, rows),
             f"Per class, with `{name}`:",
             per_class(figures),
             page.picture(matrix, f"{label}-confusion", "Confusion matrix"),
         ]
     )
+
+
+def agreement(artifact: Artifact) -> str:
+    """A sentence about how INT8 compares with FP32; empty without INT8."""
+    if ONNX_INT8 not in artifact.runtimes:
+        return ""
+    return f" INT8 agrees with FP32 on {artifact.card['validation']['agreement']:.1%} of the validation images."
 
 
 def speed(figures: dict[str, Any]) -> str:
@@ -102,7 +108,7 @@ def prediction_sets(artifact: Artifact) -> str:
     rows = [
         (f"{float(level):.0%}", percent(found["coverage"]), f"{found['size']:.2f}") for level, found in sets.items()
     ]
-    warning = Classifier(artifact.config, artifact.reference(ONNX_INT8)).prediction_set_warning
+    warning = Classifier(artifact.config, artifact.reference(artifact.cpu_runtime)).prediction_set_warning
     return "\n\n".join(
         [
             "### Prediction sets",
@@ -145,7 +151,7 @@ def foreign(artifact: Artifact) -> str:
     if metrics is None:
         return ""
     rows = [(kind, of["images"], f"{of['auroc']:.3f}", f"{of['told']:.1%}") for kind, of in metrics["kinds"].items()]
-    warning = Classifier(artifact.config, artifact.reference(ONNX_INT8)).foreign_warning
+    warning = Classifier(artifact.config, artifact.reference(artifact.cpu_runtime)).foreign_warning
     return "\n\n".join(
         [
             "### Foreign images",
@@ -194,7 +200,11 @@ def photographs(artifact: Artifact) -> str:
 
 
 def training(page: Page, label: str, artifact: Artifact) -> str:
-    every = runs(artifact.card["training"])
+    record = artifact.card["training"]
+    if "network" in record:
+        origin = f"Trained elsewhere: `{record['network']}`, SHA-256 `{record['network_sha256']}`, converted with"
+        return "\n\n".join(["### Training", origin, f"```console\n$ {record['command']}\n```"])
+    every = runs(record)
     history = [epoch for run in every for epoch in run["history"]]
     parts = ["### Training"]
     for run in every:

@@ -1,0 +1,257 @@
+"""Networks trained elsewhere, from their ONNX file to a server that answers with them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from torch import Tensor, nn
+
+from model.artifact import FILES, ONNX, ONNX_INT8, Artifact
+from model.explain import VIEWS
+from model.network import NEIGHBOURS
+from model.runtimes import create
+from tests import toy
+from tests.live import encode, failed_start, picture, serve, store_model
+from train.data import Data, load
+from train.export import BANK_IMAGES, evenly_spaced
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NORMALISED = ("--mean", "0.5,0.4,0.3", "--std", "0.2,0.25,0.3")
+SIZE = (toy.SIDE, toy.SIDE)
+
+
+class Pooled(nn.Module):
+    """Ends like a ResNet: a global average and one linear layer. Its first layer halves the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(32, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.maps(x)
+        return torch.flatten(nn.functional.adaptive_avg_pool2d(maps, 1), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+class Flat(nn.Module):
+    """Ends like a VGG: linear layers on all places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU())
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.maps(x))
+        return logits
+
+
+def normalised(images: Any) -> Tensor:
+    """(N, H, W, 3) uint8 to what the networks take."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
+    scaled: Tensor = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return scaled
+
+
+@pytest.fixture(scope="module")
+def data(toy_folder: Path) -> Data:
+    return load(str(toy_folder), SIZE)
+
+
+@pytest.fixture(scope="module")
+def network(data: Data) -> Pooled:
+    """Trained for seconds, well above chance."""
+    torch.manual_seed(0)
+    model = Pooled()
+    images, labels = normalised(data.train.images), torch.from_numpy(data.train.labels)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(30):
+        for chosen in torch.randperm(len(images)).split(32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def write(model: nn.Module, path: Path, dynamo: bool = False, **options: Any) -> Path:
+    if dynamo:
+        options = {"dynamic_shapes": ({0: torch.export.Dim("N")},), "verbose": False}
+    else:
+        options = {"input_names": ["input.1"], "dynamic_axes": {"input.1": {0: "batch"}}} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model.eval(), (torch.zeros(2, 3, *SIZE),), path, dynamo=dynamo, **options)
+    return path
+
+
+def convert(source: Path, folder: Path, out: Path, *options: str, code: int = 0) -> str:
+    return toy.run("train.convert", source, folder, "--name", "own", "--out", out, *NORMALISED, *options, code=code)
+
+
+@pytest.fixture(scope="module")
+def artifact(network: Pooled, toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    path = tmp_path_factory.mktemp("own")
+    printed = convert(write(network, path / "own.onnx"), toy_folder, path / "artifact")
+    assert "no evidence" not in printed
+    return Artifact.load(path / "artifact")
+
+
+@torch.no_grad()
+def assert_computes(artifact: Artifact, network: Pooled, data: Data) -> None:
+    """The logits, the familiarity and the evidence are those of ``network``."""
+    engine = create(ONNX, artifact)
+    images, shown = data.test.images, normalised(data.test.images)
+    outputs = engine(images)
+    np.testing.assert_allclose(outputs[:, :-1], network(shown), atol=1e-4)
+    bank = nn.functional.normalize(network.features(normalised(evenly_spaced(data.train.images, BANK_IMAGES))))
+    similarity = (nn.functional.normalize(network.features(shown)) @ bank.T).sort(dim=1, descending=True).values
+    np.testing.assert_allclose(outputs[:, -1], similarity[:, NEIGHBOURS - 1], atol=1e-5)
+    evidence = engine.evidence(images)
+    assert evidence.shape == (len(images), 6, 6, 3)
+    np.testing.assert_allclose(evidence.sum(axis=(1, 2)), network(shown), atol=1e-4)
+    places = torch.einsum("nchw,kc->nhwk", network.maps(shown), network.head.weight)
+    np.testing.assert_allclose(evidence * 36 - network.head.bias.numpy(), places, atol=1e-3)
+
+
+def test_the_artifact_computes_what_the_network_does(artifact: Artifact, network: Pooled, data: Data) -> None:
+    assert_computes(artifact, network, data)
+    assert artifact.config.classes == toy.CLASSES
+    assert artifact.config.stride == 4
+    assert artifact.runtimes == (ONNX, ONNX_INT8)
+    record = artifact.card["training"]
+    assert record["network"] == "own.onnx"
+    assert record["parameters"] >= sum(p.numel() for p in network.parameters()) - 3 * 64  # BatchNorm may be folded
+    assert artifact.card["validation"]["agreement"] > 0.9
+
+
+def test_a_file_of_torchs_new_exporter_is_converted_alike(
+    network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    source = write(network, tmp_path / "own.onnx", dynamo=True)
+    convert(source, toy_folder, tmp_path / "artifact", "--no-int8")
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
+def test_probabilities_are_traced_back_to_logits(network: Pooled, data: Data, toy_folder: Path, tmp_path: Path) -> None:
+    source = write(nn.Sequential(network, nn.Softmax(dim=1)), tmp_path / "own.onnx")
+    convert(source, toy_folder, tmp_path / "artifact", "--no-int8")
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
+def test_a_network_without_a_global_average_is_explained_as_a_whole(
+    data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    model = Flat()
+    printed = convert(write(model, tmp_path / "flat.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
+    assert "no evidence: the network does not end in a global average and one linear layer" in printed
+    artifact = Artifact.load(tmp_path / "artifact")
+    images = data.test.images[:5]
+    with torch.no_grad():
+        logits = model.eval()(normalised(images)).numpy()
+    engine = create(ONNX, artifact)
+    np.testing.assert_allclose(engine(images)[:, :-1], logits, atol=1e-4)
+    np.testing.assert_allclose(engine.evidence(images), logits[:, None, None], atol=1e-4)
+    assert artifact.config.stride == toy.SIDE
+
+
+def test_leaving_int8_out_leaves_none_of_an_earlier_artifact(
+    artifact: Artifact, network: Pooled, toy_folder: Path, tmp_path: Path
+) -> None:
+    artifact.copy_to(tmp_path)
+    assert (tmp_path / FILES[ONNX_INT8]).exists()
+    convert(write(network, tmp_path / "own.onnx"), toy_folder, tmp_path, "--no-int8")
+    assert not (tmp_path / FILES[ONNX_INT8]).exists()
+    assert Artifact.load(tmp_path).runtimes == (ONNX,)
+
+
+def test_it_is_measured_reported_and_served(artifact: Artifact, toy_folder: Path, tmp_path: Path) -> None:
+    printed = toy.run("train.evaluate", artifact.path, toy_folder)
+    assert "onnx-int8: accuracy" in printed
+    assert "torch: accuracy" not in printed
+    toy.run("train.report", artifact.path, toy_folder, "--out", tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text()
+    assert "Trained elsewhere: `own.onnx`" in card
+    home = tmp_path / "home"
+    tag = store_model(home, artifact.path)
+    with serve("embedded", home, MODEL="own", RUNTIME="auto", WORKERS=1) as url:
+        shown = requests.get(f"{url}/model", timeout=60).json()
+        image = encode(picture(1, 48, 48))
+        reply = requests.post(f"{url}/classify?prediction_set=0.9", files={"image": image}, timeout=60)
+        explained = requests.post(f"{url}/explain", files={"image": image}, timeout=60)
+        evidence = requests.post(
+            f"{url}/explain", files={"image": image}, headers={"accept": "application/json"}, timeout=60
+        ).json()["evidence"]
+    assert (shown["runtime"], shown["classes"]) == ("onnx-int8", list(toy.CLASSES))
+    assert reply.status_code == 200
+    assert (reply.json()["model"], reply.json()["class_name"] in toy.CLASSES) == (tag, True)
+    assert explained.headers["content-type"] == "image/png"
+    assert np.asarray(evidence).shape == SIZE
+    assert VIEWS * np.asarray(evidence).sum() == pytest.approx(VIEWS, rel=1e-3)
+    stopped = failed_start(home, MODEL="own", RUNTIME="torch")
+    assert stopped == ["error: RUNTIME='torch'; expected one that the model has: onnx, onnx-int8"]
+
+
+def test_without_int8_a_cpu_serves_fp32(network: Pooled, toy_folder: Path, tmp_path: Path) -> None:
+    convert(write(network, tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
+    store_model(tmp_path / "home", tmp_path / "artifact")
+    with serve("embedded", tmp_path / "home", MODEL="own", RUNTIME="auto", WORKERS=1) as url:
+        assert requests.get(f"{url}/model", timeout=60).json()["runtime"] == ONNX
+        assert requests.post(f"{url}/classify", files={"image": encode(picture())}, timeout=60).status_code == 200
+
+
+class TwoOutputs(Pooled):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.head(self.features(x)), self.features(x)
+
+
+def any_size(path: Path) -> Path:
+    return write(Pooled(), path, dynamic_axes={"input.1": {0: "batch", 2: "height", 3: "width"}})
+
+
+def no_onnx(path: Path) -> Path:
+    path.write_bytes(b"not ONNX at all")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (no_onnx, "expected a valid ONNX file"),
+        (lambda path: path, "expected a valid ONNX file"),
+        (functools.partial(write, Pooled(), dynamic_axes=None), "its input is fixed at 2 images; expected any number"),
+        (functools.partial(write, TwoOutputs()), "1 inputs, 2 outputs; expected one of each"),
+        (
+            functools.partial(write, nn.Sequential(Pooled(), nn.Linear(3, 4))),
+            "the network gives outputs of shape (4,); expected one for each class of",
+        ),
+        (any_size, "takes images of any size; expected --size"),
+    ],
+)
+def test_a_network_that_cannot_be_served_is_refused_with_one_line(
+    make: Callable[[Path], Path], message: str, toy_folder: Path, tmp_path: Path
+) -> None:
+    printed = convert(make(tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", code=1)
+    assert message in printed.splitlines()[-1]
+    assert printed.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_network_for_any_size_takes_the_one_given(data: Data, toy_folder: Path, tmp_path: Path) -> None:
+    convert(any_size(tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8", "--size", "24")
+    assert Artifact.load(tmp_path / "artifact").config.input_size == SIZE

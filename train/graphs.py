@@ -1,0 +1,223 @@
+"""Give an ONNX graph trained elsewhere the inputs and outputs of an artifact's.
+
+The network stays as it is. Before it come the normalisation of the pixels and the layout that it wants; behind it, the
+familiarity of an image and the evidence for each class, as in ``model.network.ServedNet``, from the features and the
+feature maps that its head is computed from.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import (
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    compose,
+    helper,
+    numpy_helper,
+    parser,
+    version_converter,
+)
+
+from model.network import NEIGHBOURS
+from train.command import CommandError
+from train.to_onnx import OPSET
+
+Triple = tuple[float, float, float]
+FLATTENING = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
+"""Operators between the pooling and the head that only change the shape."""
+PREFIX = "network/"
+IMAGES, FEATURES, LOGITS, MAPS = "pixels", "features", "logits", "maps"
+"""Names by which the parts are joined."""
+SHAPES = {FEATURES: "N,D", LOGITS: "N,K", MAPS: "N,D,h,w"}
+
+
+class Network(NamedTuple):
+    """A network trained elsewhere, as a graph with the input ``IMAGES`` (N, 3, H, W) and these outputs.
+
+    ``LOGITS`` (N, K); ``FEATURES`` (N, D), the input of the head; and ``MAPS`` (N, D, h, w) if the features are their
+    mean over all places.
+    """
+
+    model: ModelProto
+    size: tuple[int | None, int | None]
+    """Height and width of the input; None if the graph takes any."""
+    head: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+    """Weight (K, D) and bias (K,) by which the features become logits; None without ``MAPS``."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(constant.dims) for constant in self.model.graph.initializer)
+
+
+def read(path: Path) -> Network:
+    """The network in the ONNX file ``path``; raises ``CommandError`` for one that cannot be served, saying why."""
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+        if opset_of(model) < OPSET:
+            model = version_converter.convert_version(model, OPSET)
+    except Exception as error:  # protobuf's, the checker's and the converter's errors have no common base class
+        raise CommandError(f"{path}: {str(error).splitlines()[0]}; expected a valid ONNX file") from error
+    graph = model.graph
+    constants = {constant.name: numpy_helper.to_array(constant) for constant in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise CommandError(f"{path}: {len(inputs)} inputs, {len(graph.output)} outputs; expected one of each")
+    size = _size(path, inputs[0])
+    producers = {name: node for node in graph.node for name in node.output}
+    constants |= {
+        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    logits = graph.output[0].name
+    while logits in producers and producers[logits].op_type in ("Softmax", "LogSoftmax", "Identity"):
+        logits = producers[logits].input[0]
+    features, head = _head(logits, producers, constants)
+    maps = _maps(features, producers, constants) if head else None
+    outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
+    return Network(_joinable(model, inputs[0].name, outputs), size, head if maps else None)
+
+
+def opset_of(model: ModelProto) -> int:
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _size(path: Path, images: onnx.ValueInfoProto) -> tuple[int | None, int | None]:
+    kind = images.type.tensor_type
+    dims = [dim.dim_value or None for dim in kind.shape.dim]
+    if kind.elem_type != TensorProto.FLOAT or len(dims) != 4 or dims[1] not in (3, None):
+        shown = f"{TensorProto.DataType.Name(kind.elem_type).lower()} {dims}"
+        raise CommandError(f"{path}: its input {images.name!r} is {shown}; expected float (N, 3, height, width)")
+    if dims[0] is not None:
+        raise CommandError(
+            f"{path}: its input is fixed at {dims[0]} images; expected any number: export it with dynamic_shapes, or "
+            "dynamic_axes, for the first dimension"
+        )
+    return dims[2], dims[3]
+
+
+def _head(
+    logits: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]
+) -> tuple[str, tuple[NDArray[np.float32], NDArray[np.float32]] | None]:
+    """The features that the last layer takes, and its weight and bias; the logits themselves if it is not linear."""
+    node, bias = producers[logits], np.zeros(1, np.float32)
+    if node.op_type == "Add" and node.input[1] in constants and node.input[0] in producers:
+        node, bias = producers[node.input[0]], constants[node.input[1]]
+    if node.op_type == "Gemm" and node.input[1] in constants:
+        options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        weight = constants[node.input[1]] if options.get("transB") else constants[node.input[1]].T
+        bias = constants[node.input[2]] if len(node.input) > 2 else bias
+        return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
+    if node.op_type == "MatMul" and node.input[1] in constants:
+        weight = constants[node.input[1]].T
+        return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
+    return logits, None
+
+
+def _maps(features: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]) -> str | None:
+    """The feature maps whose mean over all places the features are; None if they are something else."""
+    while features in producers and producers[features].op_type in FLATTENING:
+        features = producers[features].input[0]
+    node = producers.get(features)
+    if node is None:
+        return None
+    is_pooled = node.op_type == "GlobalAveragePool"
+    if node.op_type == "ReduceMean" and len(node.input) > 1 and node.input[1] in constants:
+        is_pooled = {int(axis) % 4 for axis in constants[node.input[1]]} == {2, 3}
+    return str(node.input[0]) if is_pooled else None
+
+
+def _joinable(model: ModelProto, images: str, outputs: list[tuple[str, str]]) -> ModelProto:
+    """``model`` with its names behind ``PREFIX``, but for its input ``IMAGES`` and the new names of its ``outputs``."""
+    model = compose.add_prefix(model, PREFIX)
+    graph = model.graph
+    next(value for value in graph.input if value.name == PREFIX + images).name = IMAGES
+    graph.node.insert(0, helper.make_node("Identity", [IMAGES], [PREFIX + images]))
+    del graph.output[:]
+    for old, new in outputs:  # copied, because other nodes may take them too
+        graph.node.append(helper.make_node("Identity", [PREFIX + old], [new]))
+        graph.output.append(helper.make_tensor_value_info(new, TensorProto.FLOAT, SHAPES[new].split(",")))
+    return model
+
+
+def with_pixels(network: Network, size: tuple[int, int], mean: Triple, std: Triple) -> ModelProto:
+    """The network with the input ``images`` (N, H, W, 3) uint8; ``mean`` and ``std`` in units of 0..255."""
+    before = _part(
+        network,
+        f"(uint8[N,{size[0]},{size[1]},3] images) => (float[N,3,{size[0]},{size[1]}] {IMAGES})",
+        f"""
+        values = Cast<to=1>(images)
+        centred = Sub(values, mean)
+        normalised = Div(centred, std)
+        {IMAGES} = Transpose<perm=[0,3,1,2]>(normalised)
+        """,
+        {"mean": np.asarray(mean, np.float32), "std": np.asarray(std, np.float32)},
+    )
+    return _joined(network, before, network.model, [IMAGES])
+
+
+def with_outputs(network: Network, model: ModelProto, bank: NDArray[np.float32], cells: tuple[int, int]) -> ModelProto:
+    """``with_pixels`` ready to serve: its outputs are ``outputs`` (N, K + 1) and ``evidence`` (N, h, w, K).
+
+    ``bank`` (B, D) are the features of training images, ``cells`` the height and width of the feature maps. Each place
+    adds its features times the head to the logits (Zhou et al., 2016, arXiv:1512.04150). Without feature maps the image
+    is one place, which adds everything.
+    """
+    unit = bank / np.maximum(np.linalg.norm(bank, axis=1, keepdims=True), 1e-12)
+    constants: dict[str, NDArray[np.generic]] = {
+        "bank": np.ascontiguousarray(unit.T),
+        "one": np.asarray([1], np.int64),
+        "places": np.asarray([1, 2], np.int64),
+        "neighbours": np.asarray([min(NEIGHBOURS, len(bank))], np.int64),
+        "least": np.asarray([1e-12], np.float32),
+    }
+    nodes = f"""
+        norm = ReduceL2<keepdims=1>({FEATURES}, one)
+        length = Max(norm, least)
+        direction = Div({FEATURES}, length)
+        similarity = MatMul(direction, bank)
+        nearest, indices = TopK<axis=1>(similarity, neighbours)
+        familiarity = ReduceMin<keepdims=1>(nearest, one)
+        outputs = Concat<axis=1>({LOGITS}, familiarity)
+        """
+    if network.head:
+        weight, bias = network.head
+        places = cells[0] * cells[1]
+        constants |= {"head": np.ascontiguousarray(weight.T / places), "share": bias / places}
+        nodes += f"""
+        rows = Transpose<perm=[0,2,3,1]>({MAPS})
+        weighed = MatMul(rows, head)
+        evidence = Add(weighed, share)
+        """
+    else:
+        nodes += f"evidence = Unsqueeze({LOGITS}, places)\n"
+    given = [name for name in (LOGITS, FEATURES, MAPS) if name != MAPS or network.head]
+    signature = ", ".join(f"float[{SHAPES[name]}] {name}" for name in given)
+    after = _part(network, f"({signature}) => (float[N,L] outputs, float[N,h,w,K] evidence)", nodes, constants)
+    return _joined(network, model, after, given)
+
+
+def _joined(network: Network, first: ModelProto, second: ModelProto, names: list[str]) -> ModelProto:
+    joined = compose.merge_models(first, second, io_map=[(name, name) for name in names])
+    # It lists the standard operators once for each part, which ONNX Runtime's quantiser refuses.
+    del joined.opset_import[:]
+    joined.opset_import.extend(network.model.opset_import)
+    return joined
+
+
+def _part(network: Network, signature: str, nodes: str, constants: dict[str, NDArray[np.generic]]) -> ModelProto:
+    """A model of ``nodes`` in ONNX's textual syntax, of the versions of ``network``."""
+    header = f'<ir_version: {network.model.ir_version}, opset_import: ["": {opset_of(network.model)}]>'
+    part = parser.parse_model(f"{header} part {signature} {{ {nodes} }}")
+    used = {name for node in part.graph.node for name in node.input}
+    kept = {name: value for name, value in constants.items() if name in used}
+    part.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in kept.items())
+    return part
