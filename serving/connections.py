@@ -66,6 +66,8 @@ class Connection(HttpToolsProtocol):
         """Whether the rest of the headers, or of a refused request's body, has still to be parsed."""
         self._head_bytes = 0
         """Bytes received since the last one of a body, or the last end of headers or of a request."""
+        self._is_stopping = False
+        """Whether the server stops, so that this connection closes after the next reply."""
         self._await_bytes()
 
     def _await_bytes(self) -> None:
@@ -127,6 +129,15 @@ class Connection(HttpToolsProtocol):
             self.data_received(data)
 
     def shutdown(self) -> None:
+        """Stop after the requests that have arrived: on an idle connection, some may not have been read yet."""
+        self._send_refusal()
+        self._is_stopping = True
+        if self.cycle and not self.cycle.response_complete:
+            super().shutdown()
+        else:
+            self.loop.call_later(GRACE_SECONDS, self._stop)
+
+    def _stop(self) -> None:
         self._send_refusal()
         super().shutdown()
 
@@ -224,6 +235,7 @@ class Connection(HttpToolsProtocol):
             self._expect_more()
         else:
             super().on_headers_complete()
+            self.cycle.keep_alive &= not self._is_stopping
         self.headers = []  # trailers after a chunked body are not the request's headers
 
     def _refusal(self) -> Response | None:

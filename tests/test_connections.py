@@ -536,6 +536,33 @@ def test_pending_refusals_are_sent_when_the_server_stops() -> None:
         assert time.monotonic() - started < REFUSAL_SECONDS
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("connection", [Hasty, Guarded])
+def test_a_request_that_has_arrived_when_the_server_stops_is_answered(loop: str, connection: type[Connection]) -> None:
+    """It is still unread where the event loop was busy; closing the connection then would reset it."""
+    made: list[Connection] = []
+
+    class Stopped(connection):  # type: ignore[misc, valid-type]  # a parameter
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            made.append(self)
+
+    def stop_late() -> None:
+        time.sleep(KEEP_ALIVE / 2)
+        made[0].shutdown()
+
+    path = b"/full" if connection is Guarded else b"/"
+    with serving(loop, Stopped) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(HEAD + LENGTH + b"\r\nbody.")
+        expect_reply(client)
+        made[0].loop.call_soon_threadsafe(stop_late)
+        time.sleep(KEEP_ALIVE / 4)
+        client.sendall(HEAD.replace(b"/ ", path + b" ") + LENGTH + b"\r\nbody.")
+        received = read_all(client)
+    assert received.startswith(b"HTTP/1.1 429 " if connection is Guarded else b"HTTP/1.1 200 ")
+    assert (b"connection: close" in received) == (connection is Hasty)
+
+
 def test_a_body_that_looks_like_a_request_is_not_shed() -> None:
     request = FULL + LENGTH + b"\r\nbody."
     with connected("uvloop", Guarded) as client:
