@@ -18,6 +18,7 @@ OTHER_VALUES = {
     "API_KEYS",  # set only in the public overlay
     "AUDIT_DIRECTORY",  # needs a disk that a cluster's administrator must grant: deploy/k8s/README.md
     "FORWARDED_ALLOW_IPS",  # goes with the previous two
+    "DRAIN_SECONDS",  # pods are reached without a proxy that would ask again, and others take over
 }
 
 

@@ -142,11 +142,13 @@ def test_one_autoscaler_owns_the_replica_count(overlay: str) -> None:
 
 @every_overlay
 def test_a_pod_outlives_its_requests(overlay: str) -> None:
-    """SIGTERM comes only after the endpoint is removed, and SIGKILL only after draining ends."""
+    """SIGTERM comes only after the endpoint is removed, and SIGKILL only after clients have left and requests ended."""
     args = container(overlay)["args"]
-    draining = int(args[args.index("--timeout-graceful-shutdown") + 1])
+    finishing = int(args[args.index("--timeout-graceful-shutdown") + 1])
     sleep = container(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert sleep + draining < pods(overlay)["spec"]["terminationGracePeriodSeconds"]
+    draining = next(int(v["value"]) for v in container(overlay)["env"] if v["name"] == "DRAIN_SECONDS")
+    assert draining > 0  # otherwise connections that are in use are closed without notice
+    assert sleep + draining + finishing < pods(overlay)["spec"]["terminationGracePeriodSeconds"]
 
 
 @every_overlay
