@@ -42,7 +42,8 @@ TIFF_COMPRESSIONS = {
 }
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_COMPRESSION, TIFF_COLOURS, TIFF_SAMPLES, TIFF_EXTRA = 256, 257, 259, 262, 277, 338
 TIFF_RGB, TIFF_ALPHA = 2, (1, 2)
-TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
+TIFF_READ = frozenset((TIFF_WIDTH, TIFF_HEIGHT, TIFF_COMPRESSION, TIFF_COLOURS, TIFF_SAMPLES, TIFF_EXTRA))
+TIFF_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q"}
 
 
 class ImageError(ValueError):
@@ -212,11 +213,16 @@ def _tiff(data: bytes) -> Header:
     order = "<" if data[:2] == b"II" else ">"
     start = struct.unpack_from(order + "I", data, 4)[0]
     count = struct.unpack_from(order + "H", data, start)[0]
-    values = {TIFF_COMPRESSION: 1, TIFF_WIDTH: 0, TIFF_HEIGHT: 0}
+    found: dict[int, int] = {}
     for at in range(start + 2, start + 2 + 12 * min(count, MAX_STEPS), 12):
-        tag, kind = struct.unpack_from(order + "HH", data, at)
-        if kind in TIFF_TYPES:
-            values[tag] = struct.unpack_from(order + TIFF_TYPES[kind], data, at + 8)[0]
+        tag, kind, length = struct.unpack_from(order + "HHI", data, at)
+        if tag in TIFF_READ and tag not in found:  # decoders take the first
+            form = order + TIFF_TYPES.get(kind, "")
+            # Longer than four bytes, values are elsewhere, and their place is here.
+            is_elsewhere = length * struct.calcsize(form) > 4
+            place = struct.unpack_from(order + "I", data, at + 8)[0] if is_elsewhere else at + 8
+            found[tag] = struct.unpack_from(form, data, place)[0] if kind in TIFF_TYPES and length else 0
+    values = {TIFF_COMPRESSION: 1, TIFF_WIDTH: 0, TIFF_HEIGHT: 0, **found}
     if values[TIFF_COMPRESSION] not in TIFF_COMPRESSIONS:
         raise UnsupportedFormatError(_compressed("TIFF", values[TIFF_COMPRESSION], TIFF_COMPRESSIONS))
     # In RGB with four samples and no ExtraSamples tag, the fourth is commonly taken for alpha.

@@ -18,7 +18,7 @@ from PIL import Image
 
 from model import preprocess as module
 from model.headers import FORMATS, MAX_SCANS, ImageError, TooManyPixelsError, UnsupportedFormatError, read_header
-from model.preprocess import MAX_PIXELS, Pixels, inspect, preprocess, resize
+from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess, resize
 from tests.live import REPOSITORY, encode, png_header
 
 HEIGHT, WIDTH = 48, 64
@@ -330,6 +330,52 @@ def test_the_pixel_limit_is_exact() -> None:
     assert decode(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(TooManyPixelsError, match=f"{WIDTH}x{HEIGHT}"):
         decode(data, max_pixels=HEIGHT * WIDTH - 1)
+
+
+def with_widths(*widths: tuple[str, int, int]) -> bytes:
+    """A TIFF of ``CLEAR`` with these widths in place of its own: type as for ``struct``, number of values, value."""
+    data = bytearray(encode(CLEAR, "TIFF"))
+    start, (count,) = len(data), struct.unpack_from("<H", data, struct.unpack_from("<I", data, 4)[0])
+    begin = struct.unpack_from("<I", data, 4)[0] + 2
+    entries = [data[at : at + 12] for at in range(begin, begin + 12 * count, 12)]
+    others = [entry for entry in entries if struct.unpack_from("<H", entry)[0] != 256]
+    place = start + 2 + 12 * (len(widths) + len(others)) + 4
+    ours, elsewhere = [], b""
+    for form, length, width in widths:
+        values = struct.pack(f"<{length}{form}", *[width] * length)
+        if len(values) > 4:
+            values, elsewhere = struct.pack("<I", place + len(elsewhere)), elsewhere + values
+        kind = {"H": 3, "I": 4, "i": 9, "Q": 16, "f": 11}[form]
+        ours.append(struct.pack("<HHI4s", 256, kind, length, values))
+    struct.pack_into("<I", data, 4, start)
+    directory = struct.pack("<H", len(widths) + len(others)) + b"".join((*ours, *others)) + bytes(4)
+    return bytes(data) + directory + elsewhere
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        [("I", 1, 5_000)],
+        [("I", 2, 5_000)],  # its value is elsewhere
+        [("H", 3, 5_000)],
+        [("Q", 1, 5_000)],
+        [("I", 1, 5_000), ("I", 1, 5)],
+        [("i", 1, 5_000), ("I", 1, 5)],
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+def test_a_tiff_has_the_width_that_a_decoder_would_find(widths: list[tuple[str, int, int]]) -> None:
+    data = with_widths(*widths)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (5_000, HEIGHT)
+    with pytest.raises(TooManyPixelsError, match=f"5000x{HEIGHT}"):
+        inspect(data, 1_000 * HEIGHT * ALPHA_COST)
+
+
+def test_a_tiff_whose_width_is_no_integer_is_refused() -> None:
+    with pytest.raises(ImageError, match=f"no pixels: 0x{HEIGHT}"):
+        inspect(with_widths(("f", 1, 5_000), ("I", 1, 5)))
 
 
 def test_a_side_too_long_to_resize_is_refused() -> None:
