@@ -36,10 +36,15 @@ class Meter:
         bodies = self._bodies
         if bodies.held + size > bodies.limit and self._held + size > SMALL:
             reason = f"{bodies.held} bytes of requests are held; expected at most {bodies.limit}: try again in 1 s"
+            self._release()  # at once: the reply comes later, and until then all others would be refused as well
             raise too_many(OVERLOADED, reason, retry_after=1)
         bodies.held += size
         self._held += size
         return message
 
     def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
         self._bodies.held -= self._held
+        self._held = 0

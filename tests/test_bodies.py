@@ -50,6 +50,17 @@ def test_body_memory_is_released_after_the_request() -> None:
         take(receive, 2)
 
 
+def test_a_refused_request_leaves_its_room_to_others_before_it_is_answered() -> None:
+    bodies = Bodies(LIMIT)
+    with bodies.meter(endless) as refused, bodies.meter(endless) as other:
+        take(refused, 1)
+        take(other, 1)
+        with pytest.raises(ApiError):
+            take(refused, 1)
+        take(other, 1)
+    assert bodies.held == 0
+
+
 def test_a_message_without_a_body_costs_nothing() -> None:
     async def gone() -> Message:
         return {"type": "http.disconnect"}
