@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,31 +58,13 @@ class Deployment:
         Unless ``is_worker``, it also loads the models, to find here what would be a traceback of every worker, and sets
         the environment in which workers resolve the same.
         """
-        model, measured = settings.model, orjson.loads(os.environ.get(MEASURED, "null"))
-        try:
-            model = model or store.packed() or settings.resolved_model()
+        model = settings.model or store.packed() or settings.resolved_model()
+        with _errors_in_one_line(model, settings.shadow):
             tags = tuple(store.resolve_all(model))
             shadow = store.resolve(settings.shadow) if settings.shadow else None
-            if is_worker:
-                runtime = settings.resolved_runtime()
-            else:
-                served, shadowing = _load(tags, shadow)
-                available = [name for name in served.runtimes if shadowing is None or name in shadowing.runtimes]
-                runtime = settings.resolved_runtime(available)
-                if runtime == "fastest":
-                    comparison = compare(served, settings.threads, [name for name in available if name != TORCH])
-                    runtime, measured = comparison.fastest, comparison._asdict()
-                served.reference(runtime)
-        except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # OSError: from the disk
-            asked = f"MODEL={model!r}" + (f", SHADOW={settings.shadow!r}" if settings.shadow else "")
-            raise SettingsError(f"error: {asked}: {error}") from None
-        except runtimes.RuntimeUnavailableError as error:
-            raise SettingsError(f"error: {error}") from None
-        try:
+            runtime, measured = _inherited(settings) if is_worker else _choose_runtime(settings, tags, shadow)
             keys = Keys(settings.api_keys, is_running=is_worker) if settings.api_keys else None
             usage = Usage(settings.usage_file, is_running=is_worker) if keys else None
-        except AccessError as error:
-            raise SettingsError(f"error: {error}") from None
         cores = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system())))
         deployment = cls(
             settings=settings,
@@ -143,6 +126,34 @@ class Deployment:
             "measured": self.measured,
         }
         return {**cards[0], **about, **members}
+
+
+@contextmanager
+def _errors_in_one_line(model: str, shadow: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (store.StoreError, ArtifactError, EnsembleError, OSError) as error:  # OSError: from the disk
+        asked = f"MODEL={model!r}" + (f", SHADOW={shadow!r}" if shadow else "")
+        raise SettingsError(f"error: {asked}: {error}") from None
+    except (runtimes.RuntimeUnavailableError, AccessError) as error:
+        raise SettingsError(f"error: {error}") from None
+
+
+def _inherited(settings: Settings) -> tuple[str, dict[str, Any] | None]:
+    """The runtime that the first process chose, and what it measured."""
+    return settings.resolved_runtime(), orjson.loads(os.environ.get(MEASURED, "null"))
+
+
+def _choose_runtime(settings: Settings, tags: tuple[str, ...], shadow: str | None) -> tuple[str, dict[str, Any] | None]:
+    """A runtime that the models can be loaded for, and what was measured to choose it."""
+    served, shadowing = _load(tags, shadow)
+    available = [name for name in served.runtimes if shadowing is None or name in shadowing.runtimes]
+    runtime, measured = settings.resolved_runtime(available), None
+    if runtime == "fastest":
+        comparison = compare(served, settings.threads, [name for name in available if name != TORCH])
+        runtime, measured = comparison.fastest, comparison._asdict()
+    served.reference(runtime)
+    return runtime, measured
 
 
 def _load(tags: tuple[str, ...], shadow: str | None) -> tuple[Ensemble, Ensemble | None]:
