@@ -22,6 +22,7 @@ RULES = {path: yaml.safe_load(path.read_text()) for path in (MONITORING / "prome
 ALERTS = {r["alert"]: r for d in RULES.values() for g in d["groups"] for r in g["rules"] if "alert" in r}
 RECORDED = {r["record"] for d in RULES.values() for g in d["groups"] for r in g["rules"] if "record" in r}
 SCRAPE_CONFIGS = yaml.safe_load((MONITORING / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+JOBS = {config["job_name"] for config in SCRAPE_CONFIGS}
 CASES = [
     case
     for path in (MONITORING / "prometheus/tests").glob("*.yml")
@@ -161,9 +162,17 @@ def test_every_alert_has_a_unit_test_that_fires_and_one_that_stays_silent(name: 
 
 
 def test_jobs_in_expressions_are_scraped() -> None:
-    scraped = {c["job_name"] for c in SCRAPE_CONFIGS}
-    asked = {job for _, expr in expressions() for job in re.findall(r'job!?="(\w+)"', expr)}
-    assert asked <= scraped
+    asked = {
+        job for _, expr in expressions() for jobs in re.findall(r'job=~?"([^$"]+)"', expr) for job in jobs.split("|")
+    }
+    assert {"classifier", "edge"} <= asked
+    assert not [job for job in asked if not any(re.fullmatch(job, scraped) for scraped in JOBS)]
+
+
+@pytest.mark.parametrize("name", ["TargetDown", "TargetsVanished"])
+def test_every_job_of_the_stack_but_the_classifier_is_watched_and_no_other(name: str) -> None:
+    (jobs,) = re.findall(r'up\{job=~"([^"]+)"\}', ALERTS[name]["expr"])
+    assert set(jobs.split("|")) == JOBS - {"classifier"}
 
 
 def test_rejection_reasons_in_alerts_are_counted_from_0() -> None:
