@@ -145,12 +145,24 @@ def test_one_failing_replica_pages_once_and_gpu_alerts_hide_no_others() -> None:
     assert not any(inhibited(labels(a), labels(b)) for a in of_gpus for b in of_gpus)
 
 
-def test_a_missing_classifier_does_not_hide_other_vanished_targets() -> None:
-    down, vanished = ({"alertname": name, **ALERTS[name]["labels"]} for name in ("ClassifierDown", "TargetsVanished"))
-    assert inhibited(down, vanished | {"job": "classifier"})
-    jobs = {c["job_name"] for c in SCRAPE_CONFIGS} - {"classifier"}
-    assert {"edge", "node"} <= jobs
-    assert not [job for job in jobs if inhibited(down, vanished | {"job": job})]
+def test_a_missing_classifier_hides_its_own_alerts_alone() -> None:
+    def labels(name: str, job: str) -> dict[str, str]:
+        return {"alertname": name, **ALERTS[name]["labels"], "job": job}
+
+    for name in ("ClassifierInstanceDown", "ClassifierReplicasLost", "SloBudgetBurnFast"):
+        assert inhibited(labels("ClassifierDown", "classifier-cats"), labels(name, "classifier-cats"))
+        assert not inhibited(labels("ClassifierDown", "classifier-cats"), labels(name, "classifier-flowers"))
+    assert inhibited(labels("ClassifierDown", "classifier"), labels("EdgeProbeFailing", "edge"))
+    assert not inhibited(labels("ClassifierDown", "classifier-cats"), labels("EdgeProbeFailing", "edge"))
+    assert not [
+        job for job in JOBS if inhibited(labels("ClassifierDown", "classifier"), labels("TargetsVanished", job))
+    ]
+
+
+def test_a_fast_burning_budget_hides_the_slow_alert_of_the_same_service() -> None:
+    fast, slow = ({"alertname": f"SloBudgetBurn{pace}", "slo": "latency"} for pace in ("Fast", "Slow"))
+    assert inhibited(fast | {"job": "classifier-cats"}, slow | {"job": "classifier-cats"})
+    assert not inhibited(fast | {"job": "classifier-cats"}, slow | {"job": "classifier-flowers"})
 
 
 @pytest.mark.parametrize("name", ALERTS)
@@ -165,7 +177,7 @@ def test_jobs_in_expressions_are_scraped() -> None:
     asked = {
         job for _, expr in expressions() for jobs in re.findall(r'job=~?"([^$"]+)"', expr) for job in jobs.split("|")
     }
-    assert {"classifier", "edge"} <= asked
+    assert {"classifier.*", "edge"} <= asked
     assert not [job for job in asked if not any(re.fullmatch(job, scraped) for scraped in JOBS)]
 
 
@@ -173,6 +185,18 @@ def test_jobs_in_expressions_are_scraped() -> None:
 def test_every_job_of_the_stack_but_the_classifier_is_watched_and_no_other(name: str) -> None:
     (jobs,) = re.findall(r'up\{job=~"([^"]+)"\}', ALERTS[name]["expr"])
     assert set(jobs.split("|")) == JOBS - {"classifier"}
+
+
+@pytest.mark.parametrize("file", ["service.yml", "slo.yml", "model.yml"])
+def test_rules_about_a_service_keep_services_apart(file: str) -> None:
+    found = [
+        (where, labels)
+        for where, expr in expressions()
+        if where.startswith(f"{file}: ")
+        for labels in re.findall(r"\b(?:sum|count|group|avg|min|max)\b(?: by \(([^)]*)\))?(?= ?\()", expr)
+    ]
+    assert found
+    assert not [where for where, labels in found if "job" not in labels.split(", ")]
 
 
 def test_rejection_reasons_in_alerts_are_counted_from_0() -> None:

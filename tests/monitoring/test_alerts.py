@@ -144,7 +144,7 @@ def test_a_killed_service_pages_once_and_resolves_on_return(
     page = json.loads(stack.received.wait_for("/pagerduty", "ClassifierDown"))
     assert page["event_action"] == "trigger"
     assert page["routing_key"] == "the-key"
-    assert "No classifier answers" in page["payload"]["custom_details"]["text"]
+    assert "No replica of classifier answers" in page["payload"]["custom_details"]["text"]
     assert "runbooks/ClassifierDown.md" in stack.received.wait_for("/slack", "[FIRING 1] ClassifierDown (critical)")
 
     # Alerts that follow from this one fire too, but are inhibited.
