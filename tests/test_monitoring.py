@@ -220,10 +220,29 @@ def test_dashboards_match_their_source(name: str) -> None:
 def test_dashboards_and_provisioning_agree() -> None:
     assert {path.stem for path in FOLDER.glob("*.json")} == ALL_DASHBOARDS.keys()
     files = (MONITORING / "grafana/provisioning/datasources").glob("*.yml")
-    sources = {source["uid"] for file in files for source in yaml.safe_load(file.read_text())["datasources"]}
+    sources = {source["type"] for file in files for source in yaml.safe_load(file.read_text())["datasources"]}
     assert sources == {
-        t["datasource"]["uid"] for b in ALL_DASHBOARDS.values() for p in b["panels"] for t in p["targets"]
+        t["datasource"]["type"] for b in ALL_DASHBOARDS.values() for p in b["panels"] for t in p["targets"]
     }
+
+
+@pytest.mark.parametrize("name", ALL_DASHBOARDS)
+def test_a_dashboard_works_with_a_data_source_of_any_uid(name: str) -> None:
+    variables = {v["name"]: v for v in ALL_DASHBOARDS[name]["templating"]["list"]}
+    panels = ALL_DASHBOARDS[name]["panels"]
+    asked = [part["datasource"] for panel in panels for part in (panel, *panel["targets"])]
+    assert asked
+    assert all(source == {"type": variables["datasource"]["query"], "uid": "${datasource}"} for source in asked)
+
+
+@pytest.mark.parametrize("name", ["service", "model"])
+def test_every_panel_about_the_service_shows_the_chosen_one_alone(name: str) -> None:
+    queries = [t["expr"] for p in DASHBOARDS[name]["panels"] if p["title"] != "Edge" for t in p["targets"]]
+    assert queries
+    for query in queries:
+        assert metrics(query) == set(re.findall(r'([\w:]+)\{job="\$job"', query)), query
+    (job,) = [v for v in DASHBOARDS[name]["templating"]["list"] if v["name"] == "job"]
+    assert job["datasource"]["uid"] == "${datasource}"
 
 
 def test_panels_neither_overlap_nor_leave_the_grid() -> None:

@@ -3,7 +3,8 @@
     python -m monitoring.grafana.dashboards
 
 A panel is a title, a unit, and queries with their legends. It uses the alerts' time windows, so that it shows what an
-alert has seen.
+alert has seen. The data source and the service are variables: another Grafana's source has another uid, and another
+Prometheus may scrape several services.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 24, 8
 """Width of Grafana's grid, and default height of a panel, in grid cells."""
-SOURCE = {"type": "prometheus", "uid": "prometheus"}
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 Json = dict[str, Any]
 
-CLASSIFY = 'endpoint=~"/classify(/batch)?"'
-ANSWERED = 'endpoint="/classify", http_response_code="200"'
+JOB = 'job="$job"'
+"""Each service has a Prometheus job; a dashboard shows one at a time."""
+CLASSIFY = f'{JOB}, endpoint=~"/classify(/batch)?"'
+ANSWERED = f'{JOB}, endpoint="/classify", http_response_code="200"'
 DURATION = "bentoml_service_request_duration_seconds"
 
 
@@ -50,6 +53,15 @@ def panel(title: str, unit: str, *queries: tuple[str, str], about: str = "", **o
     }
 
 
+def variable(name: str, **options: Any) -> Json:
+    return {"name": name, "label": name.replace("_", " "), **options}
+
+
+def data_source(kind: str) -> Json:
+    """The variable that ``datasource`` of every panel names: one of Grafana's sources of this kind."""
+    return variable("datasource", type="datasource", query=kind)
+
+
 def stat(title: str, unit: str, expr: str, red_below: float | None = None, red_above: float | None = None) -> Json:
     """A single number, green or red."""
     below, above = ("red", "green") if red_below is not None else ("green", "red")
@@ -74,12 +86,17 @@ def quantiles(histogram: str, window: str = "5m", by: str = "le") -> list[tuple[
 
 
 SERVICE = [
-    stat("Replicas up", "short", "classifier:instances_up:count", red_below=1),
+    stat("Replicas up", "short", f"classifier:instances_up:count{{{JOB}}}", red_below=1),
     stat("Requests", "reqps", f"sum(rate(bentoml_service_request_total{{{CLASSIFY}}}[5m]))"),
-    stat("Images", "short", "sum(rate(classifier_images_total[5m]))"),
+    stat("Images", "short", f"sum(rate(classifier_images_total{{{JOB}}}[5m]))"),
     stat("p99 of /classify", "s", quantiles(f"{DURATION}_bucket{{{ANSWERED}}}")[2][1], red_above=0.1),
-    stat("Availability budget left", "percentunit", '1 - classifier:slo_burn:30d{slo="availability"}', red_below=0),
-    stat("Latency budget left", "percentunit", '1 - classifier:slo_burn:30d{slo="latency"}', red_below=0),
+    stat(
+        "Availability budget left",
+        "percentunit",
+        f'1 - classifier:slo_burn:30d{{{JOB}, slo="availability"}}',
+        red_below=0,
+    ),
+    stat("Latency budget left", "percentunit", f'1 - classifier:slo_burn:30d{{{JOB}, slo="latency"}}', red_below=0),
     panel(
         "Requests by status",
         "reqps",
@@ -92,8 +109,14 @@ SERVICE = [
     panel(
         "Not served",
         "percentunit",
-        ("failed, overloaded", 'classifier:slo_bad:rate5m{slo="availability"} / (classifier:slo_requests:rate5m > 0)'),
-        ("over 100 ms", 'classifier:slo_bad:rate5m{slo="latency"} / (classifier:slo_requests:rate5m > 0)'),
+        (
+            "failed, overloaded",
+            f'classifier:slo_bad:rate5m{{{JOB}, slo="availability"}} / (classifier:slo_requests:rate5m{{{JOB}}} > 0)',
+        ),
+        (
+            "over 100 ms",
+            f'classifier:slo_bad:rate5m{{{JOB}, slo="latency"}} / (classifier:slo_requests:rate5m{{{JOB}}} > 0)',
+        ),
         about="Shares of the requests that count for each objective. A deadline of the caller's own is no failure.",
         min=0,
     ),
@@ -101,23 +124,23 @@ SERVICE = [
     panel(
         "Burn rate",
         "short",
-        ("{{slo}} 5m", "classifier:slo_burn:5m"),
-        ("{{slo}} 1h", "classifier:slo_burn:1h"),
-        ("{{slo}} 6h", "classifier:slo_burn:6h"),
+        ("{{slo}} 5m", f"classifier:slo_burn:5m{{{JOB}}}"),
+        ("{{slo}} 1h", f"classifier:slo_burn:1h{{{JOB}}}"),
+        ("{{slo}} 6h", f"classifier:slo_burn:6h{{{JOB}}}"),
         about="1 uses up the budget in 30 days; 14.4 for an hour pages.",
         min=0,
     ),
     panel(
         "Turned away, by reason",
         "reqps",
-        ("{{reason}}", "sum by (reason) (rate(classifier_rejected_total[5m]))"),
+        ("{{reason}}", f"sum by (reason) (rate(classifier_rejected_total{{{JOB}}}[5m]))"),
         about="Of 504, deadline_exceeded is the service's own deadline, caller_deadline a shorter one of the caller's.",
         **stacked(),
     ),
     panel(
         "Waiting and under way",
         "short",
-        ("images in queue, {{instance}}", "classifier_queue_images"),
+        ("images in queue, {{instance}}", f"classifier_queue_images{{{JOB}}}"),
         (
             "requests, {{instance}}",
             f"sum by (instance) (bentoml_service_request_in_progress{{{CLASSIFY}}})",
@@ -127,8 +150,12 @@ SERVICE = [
     panel(
         "Images in a batch",
         "short",
-        ("mean", "sum(rate(classifier_batch_images_sum[5m])) / (sum(rate(classifier_batch_images_count[5m])) > 0)"),
-        *quantiles("classifier_batch_images_bucket"),
+        (
+            "mean",
+            f"sum(rate(classifier_batch_images_sum{{{JOB}}}[5m]))"
+            f" / (sum(rate(classifier_batch_images_count{{{JOB}}}[5m])) > 0)",
+        ),
+        *quantiles(f"classifier_batch_images_bucket{{{JOB}}}"),
         min=0,
     ),
     panel(
@@ -136,8 +163,8 @@ SERVICE = [
         "s",
         (
             "{{stage}}",
-            "sum by (stage) (rate(classifier_stage_seconds_sum[5m]))"
-            " / (sum by (stage) (rate(classifier_stage_seconds_count[5m])) > 0)",
+            f"sum by (stage) (rate(classifier_stage_seconds_sum{{{JOB}}}[5m]))"
+            f" / (sum by (stage) (rate(classifier_stage_seconds_count{{{JOB}}}[5m])) > 0)",
         ),
         about="classify is queue and engine of one request, infer the engine's time for one batch.",
         min=0,
@@ -145,16 +172,16 @@ SERVICE = [
     panel(
         "Engines busy",
         "percentunit",
-        ("{{instance}}", "classifier:engine_busy:ratio_rate5m"),
+        ("{{instance}}", f"classifier:engine_busy:ratio_rate5m{{{JOB}}}"),
         about="Seconds of inference for each second and worker, embedded alone. Small images saturate at 0.6 to 0.8.",
         min=0,
         max=1,
     ),
-    panel("Inference p99", "s", ("{{instance}}", "classifier:infer_seconds:p99_5m"), min=0),
+    panel("Inference p99", "s", ("{{instance}}", f"classifier:infer_seconds:p99_5m{{{JOB}}}"), min=0),
     panel(
         "Workers",
         "short",
-        ("{{instance}}", "classifier:workers:count"),
+        ("{{instance}}", f"classifier:workers:count{{{JOB}}}"),
         min=0,
         about="Whose event loop turned within a minute.",
     ),
@@ -164,6 +191,7 @@ SERVICE = [
         ("requests a second", "rate(nginx_http_requests_total[5m])"),
         ("active connections", "nginx_connections_active"),
         ("certificate, days left", "(probe_ssl_earliest_cert_expiry - time()) / 86400"),
+        about="This stack's Nginx, whichever service is chosen.",
         min=0,
     ),
 ]
@@ -172,24 +200,24 @@ MODEL = [
     stat(
         "Mean confidence",
         "percentunit",
-        "sum(rate(classifier_confidence_sum[1h])) / sum(rate(classifier_confidence_count[1h]))",
+        f"sum(rate(classifier_confidence_sum{{{JOB}}}[1h])) / sum(rate(classifier_confidence_count{{{JOB}}}[1h]))",
     ),
-    stat("Foreign images", "percentunit", "classifier:foreign_images:ratio1h", red_above=0.2),
-    stat("Class mix drift (PSI)", "short", "classifier:class_mix_drift:psi", red_above=0.25),
-    stat("Confidence drift (KS)", "short", "classifier:confidence_drift:ks", red_above=0.15),
-    stat("Images in the last hour", "short", "classifier:images:increase1h"),
-    stat("Models not on every replica", "short", "classifier:models_not_everywhere:count", red_above=1),
+    stat("Foreign images", "percentunit", f"classifier:foreign_images:ratio1h{{{JOB}}}", red_above=0.2),
+    stat("Class mix drift (PSI)", "short", f"classifier:class_mix_drift:psi{{{JOB}}}", red_above=0.25),
+    stat("Confidence drift (KS)", "short", f"classifier:confidence_drift:ks{{{JOB}}}", red_above=0.15),
+    stat("Images in the last hour", "short", f"classifier:images:increase1h{{{JOB}}}"),
+    stat("Models not on every replica", "short", f"classifier:models_not_everywhere:count{{{JOB}}}", red_above=1),
     panel(
         "Verdicts by class",
         "short",
-        ("{{class_name}}", "sum by (class_name) (rate(classifier_images_total[5m]))"),
+        ("{{class_name}}", f"sum by (class_name) (rate(classifier_images_total{{{JOB}}}[5m]))"),
         width=12,
         **stacked(),
     ),
     panel(
         "Share of each class, last hour minus baseline",
         "percentunit",
-        ("{{class_name}}", "classifier:class_share:ratio1h - classifier:class_share:baseline"),
+        ("{{class_name}}", f"classifier:class_share:ratio1h{{{JOB}}} - classifier:class_share:baseline{{{JOB}}}"),
         width=12,
     ),
     panel(
@@ -198,7 +226,7 @@ MODEL = [
         *(
             (
                 f"{q:.0%} of the verdicts below",
-                f"histogram_quantile({q}, sum by (le) (rate(classifier_confidence_bucket[5m])))",
+                f"histogram_quantile({q}, sum by (le) (rate(classifier_confidence_bucket{{{JOB}}}[5m])))",
             )
             for q in (0.05, 0.25, 0.5)
         ),
@@ -208,20 +236,20 @@ MODEL = [
     panel(
         "Drift",
         "short",
-        ("class mix (PSI)", "classifier:class_mix_drift:psi"),
-        ("confidence (KS)", "classifier:confidence_drift:ks"),
+        ("class mix (PSI)", f"classifier:class_mix_drift:psi{{{JOB}}}"),
+        ("confidence (KS)", f"classifier:confidence_drift:ks{{{JOB}}}"),
         about="Alerts above 0.25 and 0.15, given 1,000 images an hour.",
         min=0,
     ),
-    panel("Foreign images", "percentunit", ("share", "classifier:foreign_images:ratio1h"), min=0),
+    panel("Foreign images", "percentunit", ("share", f"classifier:foreign_images:ratio1h{{{JOB}}}"), min=0),
     panel(
         "Input drift, by feature",
         "short",
-        ("{{feature}} (PSI)", "classifier:input_drift:psi"),
+        ("{{feature}} (PSI)", f"classifier:input_drift:psi{{{JOB}}}"),
         about="The last hour against the data of the artifact; 0.25 is the usual mark of a major shift.",
         min=0,
     ),
-    panel("Models served", "short", ("", "classifier_model_info"), kind="table", width=WIDTH, height=4),
+    panel("Models served", "short", ("", f"classifier_model_info{{{JOB}}}"), kind="table", width=WIDTH, height=4),
 ]
 
 # No network panels: in Compose, node-exporter would show its own container's network.
@@ -246,7 +274,7 @@ MACHINE = [
 ]
 
 
-def dashboard(uid: str, title: str, panels: list[Json]) -> Json:
+def dashboard(uid: str, title: str, panels: list[Json], *variables: Json) -> Json:
     """A dashboard with its panels placed in rows, left to right, as they fit."""
     x = y = row = 0
     placed = []
@@ -264,14 +292,24 @@ def dashboard(uid: str, title: str, panels: list[Json]) -> Json:
         "editable": False,
         "refresh": "30s",
         "time": {"from": "now-3h", "to": "now"},
+        "templating": {"list": list(variables)},
         "panels": placed,
     }
 
 
+PROMETHEUS = data_source("prometheus")
+CHOSEN_JOB = variable(
+    "job",
+    type="query",
+    datasource=SOURCE,
+    query='label_values(up{job=~"classifier.*"}, job)',
+    refresh=2,  # whenever the time range changes: a service that is gone is listed while its data is shown
+    sort=1,
+)
 DASHBOARDS = {
-    "service": dashboard("classifier-service", "Classifier: service", SERVICE),
-    "model": dashboard("classifier-model", "Classifier: model", MODEL),
-    "machine": dashboard("classifier-machine", "Classifier: machine and GPU", MACHINE),
+    "service": dashboard("classifier-service", "Classifier: service", SERVICE, PROMETHEUS, CHOSEN_JOB),
+    "model": dashboard("classifier-model", "Classifier: model", MODEL, PROMETHEUS, CHOSEN_JOB),
+    "machine": dashboard("classifier-machine", "Classifier: machine and GPU", MACHINE, PROMETHEUS),
 }
 
 

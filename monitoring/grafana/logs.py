@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from monitoring.grafana.dashboards import FOLDER, WIDTH, Json, dashboard, panel, stacked, text
+from monitoring.grafana.dashboards import FOLDER, WIDTH, Json, dashboard, data_source, panel, stacked, text, variable
 
-SOURCE = {"type": "loki", "uid": "loki"}
+SOURCE = {"type": "loki", "uid": "${datasource}"}
 CHOSEN = '{service=~"$service", level=~"$level"}'
 
 
@@ -19,10 +19,6 @@ def logs(title: str, about: str, *queries: tuple[str, str], **options: Any) -> J
     for each in (made, *made["targets"]):
         each["datasource"] = SOURCE
     return made
-
-
-def variable(name: str, **options: Any) -> Json:
-    return {"name": name, "label": name.replace("_", " "), **options}
 
 
 def choice(name: str, values: str) -> Json:
@@ -68,17 +64,16 @@ LOGS = [
     logs("All lines", "That contain the text.", ("", f'{CHOSEN} |= "$contains"'), kind="logs", width=WIDTH, height=16),
 ]
 
-DASHBOARD = {
-    **dashboard("classifier-logs", "Classifier: logs", LOGS),
-    "templating": {
-        "list": [
-            choice("service", "classifier,nginx,audit"),
-            choice("level", "debug,info,warning,error,critical"),
-            variable("request_id", type="textbox"),
-            variable("contains", type="textbox"),
-        ]
-    },
-}
+DASHBOARD = dashboard(
+    "classifier-logs",
+    "Classifier: logs",
+    LOGS,
+    data_source("loki"),
+    choice("service", "classifier,nginx,audit"),
+    choice("level", "debug,info,warning,error,critical"),
+    variable("request_id", type="textbox"),
+    variable("contains", type="textbox"),
+)
 
 if __name__ == "__main__":
     (FOLDER / "logs.json").write_text(text(DASHBOARD), encoding="utf-8")

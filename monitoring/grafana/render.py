@@ -23,6 +23,8 @@ from monitoring.grafana.dashboards import DASHBOARDS, WIDTH
 
 Series = list[dict[str, Any]]
 POINTS = 60
+JOB = "classifier"
+"""The service that is drawn, in place of the dashboards' variable."""
 COLUMN, ROW, HEADER, MARGIN = 0.55, 0.28, 0.35, 0.5
 """Sizes within a picture, in inches."""
 SCALES = {
@@ -60,7 +62,8 @@ def answers(prometheus: str, panel: dict[str, Any], minutes: float) -> list[tupl
     """Legend, labels and points of each series of a panel."""
     found = []
     for target in panel["targets"]:
-        for series in query(prometheus, target["expr"], target["instant"], minutes):
+        expr = target["expr"].replace("$job", JOB)
+        for series in query(prometheus, expr, target["instant"], minutes):
             legend = target["legendFormat"]
             for label, value in series["labels"].items():
                 legend = legend.replace("{{" + label + "}}", value)
