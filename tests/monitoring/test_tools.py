@@ -15,7 +15,7 @@ import yaml
 
 from monitoring.grafana.dashboards import DASHBOARDS
 from tests.monitoring.stack import MONITORING, readable_by_debian
-from tests.test_monitoring import ALERTS
+from tests.test_monitoring import ALERTS, metrics
 
 PROMETHEUS = MONITORING / "prometheus"
 RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
@@ -45,6 +45,25 @@ def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_configuration_is_valid() -> None:
     tool("promtool", "check", "config", "--lint=all", "--lint-fatal", "prometheus.yml")
+
+
+def test_the_example_for_ones_own_prometheus_is_valid_and_loads_rules_that_work_alone(tmp_path: Path) -> None:
+    (example,) = re.findall(
+        r"```yaml\n(.*?)```", (MONITORING.parent / "docs/your-prometheus.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "classifier").mkdir()
+    loaded = [Path(name).name for name in yaml.safe_load(example)["rule_files"]]
+    recorded, used = set[str](), set[str]()
+    for name in loaded:
+        shutil.copy(PROMETHEUS / "rules" / name, tmp_path / "classifier")
+        rules = [r for g in yaml.safe_load((PROMETHEUS / "rules" / name).read_text())["groups"] for r in g["rules"]]
+        recorded |= {rule["record"] for rule in rules if "record" in rule}
+        used |= {metric for rule in rules for metric in metrics(rule["expr"]) if ":" in metric}
+    (tmp_path / "prometheus.yml").write_text(example)
+    tool("promtool", "check", "config", "--lint=all", "--lint-fatal", tmp_path / "prometheus.yml")
+    assert used <= recorded
+    for job in yaml.safe_load(example)["scrape_configs"]:
+        assert re.fullmatch("classifier.+", job["job_name"])
 
 
 def test_the_rules_pass_the_linter() -> None:
