@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     """``embedded``: each API worker owns an engine. ``runner``: one process per GPU owns it. ``auto`` is ``runner`` on
     a GPU, else ``embedded``."""
     workers: Annotated[int, Field(ge=1)] | Literal["cpu_count"] = "cpu_count"
-    """Number of API worker processes. ``cpu_count``: one per CPU that the process affinity and the container's quota
-    allow."""
+    """Number of API worker processes. ``cpu_count``: one per CPU that the process affinity and the quota of its
+    cgroup, such as a container's or systemd's ``CPUQuota=``, allow."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per engine."""
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from bentoml._internal.resource import CpuResource
 
 from model import runtimes, store
 from model.artifact import TORCH, Artifact, ArtifactError, Outputs
@@ -19,6 +18,7 @@ from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.tuning import compare
 from serving.access import AccessError
+from serving.cpus import usable_cpus
 from serving.keys import Keys
 from serving.shadow import Shadowed
 from serving.usage import Usage
@@ -44,7 +44,7 @@ class Deployment:
     """The ``Comparison`` by which ``RUNTIME=fastest`` chose ``runtime``."""
     topology: str
     cores: int
-    """Whole CPUs available to this process, by its affinity and its container's quota."""
+    """Whole CPUs available to this process, by its affinity and its quota."""
     workers: int
     gpus: int
     """GPUs that ``runtime`` computes on."""
@@ -65,7 +65,7 @@ class Deployment:
             runtime, measured = _inherited(settings) if is_worker else _choose_runtime(settings, tags, shadow)
             keys = Keys(settings.api_keys, is_running=is_worker) if settings.api_keys else None
             usage = Usage(settings.usage_file, is_running=is_worker) if keys else None
-        cores = max(1, min(len(os.sched_getaffinity(0)), int(CpuResource.from_system())))
+        cores = usable_cpus()
         deployment = cls(
             settings=settings,
             tags=tags,

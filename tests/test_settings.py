@@ -135,6 +135,13 @@ def test_there_are_at_most_as_many_workers_as_usable_cpus(tmp_path: Path) -> Non
     assert python(tmp_path, "-c", code).stdout == "1\n"
 
 
+def test_there_are_at_most_as_many_workers_as_the_quota_allows(tmp_path: Path) -> None:
+    code = (
+        "from serving import cpus; cpus.cpu_quota = lambda root: 1.9; import service; print(service.deployment.workers)"
+    )
+    assert python(tmp_path, "-c", code).stdout == "1\n"
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
