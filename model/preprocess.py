@@ -112,17 +112,18 @@ def preprocess(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS)
 
 def render(data: bytes, header: Header, size: tuple[int, int]) -> Pixels:
     """``preprocess`` for a caller that has already inspected the header."""
-    return resize(decode(data, header, _reduction(header, size)), size)
+    return resize(decode(data, header, reduction(header, size)), size)
 
 
 def shrink(data: bytes, header: Header, longest: int) -> Pixels:
     """Decode at the image's own aspect ratio, with no side longer than ``longest``."""
-    image = decode(data, header, _reduction(header, (longest, longest)))
+    image = decode(data, header, reduction(header, (longest, longest)))
     scale = min(1.0, longest / max(image.shape[:2]))
     return resize(image, (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale))))
 
 
-def _reduction(header: Header, size: tuple[int, int]) -> int:
+def reduction(header: Header, size: tuple[int, int]) -> int:
+    """The largest ``reduction`` at which an image can be decoded that becomes ``size`` (height, width)."""
     if header.format != "JPEG":
         return 1
     spare = min(header.width, header.height) // (OVERSAMPLING * max(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -10,8 +11,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from tests import toy
+from tests.live import picture
 from train.check import check, near_duplicates, perceptual_hashes
 from train.command import CommandError
 from train.data import Data, Split, load
@@ -76,6 +79,21 @@ def test_copies_sizes_and_imbalance_are_reported(flawed: Path) -> None:
     assert findings["repeated_within_a_split"] == 3
     assert findings["images"]["test"]["disc"] == 11
     assert findings["sizes"] == {"width": [24, 24, 50], "height": [9, 24, 24], "enlarged": 1}
+
+
+@pytest.mark.parametrize(("kind", "zoom"), [("JPEG", 1), ("JPEG", 8), ("PNG", 1)])
+def test_sizes_are_those_after_exif_rotation(kind: str, zoom: int, tmp_path: Path) -> None:
+    """Upright photographs, stored on their side. Those of 768 pixels are decoded at half the size."""
+    seeds = itertools.count()
+    for split, name, orientation in itertools.product(("train", "test"), toy.CLASSES, (6, 8, 6, 8)):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        folder = tmp_path / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = picture(seed := next(seeds), 80 * zoom, 96 * zoom)
+        stored.save(folder / f"{seed}.{kind.lower()}", exif=exif)
+    sizes = check(load(str(tmp_path), (90, 76)))["sizes"]
+    assert sizes == {"width": [80 * zoom] * 3, "height": [96 * zoom] * 3, "enlarged": 0}
 
 
 def test_only_data_that_makes_results_meaningless_is_refused(clean: Path) -> None:

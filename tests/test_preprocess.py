@@ -460,7 +460,7 @@ def test_a_large_jpeg_is_decoded_at_reduced_size_and_looks_the_same(mode: str, s
     picture = Image.fromarray(gradient()).resize((side, side + 9), Image.Resampling.BICUBIC)
     data = encode(picture.convert(mode), "JPEG", quality=95)
     header = inspect(data)
-    assert module._reduction(header, (32, 32)) == reduction
+    assert module.reduction(header, (32, 32)) == reduction
     assert module.decode(data, header, reduction).shape == (-(-(side + 9) // reduction), -(-side // reduction), 3)
     whole = resize(decode(data), (32, 32))
     assert np.abs(whole.astype(int) - preprocess(data, (32, 32))).max() <= 4
@@ -477,7 +477,7 @@ def test_a_jpeg_decoded_at_reduced_size_is_turned_upright_too() -> None:
 
 def test_other_formats_are_decoded_at_full_size() -> None:
     header = inspect(encode(Image.fromarray(gradient()).resize((640, 480)), "PNG"))
-    assert module._reduction(header, (32, 32)) == 1
+    assert module.reduction(header, (32, 32)) == 1
 
 
 @pytest.mark.parametrize(("more", "is_taken"), [(20, True), (MAX_SCANS, False)])

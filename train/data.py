@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.headers import ImageError, read_header
-from model.preprocess import Pixels, inspect, preprocess, render, resize
+from model.headers import Header, ImageError, read_header
+from model.preprocess import Pixels, decode, inspect, preprocess, reduction, render, resize
 from train.command import CommandError
 from train.sources import Files, Folder, read_files
 from train.splits import VALIDATION_SHARE, Arrangement, arrange, class_of, digest, stratified
@@ -58,7 +58,7 @@ class Split:
     names: tuple[str, ...] = ()
     """The file of each image, or its index in CIFAR-10."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """Original width and height of each image, before resizing."""
+    """Original width and height of each image, before resizing but after EXIF rotation."""
     digests: tuple[int, ...] = ()
     """``digest`` of the content of each file: the same whatever the size of ``images``."""
 
@@ -284,14 +284,25 @@ def _decode_split(
         try:
             content = files[name]
             header = inspect(content)
-            images.append(render(content, header, size))
+            decoded = decode(content, header, reduction(header, size))
         except ImageError as error:
             skipped.append(f"{name}: {error}")
             continue
-        sizes.append((header.width, header.height))
+        images.append(resize(decoded, size))
+        sizes.append(_upright(header, decoded))
         digests.append(digest(content))
         read.append(name)
     if not images:
         raise CommandError(f"split {split!r} has no readable image among {len(names)} files")
     labels = [classes.index(class_of(name)) for name in read]
     return Split(np.stack(images), np.asarray(labels, np.int64), tuple(read), tuple(sizes), tuple(digests))
+
+
+def _upright(header: Header, decoded: Pixels) -> tuple[int, int]:
+    """Width and height before resizing, swapped if the decoder turned the image on its side as its EXIF says.
+
+    The header has the exact sizes; those of ``decoded`` may have been reduced.
+    """
+    height, width = decoded.shape[:2]
+    is_turned = (header.width - header.height) * (width - height) < 0
+    return (header.height, header.width) if is_turned else (header.width, header.height)
