@@ -81,6 +81,10 @@ check-deploy: $(VENV)/.dev ## check Compose and Nginx files; needs Nginx, a Comp
 check-data: $(VENV)/.dev ## look for duplicates across splits, conflicting labels and broken files in DATA; train does so too
 	$(BIN)/python -m train.check $(SOURCE)
 
+review: $(VENV)/.dev ## copy the images in REVIEW, kept by the service, to OUT/<predicted class>, for people to correct
+	@test "$(REVIEW)" -a "$(OUT)" || { echo "error: make review REVIEW=… OUT=…"; exit 1; }
+	$(BIN)/python -m train.review "$(REVIEW)" "$(OUT)"
+
 # Huge pages (2 MB): pages of 4 KB cost a twelfth of the time on a CPU.
 train: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); RESUME=1 continues from the checkpoint

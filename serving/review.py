@@ -153,6 +153,7 @@ def _describe(candidate: ReviewCandidate, name: str) -> dict[str, Any]:
         "sha256": name,
         "class": prediction.class_name,
         "confidence": round(prediction.confidence, 6),
+        "in_distribution": prediction.in_distribution,
         "probabilities": [round(p, 6) for p in prediction.probabilities.tolist()],
     }
 

@@ -1,4 +1,4 @@
-"""The store of images for human review: what is kept, and that its limits hold."""
+"""The store of images for human review: what is kept, that its limits hold, and how it is sorted for labelling."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +22,14 @@ from model.classifier import Prediction
 from serving import review
 from serving.review import BLOCK, LEDGER, Review
 from settings import load
+from tests import toy
 from tests.live import encode, picture, python, serve
+from train.review import Outcome, Verdict, sort
 
 PAIR = 2 * BLOCK
 """Disk space of a small image and its line."""
+REPLIED = ("confidence", "in_distribution")
+"""What the line of an image has under the same name as the reply."""
 ABOUT = {"request_id": "r", "key": "alice", "model": "toy:1"}
 
 
@@ -70,7 +76,8 @@ def test_an_image_is_kept_as_sent_with_its_verdict(tmp_path: Path) -> None:
     (line,) = (tmp_path / f"{name}.json").read_text().splitlines()
     about = json.loads(line)
     assert about.pop("time").endswith("+00:00")
-    assert about == {**ABOUT, "sha256": name, "class": "frame", "confidence": 0.5, "probabilities": [0.5, 0.5]}
+    verdict = {"class": "frame", "confidence": 0.5, "in_distribution": True, "probabilities": [0.5, 0.5]}
+    assert about == {**ABOUT, "sha256": name, **verdict}
     assert len(list(tmp_path.iterdir())) == 3
     assert int((tmp_path / LEDGER).read_text()) == size(tmp_path) == PAIR
 
@@ -223,5 +230,128 @@ def test_a_server_keeps_the_images_it_is_sent(tmp_path: Path) -> None:
         name = hashlib.sha256(data).hexdigest()
         about = json.loads((directory / f"{name}.json").read_text())
         assert (directory / f"{name}.png").read_bytes() == data
-        assert (about["class"], about["confidence"]) == (reply["class_name"], reply["confidence"])
+        assert {"class": reply["class_name"], **{k: reply[k] for k in REPLIED}}.items() <= about.items()
         assert (about["request_id"], about["model"], about["key"]) == (reply["request_id"], reply["model"], None)
+
+
+def kept_images(directory: Path, *verdicts: Prediction) -> list[str]:
+    """Let the store keep an image of each verdict; returns the names of their files."""
+    directory.mkdir(exist_ok=True)
+    kept = store(directory)
+    names = []
+    for seed, verdict in enumerate(verdicts):
+        data = encode(picture(seed))
+        wait(kept._waiting.empty)
+        kept.offer(data, verdict, ABOUT)
+        names.append(f"{hashlib.sha256(data).hexdigest()}.png")
+    wait(lambda: len(list(directory.glob("*.json"))) == len(names))
+    return names
+
+
+def verdict(class_name: str, confidence: float, in_distribution: bool = True) -> Prediction:
+    return Prediction(0, class_name, np.array([confidence, 1 - confidence], np.float32), in_distribution)
+
+
+def found(folder: Path) -> list[str]:
+    """The files in a folder that do not begin with a dot."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file())
+
+
+def test_kept_images_are_sorted_into_folders_of_their_verdicts(tmp_path: Path) -> None:
+    review, out = tmp_path / "review", tmp_path / "out"
+    told = verdict("big frame", 0.5), verdict("disc", 0.25, in_distribution=False), verdict("disc", 0.5)
+    names = kept_images(review, *told)
+    before = {path: path.read_bytes() for path in review.iterdir()}
+    printed = toy.run("train.review", review, out)
+    assert printed == (
+        f"{out}: 3 new images, 0 copied before, 0 skipped\n"
+        "class      images  mean confidence  foreign\n"
+        "big frame  1       0.500            0\n"
+        "disc       2       0.375            1\n"
+    )
+    assert found(out) == sorted([f"big frame/{names[0]}", f"disc/{names[1]}", f"disc/{names[2]}"])
+    assert (out / "disc" / names[1]).read_bytes() == encode(picture(1))
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700
+    assert {path: path.read_bytes() for path in review.iterdir()} == before
+
+
+def test_what_a_person_has_done_with_the_copies_is_not_undone(tmp_path: Path) -> None:
+    review, out = tmp_path / "review", tmp_path / "out"
+    names = kept_images(review, *[verdict("disc", 0.5)] * 4)
+    sort(review, out)
+    (out / "frame" / "checked").mkdir(parents=True)
+    (out / "disc" / names[0]).rename(out / "frame" / "checked" / names[0])
+    (out / "disc" / names[1]).unlink()
+    (out / "disc" / names[2]).rename(tmp_path / names[2])  # as if merged with the training images
+    (out / "disc" / names[3]).write_bytes(b"cropped")
+    kept_images(review, *[verdict("disc", 0.5)] * 4, verdict("disc", 0.4))
+    copied, before, skipped = sort(review, out)
+    assert (copied, before, skipped) == ([Verdict("disc", 0.4, False)], 4, [])
+    assert len(found(out)) == 3
+    assert (out / "disc" / names[3]).read_bytes() == b"cropped"
+
+
+def test_images_that_are_in_the_folder_without_a_record_are_not_copied_again(tmp_path: Path) -> None:
+    """As after a call that was killed."""
+    review, out = tmp_path / "review", tmp_path / "out"
+    (name,) = kept_images(review, verdict("disc", 0.5))
+    (out / "frame").mkdir(parents=True)
+    (out / "frame" / name).write_bytes(encode(picture(0)))
+    assert sort(review, out) == Outcome([], 1, [])
+    assert found(out) == [f"frame/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (None, r"no [0-9a-f]{64}\.json"),
+        ("", "JSONDecodeError"),
+        ('{"class": "disc"', "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"class": "disc"}', "KeyError"),
+        ('{"class": "disc", "confidence": null}', "TypeError"),
+        ('{"class": "../disc", "confidence": 0.5}', r"class '\.\./disc'"),
+        ('{"class": "", "confidence": 0.5}', "class ''"),
+        ('{"class": 5, "confidence": 0.5}', "class 5"),
+    ],
+)
+def test_an_image_without_a_whole_line_is_named_and_left(line: str | None, reason: str, tmp_path: Path) -> None:
+    review, out = tmp_path / "review", tmp_path / "out"
+    name, other = kept_images(review, *[verdict("disc", 0.5)] * 2)
+    beside = (review / name).with_suffix(".json")
+    whole = beside.read_bytes()
+    beside.unlink() if line is None else beside.write_text(line)
+    copied, _, (skipped,) = sort(review, out)
+    assert re.fullmatch(f"{name}: .*{reason}.*", skipped)
+    assert len(copied) == 1
+    assert found(tmp_path / "out") == [f"disc/{other}"]
+    beside.write_bytes(whole)  # the service had not finished
+    assert sort(review, out) == Outcome([Verdict("disc", 0.5, False)], 1, [])
+
+
+def test_a_damaged_image_is_named_and_left(tmp_path: Path) -> None:
+    review, out = tmp_path / "review", tmp_path / "out"
+    (name,) = kept_images(review, verdict("disc", 0.5))
+    (review / name).write_bytes(encode(picture(0))[:-1])
+    assert f"{name}: damaged; expected content with the SHA-256 that its name is\n" in toy.run(
+        "train.review", review, out
+    )
+    assert found(out) == []
+
+
+def test_a_line_of_an_earlier_version_counts_as_not_foreign(tmp_path: Path) -> None:
+    (name,) = kept_images(tmp_path / "review", verdict("disc", 0.5))
+    (tmp_path / "review" / name).with_suffix(".json").write_text('{"class": "disc", "confidence": 0.5}')
+    assert sort(tmp_path / "review", tmp_path / "out").copied == [Verdict("disc", 0.5, False)]
+
+
+def test_folders_that_cannot_be_sorted_are_one_clear_line(tmp_path: Path) -> None:
+    missing, review = tmp_path / "missing", tmp_path / "review"
+    kept_images(review, verdict("disc", 0.5))
+    assert toy.run("train.review", missing, tmp_path / "out", code=1) == (
+        f"error: {missing}: not a folder; expected the one that REVIEW_DIRECTORY names\n"
+    )
+    for out in (review, tmp_path):
+        assert toy.run("train.review", review, out, code=1) == (
+            f"error: {out}: {review} is in it; expected another folder for the copies\n"
+        )
