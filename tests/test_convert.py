@@ -49,6 +49,21 @@ class Pooled(nn.Module):
         return logits
 
 
+class Doubled(Pooled):
+    """Ends nearly so: its head says half of what it adds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.head.bias, self.features(x), self.head.weight.T, alpha=2.0)
+
+
+class Shifted(Pooled):
+    """Ends nearly so: the bias of its head depends on the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        return torch.nn.functional.linear(features, self.head.weight, self.head.bias * features.mean())
+
+
 class Flat(nn.Module):
     """Ends like a VGG: linear layers on all places."""
 
@@ -154,11 +169,12 @@ def test_probabilities_are_traced_back_to_logits(network: Pooled, data: Data, to
     assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
 
 
-def test_a_network_without_a_global_average_is_explained_as_a_whole(
-    data: Data, toy_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted])
+def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
+    kind: type[nn.Module], data: Data, toy_folder: Path, tmp_path: Path
 ) -> None:
-    model = Flat()
-    printed = convert(write(model, tmp_path / "flat.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
+    model = kind()
+    printed = convert(write(model, tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
     assert "no evidence: the network does not end in a global average and one linear layer" in printed
     artifact = Artifact.load(tmp_path / "artifact")
     images = data.test.images[:5]

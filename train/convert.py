@@ -42,6 +42,8 @@ from train.to_onnx import quantize
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """With which torchvision and timm normalise, for networks pretrained on ImageNet."""
 BATCH = 32
+WHOLE = (1, 1)
+"""Cells of an image that is explained as a whole."""
 
 
 def convert(
@@ -61,6 +63,9 @@ def _write(
     model = graphs.with_pixels(network, config.input_size, config.mean, config.std)
     fp32, quantised = (out / files.FILES[runtime] for runtime in (ONNX, ONNX_INT8))
     bank, cells = _bank(network, model, data)
+    if cells == WHOLE:
+        network = network._replace(head=None)
+        print("no evidence: the network does not end in a global average and one linear layer")
     onnx.save(graphs.with_outputs(network, model, bank, cells), fp32)
     if int8:
         quantize(fp32, quantised, calibration_images(data))
@@ -69,11 +74,11 @@ def _write(
 
 
 def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.float32], tuple[int, int]]:
-    """(B, D) features of some training images, and the height and width of the feature maps."""
+    """(B, D) features of some training images; height and width of the maps that explain their logits, or ``WHOLE``."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     images = evenly_spaced(data.train.images, BANK_IMAGES)
     outputs = [LOGITS, FEATURES, *([MAPS] if network.head else [])]
-    bank, cells = [], (1, 1)
+    bank, cells = [], set()
     for batch in tqdm(in_batches(images, BATCH), desc="features", unit="batch", leave=False, disable=None):
         logits, features, *maps = session.run(outputs, {"images": images[batch]})
         if logits.shape[1:] != (len(data.classes),):
@@ -82,8 +87,8 @@ def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.f
                 f"({len(data.classes)},)"
             )
         bank.append(features.reshape(len(features), -1))
-        cells = maps[0].shape[2:] if maps else cells
-    return np.concatenate(bank), cells
+        cells.add(maps[0].shape[2:] if maps and network.explains(maps[0], logits) else WHOLE)
+    return np.concatenate(bank), cells.pop() if len(cells) == 1 else WHOLE
 
 
 def _triple(text: str) -> Triple:
@@ -128,10 +133,6 @@ def main() -> None:
         "check": findings,
     }
     sealed = convert(network, data, config, record, not options.no_int8, options.out)
-    if not network.head:
-        print(
-            "no evidence: the network does not end in a global average and one linear layer; /explain shows all as one"
-        )
     describe(sealed)
 
 

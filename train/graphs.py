@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import (
+    GraphProto,
     ModelProto,
     NodeProto,
     TensorProto,
@@ -55,6 +56,14 @@ class Network(NamedTuple):
     def parameters(self) -> int:
         return sum(math.prod(constant.dims) for constant in self.model.graph.initializer)
 
+    def explains(self, maps: NDArray[np.float32], logits: NDArray[np.float32]) -> bool:
+        """Whether the head, applied to the mean of ``maps`` (N, D, h, w), gives ``logits`` (N, K)."""
+        if self.head is None:
+            return False
+        weight, bias = self.head
+        computed = maps.mean(axis=(2, 3)) @ weight.T + bias
+        return bool(np.allclose(computed, logits, rtol=1e-3, atol=1e-3 * float(np.abs(logits).max())))
+
 
 def read(path: Path) -> Network:
     """The network in the ONNX file ``path``; raises ``CommandError`` for one that cannot be served, saying why."""
@@ -66,17 +75,12 @@ def read(path: Path) -> Network:
     except Exception as error:  # protobuf's, the checker's and the converter's errors have no common base class
         raise CommandError(f"{path}: {str(error).splitlines()[0]}; expected a valid ONNX file") from error
     graph = model.graph
-    constants = {constant.name: numpy_helper.to_array(constant) for constant in graph.initializer}
+    constants = _constants(graph)
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise CommandError(f"{path}: {len(inputs)} inputs, {len(graph.output)} outputs; expected one of each")
     size = _size(path, inputs[0])
     producers = {name: node for node in graph.node for name in node.output}
-    constants |= {
-        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
-        for node in graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
     logits = graph.output[0].name
     while logits in producers and producers[logits].op_type in ("Softmax", "LogSoftmax", "Identity"):
         logits = producers[logits].input[0]
@@ -84,6 +88,14 @@ def read(path: Path) -> Network:
     maps = _maps(features, producers, constants) if head else None
     outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
     return Network(_joinable(model, inputs[0].name, outputs), size, head if maps else None)
+
+
+def _constants(graph: GraphProto) -> dict[str, NDArray[np.float32]]:
+    values = {constant.name: numpy_helper.to_array(constant) for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return values
 
 
 def opset_of(model: ModelProto) -> int:
@@ -114,7 +126,8 @@ def _head(
     if node.op_type == "Gemm" and node.input[1] in constants:
         options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         weight = constants[node.input[1]] if options.get("transB") else constants[node.input[1]].T
-        bias = constants[node.input[2]] if len(node.input) > 2 else bias
+        if len(node.input) > 2:
+            bias = constants.get(node.input[2], bias)
         return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
     if node.op_type == "MatMul" and node.input[1] in constants:
         weight = constants[node.input[1]].T
