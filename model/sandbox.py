@@ -26,7 +26,7 @@ import numpy as np
 import orjson
 
 from model.config import CHANNELS
-from model.decoder import ERRORS
+from model.decoder import END, ERRORS, FORK
 from model.headers import ImageError
 from model.preprocess import MAX_PIXELS, Pixels
 
@@ -116,7 +116,7 @@ class Sandbox:
             )
 
     def _fork(self) -> Connection:
-        self._control.send(b"\0")
+        self._control.send(FORK)
         _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
         if not descriptors:
             raise BrokenPipeError("the fork server of the decoders has ended")
@@ -125,7 +125,9 @@ class Sandbox:
     def _drop(self) -> None:
         if self._decoder:
             self._decoder.close()
-        self._decoder = None
+            self._decoder = None
+            with suppress(OSError):  # the fork server was killed, too
+                self._control.send(END)
 
 
 def _parse_answer(answer: dict[str, Any], pixels: bytes) -> Pixels | ImageError:

@@ -13,9 +13,9 @@ from model import decoder
 from model.headers import ImageError
 from model.preprocess import Pixels
 
-CRASH, HANG, SLEEP, EAT, TALK = b"!crash", b"!hang", b"!sleep", b"!eat", b"!talk"
+CRASH, HANG, SLEEP, STOP, EAT, TALK = b"!crash", b"!hang", b"!sleep", b"!stop", b"!eat", b"!talk"
 OTHER_SHAPE, MORE_AXES, OTHER_ERROR = b"!shape", b"!axes", b"!error"
-FAULTS = CRASH, HANG, SLEEP, EAT, TALK, OTHER_SHAPE, MORE_AXES, OTHER_ERROR
+FAULTS = CRASH, HANG, SLEEP, STOP, EAT, TALK, OTHER_SHAPE, MORE_AXES, OTHER_ERROR
 
 
 class UnknownError(ImageError):
@@ -33,6 +33,8 @@ def work(data: bytes, task: dict[str, Any]) -> Pixels:
             pass
     if data.endswith(SLEEP):
         time.sleep(3600)
+    if data.endswith(STOP):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if data.endswith(EAT):
         eaten = []
         while True:

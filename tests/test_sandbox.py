@@ -100,6 +100,30 @@ def test_a_faulty_image_is_an_error_and_the_next_one_is_decoded(faulty: Sandbox,
         np.testing.assert_array_equal(faulty.render(WEBP, SIZE), preprocess(WEBP, SIZE))
 
 
+@pytest.mark.parametrize("size", [0, 2**22], ids=["unanswered", "unread"])
+def test_a_decoder_that_falls_silent_between_two_images_is_killed(faulty: Sandbox, size: int) -> None:
+    faulty.render(WEBP, SIZE)
+    _, decoder = family(faulty._server.pid)
+    os.kill(decoder, signal.SIGSTOP)
+    with pytest.raises(DecoderError):
+        faulty.render(WEBP + bytes(size), SIZE)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{decoder}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{decoder}").exists(), "killed only once another image needs a decoder"
+    np.testing.assert_array_equal(faulty.render(WEBP, SIZE), preprocess(WEBP, SIZE))
+
+
+def test_a_stopped_decoder_does_not_outlive_its_worker() -> None:
+    sandbox = Sandbox()
+    sandbox.render(WEBP, SIZE)
+    _, decoder = family(sandbox._server.pid)
+    os.kill(decoder, signal.SIGSTOP)
+    sandbox._control.close()  # as when the worker exits
+    sandbox._server.wait(10)
+    assert not Path(f"/proc/{decoder}").exists()
+
+
 def test_killed_processes_are_replaced_without_failing_an_image() -> None:
     with closing(Sandbox()) as sandbox:
         sandbox.render(WEBP, SIZE)
