@@ -40,7 +40,10 @@ START_SECONDS = 60.0
 
 
 class DecoderError(ImageError):
-    """The decoder died in the middle of an image: it crashed, or exceeded its limits of time or memory."""
+    """The decoder died in the middle of an image: it crashed, or exceeded its limits of time or memory.
+
+    Or it could not even be started.
+    """
 
 
 class Sandbox:
@@ -69,7 +72,7 @@ class Sandbox:
         """Have the decoder do ``task``; drop it if its answer does not fit or has more than ``most`` pixels.
 
         A malicious image may have taken it over, to forge the answers to this request and the next ones. Raises
-        ``ImageError``, of which ``DecoderError`` is the one for a decoder that was dropped.
+        ``ImageError``, of which ``DecoderError`` is the one for a decoder that was dropped, or never came.
         """
         decoder = self._ensure_decoder()
         try:
@@ -90,13 +93,14 @@ class Sandbox:
         """The decoder, or a new one if the last has died, even between two images: its socket is then readable."""
         if self._decoder and self._decoder.poll():
             self._drop()
-        if not self._decoder:
-            with suppress(OSError):
-                self._decoder = self._fork()
+        self._decoder = self._decoder or self._fork()
         if not self._decoder:  # the fork server was killed
             self.close()
             self._start()
             self._decoder = self._fork()
+        if not self._decoder:  # again, before it had started
+            self.close()
+            raise DecoderError("the image cannot be decoded: its decoder could not be started")
         return self._decoder
 
     def _start(self) -> None:
@@ -115,12 +119,13 @@ class Sandbox:
                 stderr=subprocess.DEVNULL,
             )
 
-    def _fork(self) -> Connection:
-        self._control.send(FORK)
-        _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
-        if not descriptors:
-            raise BrokenPipeError("the fork server of the decoders has ended")
-        return Connection(descriptors[0])
+    def _fork(self) -> Connection | None:
+        """A new decoder, or None if the fork server was killed or does not answer: close it before asking again."""
+        descriptors: list[int] = []
+        with suppress(OSError):
+            self._control.send(FORK)
+            _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
+        return Connection(descriptors[0]) if descriptors else None
 
     def _drop(self) -> None:
         if self._decoder:

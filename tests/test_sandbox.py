@@ -134,6 +134,24 @@ def test_killed_processes_are_replaced_without_failing_an_image() -> None:
             np.testing.assert_array_equal(sandbox.render(WEBP, SIZE), preprocess(WEBP, SIZE))
 
 
+def test_a_fork_server_killed_again_while_it_is_replaced_fails_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_and_kill() -> None:
+        start()
+        sandbox._server.kill()
+
+    with closing(Sandbox()) as sandbox:
+        start = sandbox._start
+        sandbox.render(WEBP, SIZE)
+        for victim in family(sandbox._server.pid):
+            os.kill(victim, signal.SIGKILL)
+        time.sleep(0.2)
+        with monkeypatch.context() as patch:
+            patch.setattr(sandbox, "_start", start_and_kill)
+            with pytest.raises(DecoderError, match="could not be started"):
+                sandbox.render(WEBP, SIZE)
+        np.testing.assert_array_equal(sandbox.render(WEBP, SIZE), preprocess(WEBP, SIZE))
+
+
 @pytest.mark.parametrize("max_pixels", [MAX_PIXELS, 4 * MAX_PIXELS])
 def test_a_decoders_memory_limit_follows_from_max_pixels(max_pixels: int) -> None:
     with closing(Sandbox(max_pixels)) as sandbox:
