@@ -251,6 +251,7 @@ class Classifier:
             concurrency=self._engine.concurrency,
             # The runner counts its own batches, which span all workers.
             observe=metrics.BATCH_IMAGES.observe if isinstance(self._engine, LocalEngine) else lambda size: None,
+            report=metrics.QUEUE_IMAGES.set,
         )
         self._readiness = Readiness(
             self._engine, self._queue, self._reference, deployment.runtime, settings.max_queue, self._on_verified
@@ -280,13 +281,11 @@ class Classifier:
             logger.warning("foreign images are not detected", extra={"reason": self._classifier.foreign_warning})
 
     async def _infer(self, images: Pixels) -> Scores:
-        metrics.QUEUE_IMAGES.set(self._queue.waiting)
         try:
             outputs = await self._engine.infer(images)
         except ApiError:  # the runner is gone
             self._readiness.is_verified = False
             raise
-        metrics.QUEUE_IMAGES.set(self._queue.waiting)
         if self._readiness.is_verified:  # the reference images are not traffic
             self._drift.count_images(images)
         return self._classifier.score(outputs)

@@ -27,6 +27,8 @@ Engine = Callable[[Pixels], Awaitable[Results]]
 
 EMA_DECAY = 0.9
 """Weight of the past in a moving average: it decays by this factor with each measurement."""
+REPORT_SECONDS = 0.1
+"""Interval between reports of how many images wait: one for each that comes would cost more than it tells."""
 
 
 class QueueFullError(RuntimeError):
@@ -55,8 +57,9 @@ class Batcher:
 
     Up to ``concurrency`` batches are in flight at once: with more than one, the next batch is already at the engine
     when it becomes free. Images are refused when, at the recent rate, those ahead of them (queued or in flight) would
-    keep them waiting longer than ``max_wait`` seconds. ``observe`` is called with the size of each batch. Belongs to
-    one event loop.
+    keep them waiting longer than ``max_wait`` seconds. ``observe`` is called with the size of each batch, ``report``
+    with the number of images that wait: at each batch and, while some do, every ``REPORT_SECONDS``, whether or not the
+    engine answers. Belongs to one event loop.
     """
 
     def __init__(
@@ -68,11 +71,13 @@ class Batcher:
         max_wait: float = math.inf,
         concurrency: int = 1,
         observe: Callable[[int], None] = lambda size: None,
+        report: Callable[[int], None] = lambda waiting: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
         self._engine, self.max_batch, self._max_queue, self._max_wait = engine, max_batch, max_queue, max_wait
-        self._concurrency, self._observe = concurrency, observe
+        self._concurrency, self._observe, self._report = concurrency, observe, report
+        self._next_report: asyncio.TimerHandle | None = None
         self._jobs: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._images_per_second = 0.0
@@ -96,6 +101,8 @@ class Batcher:
         self._jobs.extend(jobs)
         self.waiting += len(images)
         self._start()
+        if not self._next_report:
+            self._report_while_some_wait()
         try:
             if len(jobs) == 1:  # nearly always; saves the overhead of gather
                 return await jobs[0].result
@@ -137,12 +144,21 @@ class Batcher:
             # In an empty context: the task goes on to serve other callers, which must not inherit this one's variables.
             self._running.add(asyncio.get_running_loop().create_task(self._drain(), context=contextvars.Context()))
 
+    def _report_while_some_wait(self) -> None:
+        self._report(self.waiting)
+        self._next_report = None
+        if self.waiting:
+            context = contextvars.Context()  # empty, as for the tasks below
+            loop = asyncio.get_running_loop()
+            self._next_report = loop.call_later(REPORT_SECONDS, self._report_while_some_wait, context=context)
+
     async def _drain(self) -> None:
         started = self._clock()
         try:
             while batch := self._take():
                 size = sum(len(job.images) for job in batch)
                 self._observe(size)
+                self._report(self.waiting)
                 # Saturated: images still wait or, with several batches allowed, all of them are in flight.
                 is_saturated = self.waiting > 0 or 1 < self._concurrency == len(self._running)
                 self._under_way += size

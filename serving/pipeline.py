@@ -137,11 +137,7 @@ class Pipeline:
 
     async def _scores(self, images: Pixels, stages: metrics.Stages) -> Scores:
         with stages.timed("classify"):
-            try:
-                return await self._infer(images, client_waits())
-            except BaseException:  # a caller that gave up has left the queue, too
-                metrics.QUEUE_IMAGES.set(self._infer.waiting)
-                raise
+            return await self._infer(images, client_waits())
 
     def _inspect(self, item: Item) -> Header | ApiError:
         """The header of an image, or what is wrong with the image."""

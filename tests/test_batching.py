@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batching import Batcher, Engine, GoneError, QueueFullError, Results
+from model.batching import REPORT_SECONDS, Batcher, Engine, GoneError, QueueFullError, Results
 from model.preprocess import Pixels
 from tests.loops import in_a_loop
 
@@ -209,6 +209,32 @@ async def test_no_caller_is_forgotten_whenever_it_arrives(concurrency: int) -> N
                     await asyncio.gather(*callers)
             except TimeoutError:
                 pytest.fail(f"a caller that came {ticks} ticks after another was never answered")
+
+
+@in_a_loop
+async def test_images_that_wait_are_reported_even_if_the_engine_never_answers() -> None:
+    reports: list[int] = []
+    engine = HeldEngine()
+    batcher = Batcher(engine, max_batch=8, max_queue=64, report=reports.append)
+    callers = [asyncio.create_task(batcher(images(1)))]
+    await settle()
+    assert reports[-1] == 0
+    callers += [asyncio.create_task(batcher(images(2, 3))) for _ in range(3)]
+    await asyncio.sleep(3 * REPORT_SECONDS)
+    assert reports[-1] == 6
+    callers.pop().cancel()
+    await asyncio.sleep(3 * REPORT_SECONDS)
+    assert reports[-1] == 4
+    assert len(reports) < 12, "one for each image would cost more than it tells"
+    engine.release(0)
+    await settle()
+    assert reports[-1] == 0
+    engine.release(1)
+    await asyncio.gather(*callers)
+    await asyncio.sleep(2 * REPORT_SECONDS)
+    before = len(reports)
+    await asyncio.sleep(3 * REPORT_SECONDS)
+    assert len(reports) == before, "an idle queue has nothing to report"
 
 
 @in_a_loop

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import time
 import zlib
@@ -27,6 +29,7 @@ from model.classifier import Classifier, Prediction
 from model.preprocess import preprocess
 from model.store import SHIPPED
 from serving.metrics import REASONS
+from tests.faults.server import RUNNER, workers
 from tests.live import (
     LIMITS,
     LOG,
@@ -491,6 +494,21 @@ def test_images_are_counted_exactly_across_all_workers(server: Server) -> None:
     assert growth("classifier_stage_seconds_count", stage="decode") == 49
     assert growth("classifier_rejected_total", reason=TYPE) == 1
     assert total(after, "classifier_queue_images") == 0
+
+
+def test_the_queue_is_measured_while_a_runner_hangs(tmp_path: Path) -> None:
+    with serve("runner", tmp_path, WORKERS=1, MAX_BATCH=16) as url, ThreadPoolExecutor(4) as pool:
+        (runner,) = workers(tmp_path, RUNNER)
+        os.kill(runner, signal.SIGSTOP)
+        replies = [pool.submit(post, url, "/classify/batch", files=files([JPEG] * 64)) for _ in range(4)]
+        deadline, waiting = time.monotonic() + TIMEOUT, 0.0
+        while waiting != 192 and time.monotonic() < deadline:  # the other 64 are at the runner, as four batches
+            time.sleep(0.1)
+            waiting = total(samples(url), "classifier_queue_images")
+        os.kill(runner, signal.SIGCONT)
+        assert waiting == 192
+        assert [reply.result().status_code for reply in replies] == [200] * 4
+        assert total(samples(url), "classifier_queue_images") == 0
 
 
 def test_refusals_are_counted_by_reason(server: Server) -> None:
