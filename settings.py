@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model import runtimes
+from model import gpus
 from model.artifact import ACCURATE, CONFIG, ONNX, ONNX_INT8, RUNTIMES, SHIPPED, TORCH
 from model.config import ModelConfig
 from model.preprocess import MAX_PIXELS
@@ -131,7 +131,7 @@ class Settings(BaseSettings):
         Raises ``SettingsError`` for one that is not available.
         """
         if self.runtime == "auto":
-            preferred = (TORCH, ONNX_INT8, ONNX) if runtimes.cuda_devices() else (ONNX_INT8, ONNX)
+            preferred = (TORCH, ONNX_INT8, ONNX) if gpus.cuda_devices() else (ONNX_INT8, ONNX)
             return next(name for name in preferred if name in available)
         if self.runtime not in ("fastest", *available):
             names = ", ".join(available)
@@ -141,12 +141,12 @@ class Settings(BaseSettings):
     def resolved_topology(self, runtime: str) -> str:
         if self.topology != "auto":
             return self.topology
-        return "runner" if runtime == TORCH and runtimes.cuda_devices() else "embedded"
+        return "runner" if runtime == TORCH and gpus.cuda_devices() else "embedded"
 
     def resolved_model(self) -> str:
         if self.model:
             return self.model
-        is_on_gpu = self.resolved_runtime() == TORCH and runtimes.cuda_devices() > 0
+        is_on_gpu = self.resolved_runtime() == TORCH and gpus.cuda_devices() > 0
         is_accurate = (ACCURATE / CONFIG).exists() and is_on_gpu
         return ModelConfig.load((ACCURATE if is_accurate else SHIPPED) / CONFIG).name
 
@@ -161,7 +161,7 @@ def load(**overrides: Any) -> Settings:
         raise SettingsError("error: " + "; ".join(_explain(error))) from None
     if settings.runtime == TORCH and not find_spec("torch"):
         raise SettingsError("error: RUNTIME='torch'; expected PyTorch to be installed, or another runtime")
-    if settings.runtime == TORCH and not runtimes.cuda_devices() and runtimes.has_gpu():
+    if settings.runtime == TORCH and not gpus.cuda_devices() and gpus.has_gpu():
         raise SettingsError("error: RUNTIME='torch'; expected a GPU that PyTorch can use, or another runtime")
     if (settings.smtp_host is None) != (settings.smtp_to is None):
         raise SettingsError("error: SMTP_HOST and SMTP_TO go together; found only one of them")

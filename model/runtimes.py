@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,29 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.artifact import FILES, ONNX, ONNX_INT8, RUNTIMES, TORCH, Artifact, Evidence, Outputs
+from model.gpus import cuda_devices
 from model.preprocess import Pixels
 
 GRAPHED_IMAGES = 256
 """Images in the largest batch with a CUDA graph, a power of two; fewer for images larger than ``GRAPHED_PIXELS``."""
 GRAPHED_PIXELS = 64 * 64
 """Activations of 256 images of 224x224 pixels would take 6 GB."""
-PROBED = "CUDA_DEVICES_PROBED"
-"""Environment variable that passes the number of usable GPUs on to child processes."""
-PROBE = """
-import torch
-torch.zeros(1, device="cuda").add(1).cpu()
-usable, reason = 1, ""
-while usable < torch.cuda.device_count():
-    try:
-        torch.zeros(1, device=f"cuda:{usable}").add(1).cpu()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        break
-    usable += 1
-print(usable, reason)
-"""
-"""Prints how many GPUs torch can compute on, and why not on the next one. CUDA puts the fastest GPUs first."""
-PROBE_SECONDS = 120.0
 
 logger = logging.getLogger("classifier.runtimes")
 
@@ -161,47 +142,6 @@ def graphed_images(size: tuple[int, int]) -> int:
     """The largest batch of images of ``size`` (height, width) that gets a CUDA graph; a power of two."""
     most = max(1, GRAPHED_IMAGES * GRAPHED_PIXELS // (size[0] * size[1]))
     return min(GRAPHED_IMAGES, 1 << (most.bit_length() - 1))
-
-
-def cuda_devices() -> int:
-    """How many NVIDIA GPUs torch can use. The driver is asked first, so that torch need not be loaded to find none.
-
-    A GPU that is present may be unusable: it or its driver may be too old for this torch, or it may be partitioned
-    (MIG). So a separate process tries it, once for this process and all its children.
-    """
-    if PROBED not in os.environ:
-        os.environ[PROBED] = str(_probe() if find_spec("torch") and has_gpu() else 0)
-    return int(os.environ[PROBED])
-
-
-def has_gpu() -> bool:
-    """Whether ``CUDA_VISIBLE_DEVICES`` leaves an NVIDIA GPU visible; a driver that does not answer counts as one."""
-    import pynvml
-
-    is_visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
-    try:
-        pynvml.nvmlInit()
-        return bool(pynvml.nvmlDeviceGetCount()) and is_visible
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return False
-    except pynvml.NVMLError as error:  # for one, after a driver update until the next reboot
-        logger.warning("the NVIDIA driver does not answer: %s", error)
-        return is_visible
-
-
-def _probe() -> int:
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
-        )
-        usable, _, reason = done.stdout.strip().partition(" ")
-        if reason:
-            logger.warning("torch cannot use GPU %s, nor those after it: %s", usable, reason)
-        return int(usable)
-    except (subprocess.SubprocessError, ValueError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        logger.warning("torch cannot use the GPU of this machine: %s", told.strip().splitlines()[-1])
-        return 0
 
 
 def create(name: str, artifact: Artifact, threads: int = 1, device_index: int = 0) -> Runtime:

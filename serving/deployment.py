@@ -14,6 +14,7 @@ import orjson
 from model import runtimes, store
 from model.artifact import TORCH, Artifact, ArtifactError, Outputs
 from model.ensemble import Ensemble, EnsembleError
+from model.gpus import cuda_devices
 from model.preprocess import Pixels
 from model.runtimes import Runtime
 from model.tuning import compare
@@ -75,7 +76,7 @@ class Deployment:
             topology=settings.resolved_topology(runtime),
             cores=cores,
             workers=cores if settings.workers == "cpu_count" else settings.workers,
-            gpus=runtimes.cuda_devices() if runtime == TORCH else 0,
+            gpus=cuda_devices() if runtime == TORCH else 0,
             keys=keys,
             usage=usage,
         )

@@ -38,7 +38,7 @@ from circus.exc import ConflictError
 from circus.sighandler import SysHandler
 from circus.watcher import Watcher
 
-from model.runtimes import cuda_devices
+from model.gpus import cuda_devices
 
 CHECK_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1

@@ -12,7 +12,7 @@ import pytest
 
 from model.artifact import ACCURATE, CONFIG, SHIPPED
 from model.config import ModelConfig
-from model.runtimes import PROBED, cuda_devices
+from model.gpus import PROBED, cuda_devices
 from settings import SettingsError, load
 from tests.live import environment, python, serve
 
@@ -91,7 +91,7 @@ class zeros:
 
 def test_gpus_are_used_up_to_the_first_unusable_one(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(TORCH)
-    done = loaded(tmp_path, "print(settings.runtimes.cuda_devices())", "return 3")
+    done = loaded(tmp_path, "print(settings.gpus.cuda_devices())", "return 3")
     assert done.stdout == "1\n"
     assert done.stderr == (
         "torch cannot use GPU 1, nor those after it: "

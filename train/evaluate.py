@@ -28,7 +28,8 @@ from client.remote import Remote
 from client.rows import Reply
 from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs
 from model.classifier import Classifier, Probabilities, calibrated
-from model.runtimes import create, cuda_devices
+from model.gpus import cuda_devices
+from model.runtimes import create
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
