@@ -6,8 +6,9 @@ import asyncio
 import contextvars
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +42,28 @@ class DecodeQueue:
         self._seconds = 0.0
         """Time that one image takes, as a moving average."""
         self._pending: set[Future[Pixels]] = set()
+        self._reservations = 0
 
     @property
     def waiting(self) -> int:
-        """Images waiting or being decoded; those whose callers gave up count only while being decoded."""
-        return len(self._pending)
+        """Images waiting, being decoded or about to come; one whose caller gave up counts only while being decoded."""
+        return len(self._pending) + self._reservations
 
     def admit(self) -> None:
         """Raise ``QueueFullError`` if one more would wait too long. An empty queue accepts any."""
         delay = self.waiting * self._seconds
         if delay > self._max_wait:
             raise QueueFullError(self.waiting, int(self._max_wait / self._seconds), math.ceil(delay))
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """``admit`` an image that comes only after this block, and count it as waiting meanwhile."""
+        self.admit()
+        self._reservations += 1
+        try:
+            yield
+        finally:
+            self._reservations -= 1
 
     async def __call__(
         self, is_wanted: Callable[[], bool], decode: Callable[..., Pixels], data: bytes, *how: Any

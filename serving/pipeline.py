@@ -73,7 +73,7 @@ class Pipeline:
             items = await read_images(request, self._settings)
             headers = [self._inspect(item) async for item in without_blocking(items)]
         self._infer.admit(len(items))
-        await self._admit_and_charge(items, headers)
+        await self._charge(items, headers)
         with stages.timed("decode"):
             decoded = [await self._attempt(*pair) async for pair in without_blocking(zip(items, headers, strict=True))]
         images = [image for image in decoded if not isinstance(image, ApiError)]
@@ -121,7 +121,7 @@ class Pipeline:
             data = await read_image(request, self._settings)
             header = self._inspect(data)
         admit()
-        await self._admit_and_charge([data], [header])
+        await self._charge([data], [header])
         with stages.timed("decode"):
             image = await self._decode(data, header)
         prediction = self._classifier.predict(await self._scores(image[None], stages))[0]
@@ -148,17 +148,13 @@ class Pipeline:
         except ImageError as error:
             return from_exception(error)
 
-    async def _admit_and_charge(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
-        """Refuse a request whose images would wait too long for a decoder, if possible before charging a key for them.
-
-        While that takes its time, other requests may fill the queue.
-        """
-        awaits_decoder = not all(map(is_decoded_here, items, headers))
-        if awaits_decoder:
-            self._decode_queue.admit()
-        await accounting.charge(items)
-        if awaits_decoder:
-            self._decode_queue.admit()
+    async def _charge(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
+        """Charge a key for the images of a request, unless they would wait too long for a decoder."""
+        if all(map(is_decoded_here, items, headers)):
+            await accounting.charge(items)
+        else:
+            with self._decode_queue.reserved():
+                await accounting.charge(items)
 
     async def _decode(self, data: bytes, header: Header | ApiError) -> Pixels:
         if isinstance(header, ApiError):
