@@ -57,8 +57,8 @@ class Settings(BaseSettings):
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)
     """Share of ordinary images that may be flagged as foreign by mistake; more makes ``in_distribution`` stricter."""
     runtime: Literal["auto", "fastest", "torch", "onnx", "onnx-int8"] = "auto"
-    """Engine. ``auto`` is ``torch`` where PyTorch is installed and can use an NVIDIA GPU, else ``onnx-int8``; or what
-    the model has, if it was trained elsewhere.
+    """Engine. ``auto`` is ``torch`` where PyTorch is installed and can use an NVIDIA GPU, else ``onnx-int8``. A network
+    trained elsewhere has no ``torch`` and may lack INT8: ``auto`` is then ``onnx-int8``, or ``onnx``.
     ``fastest`` times both ONNX formats at startup instead, because INT8 is not faster on every processor."""
     topology: Literal["auto", "embedded", "runner"] = "auto"
     """``embedded``: each API worker owns an engine. ``runner``: one process per GPU owns it. ``auto`` is ``runner`` on
@@ -83,7 +83,8 @@ class Settings(BaseSettings):
     """Deadline of a request; one that waits longer is answered 504 and not computed. A caller can shorten it with the
     ``X-Request-Timeout`` header."""
     drain_seconds: float = Field(default=0.0, ge=0)
-    """How long requests are still accepted after SIGTERM, with readiness off, so that a load balancer can notice."""
+    """How long requests are still accepted after SIGTERM, with readiness off and each connection closed after its next
+    reply, so that load balancers and clients can leave."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     """Largest request body."""
     max_image_bytes: int = Field(default=16 * 2**20, ge=1024)
@@ -135,7 +136,8 @@ class Settings(BaseSettings):
             return next(name for name in preferred if name in available)
         if self.runtime not in ("fastest", *available):
             names = ", ".join(available)
-            raise SettingsError(f"error: RUNTIME={self.runtime!r}; expected one that the model has: {names}")
+            owners = "MODEL and SHADOW both have" if self.shadow else "the model has"
+            raise SettingsError(f"error: RUNTIME={self.runtime!r}; expected one that {owners}: {names}")
         return self.runtime
 
     def resolved_topology(self, runtime: str) -> str:

@@ -31,8 +31,8 @@ def difference_interval(a: Figures, b: Figures) -> tuple[float, float]:
 
 
 def measured(card: Card) -> bool:
-    """Whether both ONNX formats were evaluated."""
-    return {ONNX, ONNX_INT8} <= set(_metrics(card))
+    """Whether each ONNX format that the artifact has was evaluated."""
+    return {runtime for runtime in (ONNX, ONNX_INT8) if FILES[runtime] in card["files"]} <= set(_metrics(card))
 
 
 def losses(current: Card, candidate: Card) -> list[str]:
@@ -45,18 +45,22 @@ def losses(current: Card, candidate: Card) -> list[str]:
 
 
 def summary(card: Card) -> Row:
-    """Accuracy in FP32 and INT8, test images, calibration error in INT8, and commit, as ``SUMMARY`` names them."""
+    """Accuracy in FP32 and INT8, test images, calibration error, and commit, as ``SUMMARY`` names them.
+
+    The calibration error is that of INT8; of FP32 where the artifact has no INT8.
+    """
     fp32, int8 = (_metrics(card).get(runtime, {}) for runtime in (ONNX, ONNX_INT8))
+    served = int8 or fp32
     return (
         _share(fp32.get("accuracy")),
         _share(int8.get("accuracy")),
-        f"{int8['images']:,}" if int8 else "-",
-        _share(int8.get("ece")),
+        f"{served['images']:,}" if served else "-",
+        _share(served.get("ece")),
         card.get("git_commit", "-")[:7],
     )
 
 
-SUMMARY: Row = ("FP32", "INT8", "images", "ECE INT8", "commit")
+SUMMARY: Row = ("FP32", "INT8", "images", "ECE", "commit")
 
 
 def compare(a: Artifact, b: Artifact) -> str:

@@ -64,7 +64,8 @@ def put(directory: Path) -> str:
 
 
 def _create(artifact: Artifact) -> None:
-    labels = {"framework": "torch", "classes": str(len(artifact.config.classes))}
+    framework = "torch" if TORCH in artifact.runtimes else "onnx"
+    labels = {"framework": framework, "classes": str(len(artifact.config.classes))}
     try:
         with bentoml.models.create(artifact.tag, labels=labels, metadata=_card_summary(artifact.card)) as model:
             artifact.copy_to(Path(model.path))

@@ -223,6 +223,17 @@ def test_it_is_measured_reported_and_served(artifact: Artifact, toy_folder: Path
     assert stopped == ["error: RUNTIME='torch'; expected one that the model has: onnx, onnx-int8"]
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"), [("--like", "one trained here"), ("--start", "a finished run, or an artifact trained here")]
+)
+def test_no_training_begins_from_a_network_trained_elsewhere(
+    option: str, expected: str, artifact: Artifact, toy_folder: Path, tmp_path: Path
+) -> None:
+    typed = [toy_folder, "--name", "it", "--out", tmp_path / "run", option, artifact.path]
+    printed = toy.run("train.fit", *typed, code=1)
+    assert printed.endswith(f"; expected {expected}\n")
+
+
 def test_without_int8_a_cpu_serves_fp32(network: Pooled, toy_folder: Path, tmp_path: Path) -> None:
     convert(write(network, tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
     store_model(tmp_path / "home", tmp_path / "artifact")

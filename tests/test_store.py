@@ -280,6 +280,19 @@ def test_objections_to_a_promotion_stop_it_unless_forced(
     assert served(home) == bad
 
 
+def test_a_version_without_int8_is_promoted_by_the_figures_it_has(
+    home: Path, versions: Versions, tmp_path: Path
+) -> None:
+    lean = variant(versions["b"], tmp_path / "lean", 0, metrics={ONNX: figures(910)})
+    (lean.path / FILES[ONNX_INT8]).unlink()
+    lean = seal(lean.path, {key: value for key, value in lean.card.items() if key != "files"})
+    store(home, "import", lean.path)
+    store(home, "promote", tag(lean))
+    assert served(home) == tag(lean)
+    (line,) = [line for line in store(home, "list").splitlines() if tag(lean) in line]
+    assert line.split()[4:8] == ["91.00%", "-", "1,000", "1.00%"]
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -809,7 +809,7 @@ def test_what_is_no_run_and_no_artifact_is_refused_and_leaves_no_run_behind(
     option: str, path: str, toy_folder: Path, tmp_path: Path
 ) -> None:
     printed = train_on(toy_folder, tmp_path / "run", option, tmp_path / path, code=1)
-    assert "expected a finished run or an artifact" in printed
+    assert "expected a finished run, or an artifact trained here" in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "run" / CHECKPOINT).exists()
 

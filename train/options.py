@@ -55,6 +55,10 @@ def parse(about: str | None, arguments: list[str] | None = None) -> Options:
     size = (typed.size, typed.size) if typed.size else None
     if typed.like:
         record = read_record(typed.like)
+        if "recipe" not in record:
+            raise CommandError(
+                f"--like {typed.like}: was trained elsewhere, without a recipe; expected one trained here"
+            )
         given = record["recipe"] | given
         recipe = read_recipe(given, f"{typed.like}: ")
         size = size or ModelConfig.load(typed.like / CONFIG).input_size

@@ -70,7 +70,9 @@ def read_weights(trained: Path) -> dict[str, Tensor]:
     """The weights of the network of a run or an artifact, on the CPU."""
     path = trained / (CHECKPOINT if (trained / CHECKPOINT).exists() else WEIGHTS)
     if not path.exists():
-        raise CommandError(f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run or an artifact")
+        raise CommandError(
+            f"{trained}: has neither {CHECKPOINT} nor {WEIGHTS}; expected a finished run, or an artifact trained here"
+        )
     with open_weights(path) as checkpoint:
         names = [name for name in checkpoint.keys() if name.startswith(NETWORK)]  # noqa: SIM118 (not a dict)
         return {name.removeprefix(NETWORK): checkpoint.get_tensor(name) for name in names}
