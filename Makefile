@@ -93,7 +93,7 @@ train: $(VENV)/.dev ## train NAME on DATA (cifar10, a folder or a tar archive); 
 export: $(VENV)/.dev ## turn the run of NAME into an artifact in $(RUN)/artifact
 	$(BIN)/python -m train.export $(RUN) $(SOURCE) --out $(RUN)/artifact
 
-convert: $(VENV)/.dev ## turn NETWORK, an ONNX file trained elsewhere on the classes of DATA, into an artifact in $(RUN)/artifact
+convert: $(VENV)/.dev ## turn NETWORK (ONNX file of a network trained elsewhere on the classes of DATA) into an artifact in $(RUN)/artifact
 	$(BIN)/python -m train.convert "$(NETWORK)" $(SOURCE) --name $(NAME) --out $(RUN)/artifact $(CONVERT_FLAGS)
 
 evaluate: $(VENV)/.dev ## measure the artifact of NAME on the test images of DATA, and write the figures into its card

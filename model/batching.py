@@ -148,7 +148,7 @@ class Batcher:
         self._report(self.waiting)
         self._next_report = None
         if self.waiting:
-            context = contextvars.Context()  # empty, as for the tasks below
+            context = contextvars.Context()  # empty, as for the tasks above
             loop = asyncio.get_running_loop()
             self._next_report = loop.call_later(REPORT_SECONDS, self._report_while_some_wait, context=context)
 

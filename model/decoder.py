@@ -3,10 +3,11 @@
     python -m model.decoder MAX_PIXELS    with a socket as standard input
 
 A fork server: at each ``FORK`` that it receives it forks, and sends back a socket to the new decoder; at ``END`` it
-kills that. It has imported everything and never sees an image, so a dead decoder is replaced within milliseconds. A
-decoder answers one image after another. Each image may take ``CPU_SECONDS`` of processor time and ``WALL_SECONDS`` of
-wall-clock time, and the decoder as much memory as ``memory_for`` allows; the kernel enforces all three. It also ends
-the worker's wait for a decoder that is stopped, or that an image has taken over to disarm its timers.
+kills that decoder. It has imported everything and never sees an image, so a dead decoder is replaced within
+milliseconds. A decoder answers one image after another. Each image may take ``CPU_SECONDS`` of processor time and
+``WALL_SECONDS`` of wall-clock time, and the decoder as much memory as ``memory_for`` allows; the kernel enforces all
+three. The fork server also ends the worker's wait for a decoder that is stopped, or that an image has taken over to
+disarm its timers.
 """
 
 from __future__ import annotations

@@ -40,10 +40,7 @@ START_SECONDS = 60.0
 
 
 class DecoderError(ImageError):
-    """The decoder died in the middle of an image: it crashed, or exceeded its limits of time or memory.
-
-    Or it could not even be started.
-    """
+    """The decoder could not be started, or died of the image: it crashed, or exceeded its limits of time or memory."""
 
 
 class Sandbox:
@@ -69,10 +66,10 @@ class Sandbox:
         self._server.wait()
 
     def _ask(self, data: bytes, task: dict[str, Any], most: int, fits: Callable[[int, int], bool]) -> Pixels:
-        """Have the decoder do ``task``; drop it if its answer does not fit or has more than ``most`` pixels.
+        """Have the decoder do ``task``; raises ``ImageError``.
 
-        A malicious image may have taken it over, to forge the answers to this request and the next ones. Raises
-        ``ImageError``, of which ``DecoderError`` is the one for a decoder that was dropped, or never came.
+        A malicious image may have taken the decoder over, to forge the answers to this request and the next ones: one
+        whose answer does not fit, or has more than ``most`` pixels, is dropped, which raises ``DecoderError``.
         """
         decoder = self._ensure_decoder()
         try:

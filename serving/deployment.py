@@ -63,9 +63,10 @@ class Deployment:
         with _errors_in_one_line(model, settings.shadow):
             tags = tuple(store.resolve_all(model))
             shadow = store.resolve(settings.shadow) if settings.shadow else None
-            runtime, measured = _inherited(settings) if is_worker else _choose_runtime(settings, tags, shadow)
             keys = Keys(settings.api_keys, is_running=is_worker) if settings.api_keys else None
             usage = Usage(settings.usage_file, is_running=is_worker) if keys else None
+            # Last, because it may take half a minute of measuring, after which no other setting should stop the start.
+            runtime, measured = _inherited(settings) if is_worker else _choose_runtime(settings, tags, shadow)
         cores = usable_cpus()
         deployment = cls(
             settings=settings,
@@ -153,7 +154,7 @@ def _choose_runtime(settings: Settings, tags: tuple[str, ...], shadow: str | Non
     if runtime == "fastest":
         comparison = compare(served, settings.threads, [name for name in available if name != TORCH])
         runtime, measured = comparison.fastest, comparison._asdict()
-    served.reference(runtime)
+    served.reference(runtime)  # raises here, in one line, what would be a traceback of every worker
     return runtime, measured
 
 

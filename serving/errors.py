@@ -71,7 +71,7 @@ def not_ready(message: str) -> ApiError:
 
 
 def too_many(code: str, message: str, retry_after: int) -> ApiError:
-    """``message`` says too when to try again: ``retry_after`` seconds from now."""
+    """``message`` also says when to try again: in ``retry_after`` seconds."""
     return ApiError(HTTPStatus.TOO_MANY_REQUESTS, code, message, {"retry-after": str(retry_after)})
 
 

@@ -58,7 +58,8 @@ REASONS = (
 for _reason in REASONS:  # Prometheus sees no increase when a series appears at 1, so each starts at 0
     REJECTED.labels(_reason)
 DECODER_DEATHS = Counter(
-    "classifier_decoder_deaths_total", "Decoders that an image crashed, or that took too much time or memory for it."
+    "classifier_decoder_deaths_total",
+    "Decoders that an image crashed, that took too much time or memory for it, or that could not be started.",
 )
 KEY_IMAGES = Counter("classifier_key_images_total", "Images taken from the holder of each API key.", ["key"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")

@@ -64,7 +64,7 @@ class Readiness:
             return self.is_verified
 
     async def check_when_possible(self) -> None:
-        """Verify as soon as there is an engine: a probe reaches only one worker, and requests find the others cold."""
+        """Verify as soon as there is an engine: a probe reaches one worker, and requests would meet the others cold."""
         while not await self._engine.is_ready():  # noqa: ASYNC110  # another process sets no event
             await asyncio.sleep(RETRY_SECONDS)
         await self.check()

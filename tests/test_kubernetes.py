@@ -106,7 +106,8 @@ def test_both_have_the_same_readiness_probe_and_let_requests_finish() -> None:
     assert f":{port['containerPort']}{path}" in service["healthcheck"]["test"][-1]
     draining = int(CONTAINER["args"][-1])
     assert seconds(service["stop_grace_period"]) > draining
-    assert pod()["terminationGracePeriodSeconds"] > draining + CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
+    leaving = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + float(environment(CONTAINER)["DRAIN_SECONDS"])
+    assert pod()["terminationGracePeriodSeconds"] > leaving + draining
 
 
 def test_the_gateway_times_out_later_than_the_service() -> None:
