@@ -212,7 +212,7 @@ def test_sections_appear_with_their_figures(artifact: Artifact, folder: Path, tm
     # Two copies of one model: the same accuracy, at twice the time per image.
     figures = artifact.card["metrics"][ONNX_INT8]
     rate = round(1 / (2 / figures["speed"]["images_per_s"]))
-    assert f"| fast and accurate (speed derived) | {figures['accuracy']:.2%} | {rate} |" in page
+    assert f"| fast + accurate (speed derived) | {figures['accuracy']:.2%} | {rate} |" in page
     assert "| tiny (not shipped) |" in page
     assert "## tiny" not in page
     assert "stranger" not in page
