@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import requests
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from model.artifact import FILES, ONNX, ONNX_INT8, Artifact
@@ -169,6 +172,60 @@ def test_probabilities_are_traced_back_to_logits(network: Pooled, data: Data, to
     assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
 
 
+class Half(nn.Module):
+    """Computes in FP16, as on a GPU; its probabilities are cast and reshaped behind the softmax."""
+
+    def __init__(self, network: Pooled) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.network(x.half()), 1).float().reshape(-1, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_a_network_in_fp16_is_traced_back_to_its_logits_and_maps(
+    dynamo: bool, network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    source = write(Half(network), tmp_path / "own.onnx", dynamo=dynamo)
+    printed = convert(source, toy_folder, tmp_path / "artifact", "--no-int8")
+    assert "no evidence" not in printed
+    engine = create(ONNX, Artifact.load(tmp_path / "artifact"))
+    logits = network(normalised(data.test.images)).numpy()
+    np.testing.assert_allclose(engine(data.test.images)[:, :-1], logits, atol=0.05)
+    np.testing.assert_allclose(engine.evidence(data.test.images).sum(axis=(1, 2)), logits, atol=0.05)
+
+
+def as_matmul(path: Path, is_bias_first: bool) -> None:
+    """The head of the ONNX file as a product and a sum, as other exporters write it; its bias is (1, K)."""
+    model = onnx.load(path)
+    graph = model.graph
+    (head,) = (node for node in graph.node if node.op_type == "Gemm")
+    features, weight, bias = head.input
+    for constant in graph.initializer:
+        values = numpy_helper.to_array(constant)
+        if constant.name == weight:
+            constant.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values.T), weight))
+        elif constant.name == bias:
+            constant.CopyFrom(numpy_helper.from_array(values[None], bias))
+    terms = [bias, "product"] if is_bias_first else ["product", bias]
+    graph.node.append(helper.make_node("MatMul", [features, weight], ["product"]))
+    graph.node.append(helper.make_node("Add", terms, list(head.output)))
+    graph.node.remove(head)
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("is_bias_first", [False, True])
+def test_a_head_written_as_product_and_sum_is_recognised(
+    is_bias_first: bool, network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    source = write(network, tmp_path / "own.onnx")
+    as_matmul(source, is_bias_first)
+    convert(source, toy_folder, tmp_path / "artifact", "--no-int8")
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
 @pytest.mark.parametrize("kind", [Flat, Doubled, Shifted])
 def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
     kind: type[nn.Module], data: Data, toy_folder: Path, tmp_path: Path
@@ -251,6 +308,22 @@ def any_size(path: Path) -> Path:
     return write(Pooled(), path, dynamic_axes={"input.1": {0: "batch", 2: "height", 3: "width"}})
 
 
+class Last(Pooled):
+    """Takes images (N, height, width, 3), as Keras does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2))
+
+
+def write_for(shape: tuple[int, ...], model: nn.Module, dynamic: dict[int, str], path: Path) -> Path:
+    """Export ``model`` for images of ``shape``, whose dimensions ``dynamic`` may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = {"x": dynamic}
+        torch.onnx.export(model.eval(), (torch.zeros(shape),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    return path
+
+
 def no_onnx(path: Path) -> Path:
     path.write_bytes(b"not ONNX at all")
     return path
@@ -268,6 +341,10 @@ def no_onnx(path: Path) -> Path:
             "the network gives outputs of shape (4,); expected one for each class of",
         ),
         (any_size, "takes images of any size; expected --size"),
+        (
+            functools.partial(write_for, (2, *SIZE, 3), Last(), {0: "N", 1: "height", 2: "width"}),
+            "its input 'x' is float [None, None, None, 3]; expected float (N, 3, height, width)",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_served_is_refused_with_one_line(

@@ -31,8 +31,8 @@ from train.command import CommandError
 from train.to_onnx import OPSET
 
 Triple = tuple[float, float, float]
-FLATTENING = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
-"""Operators between the pooling and the head that only change the shape."""
+PASSING = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout", "Cast")
+"""Operators behind the pooling, the head or the softmax that only change the shape or the type."""
 PREFIX = "network/"
 IMAGES, FEATURES, LOGITS, MAPS = "pixels", "features", "logits", "maps"
 """Names by which the parts are joined."""
@@ -61,8 +61,12 @@ class Network(NamedTuple):
         if self.head is None:
             return False
         weight, bias = self.head
-        computed = maps.mean(axis=(2, 3)) @ weight.T + bias
-        return bool(np.allclose(computed, logits, rtol=1e-3, atol=1e-3 * float(np.abs(logits).max())))
+        return close(maps.mean(axis=(2, 3)) @ weight.T + bias, logits)
+
+
+def close(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    """Whether two computations of the same logits (N, K) differ by no more than rounding does."""
+    return bool(np.allclose(one, other, rtol=1e-3, atol=1e-3 * float(np.abs(other).max())))
 
 
 def read(path: Path) -> Network:
@@ -73,7 +77,7 @@ def read(path: Path) -> Network:
         if opset_of(model) < OPSET:
             model = version_converter.convert_version(model, OPSET)
     except Exception as error:  # protobuf's, the checker's and the converter's errors have no common base class
-        raise CommandError(f"{path}: {str(error).splitlines()[0]}; expected a valid ONNX file") from error
+        raise CommandError(f"{path}: {first_line(error)}; expected a valid ONNX file") from error
     graph = model.graph
     constants = _constants(graph)
     inputs = [value for value in graph.input if value.name not in constants]
@@ -81,13 +85,16 @@ def read(path: Path) -> Network:
         raise CommandError(f"{path}: {len(inputs)} inputs, {len(graph.output)} outputs; expected one of each")
     size = _size(path, inputs[0])
     producers = {name: node for node in graph.node for name in node.output}
-    logits = graph.output[0].name
-    while logits in producers and producers[logits].op_type in ("Softmax", "LogSoftmax", "Identity"):
-        logits = producers[logits].input[0]
+    logits = _before(graph.output[0].name, producers, (*PASSING, "Softmax", "LogSoftmax"))
     features, head = _head(logits, producers, constants)
     maps = _maps(features, producers, constants) if head else None
     outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
     return Network(_joinable(model, inputs[0].name, outputs), size, head if maps else None)
+
+
+def first_line(error: Exception) -> str:
+    """What ``error`` says, without the traces that ONNX and ONNX Runtime put below."""
+    return str(error).partition("\n")[0]
 
 
 def _constants(graph: GraphProto) -> dict[str, NDArray[np.float32]]:
@@ -95,7 +102,16 @@ def _constants(graph: GraphProto) -> dict[str, NDArray[np.float32]]:
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type in ("Cast", "Identity") and node.input[0] in values:  # weights stored as FP16, or shared
+            values[node.output[0]] = values[node.input[0]]
     return values
+
+
+def _before(name: str, producers: dict[str, NodeProto], passed: tuple[str, ...]) -> str:
+    """The value that ``name`` is computed from by the operators ``passed`` alone."""
+    while name in producers and producers[name].op_type in passed:
+        name = producers[name].input[0]
+    return name
 
 
 def opset_of(model: ModelProto) -> int:
@@ -105,7 +121,8 @@ def opset_of(model: ModelProto) -> int:
 def _size(path: Path, images: onnx.ValueInfoProto) -> tuple[int | None, int | None]:
     kind = images.type.tensor_type
     dims = [dim.dim_value or None for dim in kind.shape.dim]
-    if kind.elem_type != TensorProto.FLOAT or len(dims) != 4 or dims[1] not in (3, None):
+    is_nchw = len(dims) == 4 and (dims[1] == 3 or (dims[1] is None and dims[3] != 3))
+    if kind.elem_type != TensorProto.FLOAT or not is_nchw:
         shown = f"{TensorProto.DataType.Name(kind.elem_type).lower()} {dims}"
         raise CommandError(f"{path}: its input {images.name!r} is {shown}; expected float (N, 3, height, width)")
     if dims[0] is not None:
@@ -120,26 +137,25 @@ def _head(
     logits: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]
 ) -> tuple[str, tuple[NDArray[np.float32], NDArray[np.float32]] | None]:
     """The features that the last layer takes, and its weight and bias; the logits themselves if it is not linear."""
-    node, bias = producers[logits], np.zeros(1, np.float32)
-    if node.op_type == "Add" and node.input[1] in constants and node.input[0] in producers:
-        node, bias = producers[node.input[0]], constants[node.input[1]]
-    if node.op_type == "Gemm" and node.input[1] in constants:
-        options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        weight = constants[node.input[1]] if options.get("transB") else constants[node.input[1]].T
-        if len(node.input) > 2:
-            bias = constants.get(node.input[2], bias)
-        return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
-    if node.op_type == "MatMul" and node.input[1] in constants:
-        weight = constants[node.input[1]].T
-        return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
-    return logits, None
+    node, bias = producers.get(logits), np.zeros(1, np.float32)
+    if node is not None and node.op_type == "Add":
+        product, constant = sorted(node.input, key=lambda name: name in constants)  # they come in either order
+        if constant in constants and product in producers:
+            node, bias = producers[product], constants[constant]
+    if node is None or node.op_type not in ("Gemm", "MatMul") or node.input[1] not in constants:
+        return logits, None
+    weight = constants[node.input[1]].astype(np.float32)
+    options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if not options.get("transB"):
+        weight = weight.T
+    if len(node.input) > 2:
+        bias = constants.get(node.input[2], bias)
+    return node.input[0], (weight, np.broadcast_to(bias.astype(np.float32).ravel(), len(weight)))
 
 
 def _maps(features: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]) -> str | None:
     """The feature maps whose mean over all places the features are; None if they are something else."""
-    while features in producers and producers[features].op_type in FLATTENING:
-        features = producers[features].input[0]
-    node = producers.get(features)
+    node = producers.get(_before(features, producers, PASSING))
     if node is None:
         return None
     is_pooled = node.op_type == "GlobalAveragePool"
@@ -156,7 +172,10 @@ def _joinable(model: ModelProto, images: str, outputs: list[tuple[str, str]]) ->
     graph.node.insert(0, helper.make_node("Identity", [IMAGES], [PREFIX + images]))
     del graph.output[:]
     for old, new in outputs:  # copied, because other nodes may take them too
-        graph.node.append(helper.make_node("Identity", [PREFIX + old], [new]))
+        flat = PREFIX + old if new == MAPS else f"{new}/flat"
+        if new != MAPS:
+            graph.node.append(helper.make_node("Flatten", [PREFIX + old], [flat]))
+        graph.node.append(helper.make_node("Cast", [flat], [new], to=TensorProto.FLOAT))
         graph.output.append(helper.make_tensor_value_info(new, TensorProto.FLOAT, SHAPES[new].split(",")))
     return model
 
