@@ -14,7 +14,7 @@ import onnx
 import pytest
 import requests
 import torch
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from model.artifact import FILES, ONNX, ONNX_INT8, Artifact
@@ -308,6 +308,27 @@ def any_size(path: Path) -> Path:
     return write(Pooled(), path, dynamic_axes={"input.1": {0: "batch", 2: "height", 3: "width"}})
 
 
+class Fixed(Pooled):
+    """Made for one image, although its input takes more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x).reshape(1, 32))
+        return logits
+
+
+class Clipped(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(super().forward(x), 1).clamp(1e-6, 1)
+
+
+class Centred(Pooled):
+    """Depends on the batch at hand, as BatchNorm does in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits - logits.mean(0)
+
+
 class Last(Pooled):
     """Takes images (N, height, width, 3), as Keras does."""
 
@@ -321,6 +342,22 @@ def write_for(shape: tuple[int, ...], model: nn.Module, dynamic: dict[int, str],
         warnings.simplefilter("ignore")
         axes = {"x": dynamic}
         torch.onnx.export(model.eval(), (torch.zeros(shape),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    return path
+
+
+def nothing(path: Path) -> Path:
+    """Gives its input back."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, *SIZE])
+    graph, versions = helper.make_graph([], "nothing", [value], [value]), [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=versions), path)
+    return path
+
+
+def unknown_operator(path: Path) -> Path:
+    model = onnx.load(write(Pooled(), path))
+    model.opset_import.append(helper.make_opsetid("com.acme", 1))
+    model.graph.node[0].domain = "com.acme"
+    onnx.save(model, path)
     return path
 
 
@@ -344,6 +381,19 @@ def no_onnx(path: Path) -> Path:
         (
             functools.partial(write_for, (2, *SIZE, 3), Last(), {0: "N", 1: "height", 2: "width"}),
             "its input 'x' is float [None, None, None, 3]; expected float (N, 3, height, width)",
+        ),
+        (
+            functools.partial(write_for, (1, 3, *SIZE), Fixed(), {0: "N"}),
+            "expected a network for images (32, 3, 24, 24), and any number of them",
+        ),
+        (nothing, "the network gives outputs of shape (1728,); expected one for each class of"),
+        (unknown_operator, "expected a network that ONNX Runtime can run"),
+        (functools.partial(write, nn.Sequential(Pooled(), nn.Sigmoid())), "expected logits, or probabilities straight"),
+        (functools.partial(write, Clipped()), "expected logits, or probabilities straight from a softmax"),
+        (functools.partial(write, Centred()), "among 32; expected the same: export it in inference mode, model.eval()"),
+        (
+            functools.partial(write, nn.Sequential(nn.Flatten(), nn.Linear(3 * toy.SIDE**2, 3))),
+            "it has no INT8 form: no convolution to quantise; expected --no-int8",
         ),
     ],
 )

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ from tqdm import tqdm
 
 from model import artifact as files
 from model.artifact import ONNX, ONNX_INT8, Artifact
-from model.config import ModelConfig
+from model.config import CHANNELS, ModelConfig
+from model.preprocess import Pixels
+from model.runtimes import OnnxRuntime
 from train import command, graphs
 from train.check import check, print_findings
 from train.command import CommandError
 from train.data import Data, in_batches, load
 from train.export import BANK_IMAGES, calibration_images, complete, describe, evenly_spaced, write_artifact
-from train.graphs import FEATURES, LOGITS, MAPS, Network, Triple
+from train.graphs import FEATURES, LOGITS, MAPS, Network, Triple, close, first_line
 from train.to_onnx import quantize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,6 +47,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 32
 WHOLE = (1, 1)
 """Cells of an image that is explained as a whole."""
+SHOWN = 3
+"""Outputs that an error shows."""
 
 
 def convert(
@@ -68,27 +73,84 @@ def _write(
         print("no evidence: the network does not end in a global average and one linear layer")
     onnx.save(graphs.with_outputs(network, model, bank, cells), fp32)
     if int8:
-        quantize(fp32, quantised, calibration_images(data))
+        _quantize(fp32, quantised, data)
     cell = max(math.ceil(side / count) for side, count in zip(config.input_size, cells, strict=True))
     return complete(out, config.model_copy(update={"bank": len(bank), "cell": cell}), record, data)
 
 
+def _quantize(fp32: Path, quantised: Path, data: Data) -> None:
+    try:
+        quantize(fp32, quantised, calibration_images(data))
+        OnnxRuntime(quantised, ONNX_INT8)
+    except Exception as error:  # ONNX Runtime's errors have no common base class
+        raise CommandError(f"it has no INT8 form: {first_line(error)}; expected --no-int8") from error
+
+
 def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """(B, D) features of some training images; height and width of the maps that explain their logits, or ``WHOLE``."""
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     images = evenly_spaced(data.train.images, BANK_IMAGES)
     outputs = [LOGITS, FEATURES, *([MAPS] if network.head else [])]
-    bank, cells = [], set()
-    for batch in tqdm(in_batches(images, BATCH), desc="features", unit="batch", leave=False, disable=None):
-        logits, features, *maps = session.run(outputs, {"images": images[batch]})
-        if logits.shape[1:] != (len(data.classes),):
+    run = _runner(model, outputs)
+    batches = in_batches(images, BATCH)
+    bank, cells, every = [], set(), []
+    for batch in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):
+        logits, features, *maps = run(images[batch])
+        if logits.shape != (len(images[batch]), len(data.classes)):
             raise CommandError(
                 f"the network gives outputs of shape {logits.shape[1:]}; expected one for each class of {data.source}, "
                 f"({len(data.classes)},)"
             )
-        bank.append(features.reshape(len(features), -1))
+        every.append(logits)
+        bank.append(features)
         cells.add(maps[0].shape[2:] if maps and network.explains(maps[0], logits) else WHOLE)
+    _require_logits(np.concatenate(every))
+    (alone, *_), together = run(images[:1]), every[0]
+    if not close(alone, together[:1]):
+        raise CommandError(
+            f"the network gives an image {_shown(alone[0])} alone and {_shown(together[0])} among {len(together)}; "
+            "expected the same: export it in inference mode, model.eval(), and without dynamic quantisation"
+        )
     return np.concatenate(bank), cells.pop() if len(cells) == 1 else WHOLE
+
+
+def _runner(model: ModelProto, outputs: list[str]) -> Callable[[Pixels], list[NDArray[np.float32]]]:
+    """Computes ``outputs`` for images (N, H, W, 3); raises ``CommandError`` if ONNX Runtime cannot."""
+
+    def attempt(what: Callable[[], Any], expected: str) -> Any:
+        try:
+            return what()
+        except Exception as error:  # ONNX Runtime's errors have no common base class
+            raise CommandError(f"{first_line(error)}; expected {expected}") from error
+
+    content = model.SerializeToString()
+    session = attempt(
+        lambda: onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]),
+        "a network that ONNX Runtime can run",
+    )
+
+    def run(images: Pixels) -> list[NDArray[np.float32]]:
+        shape = len(images), CHANNELS, *images.shape[1:3]
+        computed: list[NDArray[np.float32]] = attempt(
+            lambda: session.run(outputs, {"images": images}), f"a network for images {shape}, and any number of them"
+        )
+        return computed
+
+    return run
+
+
+def _require_logits(outputs: NDArray[np.float32]) -> None:
+    """Raise ``CommandError`` unless the network's ``outputs`` (N, K) can be logits."""
+    if not np.isfinite(outputs).all():
+        raise CommandError(f"the network gives outputs such as {outputs[~np.isfinite(outputs)][0]}; expected numbers")
+    if outputs.min() >= 0 and outputs.max() <= 1 and outputs.any():
+        raise CommandError(
+            f"the network gives outputs from {outputs.min():.3g} to {outputs.max():.3g}, but ends in no softmax; "
+            "expected logits, or probabilities straight from a softmax"
+        )
+
+
+def _shown(outputs: NDArray[np.float32]) -> str:
+    return f"outputs of {', '.join(f'{value:.4g}' for value in outputs[:SHOWN])}"
 
 
 def _triple(text: str) -> Triple:

@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model.network import ConvNorm, Normalize, ServedNet
 from model.preprocess import Pixels
+from train.command import CommandError
 from train.data import batch_of
 
 BATCH = 250
@@ -183,6 +184,8 @@ class Calibration(CalibrationDataReader):  # type: ignore[misc]
 def quantize(source: Path, target: Path, images: Pixels) -> None:
     """Static INT8: 8-bit activations, per-channel 7-bit weights, the first and the last layer left in FP32.
 
+    Raises ``CommandError`` for a network without convolutions.
+
     Weights have seven bits because processors without VNNI add pairs of products in 16 bits, which would saturate: this
     way the artifact gives the same answer on every x86. The stem stays FP32 because whitening subtracts nearly equal
     pixels.
@@ -190,7 +193,9 @@ def quantize(source: Path, target: Path, images: Pixels) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        stem = next(node.name for node in onnx.load(prepared).graph.node if node.op_type == "Conv")
+        stem = next((node.name for node in onnx.load(prepared).graph.node if node.op_type == "Conv"), None)
+        if stem is None:
+            raise CommandError("no convolution to quantise")
         quantize_static(
             prepared,
             target,
