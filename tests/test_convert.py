@@ -112,6 +112,7 @@ def write(model: nn.Module, path: Path, dynamo: bool = False, **options: Any) ->
         options = {"dynamic_shapes": ({0: torch.export.Dim("N")},), "verbose": False}
     else:
         options = {"input_names": ["input.1"], "dynamic_axes": {"input.1": {0: "batch"}}} | options
+    path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model.eval(), (torch.zeros(2, 3, *SIZE),), path, dynamo=dynamo, **options)
@@ -404,6 +405,35 @@ def test_a_network_that_cannot_be_served_is_refused_with_one_line(
     assert message in printed.splitlines()[-1]
     assert printed.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--size", "32"], 1, "takes images of 24x24 pixels; expected no --size"),
+        (["--size", "0"], 1, "--size 0; expected a number of pixels"),
+        (["--mean", "0.5"], 2, "argument --mean: '0.5'; expected three numbers, R,G,B"),
+        (["--mean", "123.7,116.3,103.5"], 2, "'123.7,116.3,103.5'; expected numbers from 0 to 1, for pixels divided"),
+        (["--std", "0.2,0,0.2"], 2, "argument --std: '0.2,0,0.2'; expected numbers above 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    options: list[str], code: int, message: str, toy_folder: Path, tmp_path: Path
+) -> None:
+    source = write(Pooled(), tmp_path / "own.onnx")
+    printed = convert(source, toy_folder, tmp_path / "artifact", *options, code=code)
+    assert message in printed.splitlines()[-1]
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_the_record_tells_networks_apart_whose_weights_lie_beside(toy_folder: Path, tmp_path: Path) -> None:
+    hashes = []
+    for index in (1, 2):
+        source = write(Pooled(), tmp_path / f"{index}" / "own.onnx", dynamo=True)
+        assert source.with_name("own.onnx.data").exists()
+        convert(source, toy_folder, tmp_path / f"{index}" / "artifact", "--no-int8")
+        hashes.append(Artifact.load(tmp_path / f"{index}" / "artifact").card["training"]["network_sha256"])
+    assert hashes[0] != hashes[1]
 
 
 def test_a_network_for_any_size_takes_the_one_given(data: Data, toy_folder: Path, tmp_path: Path) -> None:

@@ -154,8 +154,42 @@ def _shown(outputs: NDArray[np.float32]) -> str:
 
 
 def _triple(text: str) -> Triple:
-    first, second, third = (255 * float(part) for part in text.split(","))
-    return first, second, third
+    try:
+        first, second, third = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected three numbers, R,G,B") from None
+    if not all(0 <= value <= 1 for value in (first, second, third)):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers from 0 to 1, for pixels divided by 255")
+    return 255 * first, 255 * second, 255 * third
+
+
+def _std(text: str) -> Triple:
+    triple = _triple(text)
+    if not all(triple):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers above 0")
+    return triple
+
+
+def _input_size(path: Path, network: Network, side: int | None) -> tuple[int, int]:
+    """Height and width of the input, with ``side`` for those that ``network`` leaves open."""
+    if side is not None and side < 1:
+        raise CommandError(f"--size {side}; expected a number of pixels")
+    height, width = (fixed or side for fixed in network.size)
+    if height is None or width is None:
+        raise CommandError(f"{path}: takes images of any size; expected --size, the side it was trained for")
+    if side not in (None, height, width):
+        raise CommandError(f"--size {side}: {path} takes images of {height}x{width} pixels; expected no --size")
+    return height, width
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the ONNX file ``path``, followed by the files beside it that hold its weights, if there are any."""
+    digest = hashlib.sha256(path.read_bytes())
+    weights = onnx.load(path, load_external_data=False).graph.initializer
+    entries = [entry for tensor in weights for entry in tensor.external_data]
+    for name in sorted({entry.value for entry in entries if entry.key == "location"}):
+        digest.update((path.parent / name).read_bytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -165,17 +199,14 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="name of the model in the store")
     parser.add_argument("--out", type=Path, required=True, help="folder of the artifact")
     parser.add_argument("--size", type=int, help="side of the input in pixels, where the network takes any")
-    for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+    for name, value, read in (("mean", IMAGENET_MEAN, _triple), ("std", IMAGENET_STD, _std)):
         shown = ",".join(map(str, value))
         about = f"by which pixels from 0 to 1 were normalised, R,G,B (default: {shown}, as for ImageNet)"
-        parser.add_argument(f"--{name}", type=_triple, default=_triple(shown), metavar="R,G,B", help=about)
+        parser.add_argument(f"--{name}", type=read, default=read(shown), metavar="R,G,B", help=about)
     parser.add_argument("--no-int8", action="store_true", help="leave INT8 out, for a network that loses by it")
     options = parser.parse_args()
     network = graphs.read(options.network)
-    height, width = (side or options.size for side in network.size)
-    if height is None or width is None:
-        raise CommandError(f"{options.network}: takes images of any size; expected --size, the side it was trained for")
-    data = load(options.source, (height, width))
+    data = load(options.source, _input_size(options.network, network, options.size))
     findings = check(data)
     print_findings(findings)
     try:
@@ -187,7 +218,7 @@ def main() -> None:
     record = {
         "command": command.public("train.convert", sys.argv[1:]),
         "network": options.network.name,
-        "network_sha256": hashlib.sha256(options.network.read_bytes()).hexdigest(),
+        "network_sha256": _digest(options.network),
         "source": Path(data.source).name,
         "data_sha256": data.sha256(),
         "images": {name: len(split) for name, split in data.splits.items()},
