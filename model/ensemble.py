@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model import runtimes
 from model.artifact import ONNX, RUNTIMES, Artifact, Evidence, Outputs, Reference
@@ -45,13 +46,15 @@ class Ensemble:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The configuration of the first member, with a temperature for the combined outputs."""
+        """The configuration of the first member, with a temperature for the combined outputs, and the finest grid."""
         config = self.artifacts[0].config
         if len(self.artifacts) == 1:
             return config
         # The mean of calibrated probabilities is underconfident. As in an export, FP32 decides for every format.
         reference = self.reference(ONNX)
-        return config.model_copy(update={"temperature": fit_temperature(reference.validation, reference.labels)})
+        temperature = fit_temperature(reference.validation, reference.labels)
+        cell = min(artifact.config.stride for artifact in self.artifacts)
+        return config.model_copy(update={"temperature": temperature, "cell": cell})
 
     @property
     def runtimes(self) -> list[str]:
@@ -95,4 +98,22 @@ class _EnsembleEngine:
         return self._ensemble.combine([member(images) for member in self._members])
 
     def evidence(self, images: Pixels) -> Evidence:
-        return np.asarray(np.mean([member.evidence(images) for member in self._members], axis=0), np.float32)
+        """The mean of the members' evidence, on the finest of their grids: networks trained elsewhere have others."""
+        members = [member.evidence(images) for member in self._members]
+        height, width = (max(evidence.shape[axis] for evidence in members) for axis in (1, 2))
+        return np.asarray(np.mean([_on_grid(evidence, height, width) for evidence in members], axis=0), np.float32)
+
+
+def _on_grid(evidence: Evidence, height: int, width: int) -> Evidence:
+    """(N, h, w, K) to (N, height, width, K): each cell's evidence goes to the cells that it overlaps, by area."""
+    if evidence.shape[1:3] == (height, width):
+        return evidence
+    rows, columns = _shares(height, evidence.shape[1]), _shares(width, evidence.shape[2])
+    return np.asarray(np.einsum("ih,jw,nhwk->nijk", rows, columns, evidence, optimize=True), np.float32)
+
+
+def _shares(cells: int, given: int) -> NDArray[np.float64]:
+    """(cells, given): the share of each of ``given`` equal parts of a side that lies in each of ``cells``."""
+    wanted, parts = np.arange(cells + 1) / cells, np.arange(given + 1) / given
+    overlap = np.minimum(wanted[1:, None], parts[1:]) - np.maximum(wanted[:-1, None], parts[:-1])
+    return np.asarray(given * np.maximum(overlap, 0))

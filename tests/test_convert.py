@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from model.artifact import FILES, ONNX, ONNX_INT8, Artifact
+from model.ensemble import Ensemble
 from model.explain import VIEWS
 from model.network import NEIGHBOURS
 from model.runtimes import create
@@ -242,6 +243,22 @@ def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
     np.testing.assert_allclose(engine(images)[:, :-1], logits, atol=1e-4)
     np.testing.assert_allclose(engine.evidence(images), logits[:, None, None], atol=1e-4)
     assert artifact.config.stride == toy.SIDE
+
+
+@pytest.mark.parametrize("kind", [Pooled, Flat])
+def test_an_ensemble_of_different_grids_explains_on_the_finest(
+    kind: type[nn.Module], data: Data, toy_artifact: Artifact, toy_folder: Path, tmp_path: Path
+) -> None:
+    convert(write(kind(), tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
+    members = [Artifact.load(tmp_path / "artifact"), toy_artifact]
+    images = data.test.images[:5]
+    alone = [create(ONNX, member).evidence(images) for member in members]
+    together = Ensemble(members).engine(ONNX).evidence(images)
+    assert alone[0].shape != alone[1].shape
+    assert together.shape[1] == max(evidence.shape[1] for evidence in alone)
+    sums = np.mean([evidence.sum(axis=(1, 2)) for evidence in alone], axis=0)
+    np.testing.assert_allclose(together.sum(axis=(1, 2)), sums, rtol=1e-4, atol=1e-4)
+    assert Ensemble(members).config.stride == min(member.config.stride for member in members)
 
 
 def test_leaving_int8_out_leaves_none_of_an_earlier_artifact(
