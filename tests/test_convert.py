@@ -406,8 +406,8 @@ def no_onnx(path: Path) -> Path:
         ),
         (nothing, "the network gives outputs of shape (1728,); expected one for each class of"),
         (unknown_operator, "expected a network that ONNX Runtime can run"),
-        (functools.partial(write, nn.Sequential(Pooled(), nn.Sigmoid())), "expected logits, or probabilities straight"),
-        (functools.partial(write, Clipped()), "expected logits, or probabilities straight from a softmax"),
+        (functools.partial(write, nn.Sequential(Pooled(), nn.Sigmoid())), "ends in a sigmoid, for classes"),
+        (functools.partial(write, Clipped()), "gives probabilities, but not straight from a softmax; expected logits"),
         (functools.partial(write, Centred()), "among 32; expected the same: export it in inference mode, model.eval()"),
         (
             functools.partial(write, nn.Sequential(nn.Flatten(), nn.Linear(3 * toy.SIDE**2, 3))),

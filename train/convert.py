@@ -142,10 +142,9 @@ def _require_logits(outputs: NDArray[np.float32]) -> None:
     """Raise ``CommandError`` unless the network's ``outputs`` (N, K) can be logits."""
     if not np.isfinite(outputs).all():
         raise CommandError(f"the network gives outputs such as {outputs[~np.isfinite(outputs)][0]}; expected numbers")
-    if outputs.min() >= 0 and outputs.max() <= 1 and outputs.any():
+    if outputs.min() >= 0 and np.allclose(outputs.sum(axis=1), 1, atol=1e-2):
         raise CommandError(
-            f"the network gives outputs from {outputs.min():.3g} to {outputs.max():.3g}, but ends in no softmax; "
-            "expected logits, or probabilities straight from a softmax"
+            "the network gives probabilities, but not straight from a softmax; expected logits, or that softmax last"
         )
 
 

@@ -86,6 +86,8 @@ def read(path: Path) -> Network:
     size = _size(path, inputs[0])
     producers = {name: node for node in graph.node for name in node.output}
     logits = _before(graph.output[0].name, producers, (*PASSING, "Softmax", "LogSoftmax"))
+    if logits in producers and producers[logits].op_type == "Sigmoid":
+        raise CommandError(f"{path}: ends in a sigmoid, for classes that do not exclude each other; expected a softmax")
     features, head = _head(logits, producers, constants)
     maps = _maps(features, producers, constants) if head else None
     outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
