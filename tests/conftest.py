@@ -11,6 +11,7 @@ import pytest
 from model.artifact import Artifact
 from tests import toy
 from tests.live import LIMITS, Server, await_workers, serve
+from train import data
 
 # The tests expect FP32 on one device. `make check-gpu` skips this file.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -21,6 +22,12 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.make_folder(tmp_path_factory.mktemp("toy") / "folder")
+
+
+@pytest.fixture(scope="session")
+def loaded(toy_folder: Path) -> data.Data:
+    """The images of ``toy_folder``, as training reads them."""
+    return data.load(str(toy_folder))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.artifact import ONNX, ONNX_INT8, Artifact, Reference, seal
-from model.classifier import Classifier, calibrated, foreign_warning, least_familiarity, verdicts
+from model.classifier import Classifier, calibrated, fit_temperature, foreign_warning, least_familiarity, verdicts
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
 from model.statistics import edges
@@ -43,6 +43,24 @@ def test_probabilities_are_a_stable_tempered_softmax_of_all_outputs_but_the_last
     assert calibrated(outputs, 1.0)[0] == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e)], rel=1e-5)
     assert calibrated(outputs, 1.0)[1].tolist() == [0.5, 0.5]
     assert calibrated(outputs, 2.0)[0, 1] == pytest.approx(1 / (1 + np.exp(-0.5)), rel=1e-5)
+
+
+def test_the_temperature_undoes_a_scaling_of_the_logits() -> None:
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(0, 2, (20_000, 4)).astype(np.float32)
+    # A label drawn from the probabilities given by the outputs.
+    labels = (outputs[:, :-1] + rng.gumbel(size=(20_000, 3))).argmax(axis=1)
+    assert fit_temperature(outputs, labels) == pytest.approx(1, rel=0.05)
+    assert fit_temperature(outputs * 3, labels) == pytest.approx(3, rel=0.05)
+
+
+def test_the_temperature_of_a_perfect_network_stays_finite() -> None:
+    labels = np.arange(2000) % 3
+    outputs = np.append(4.0 * np.eye(3)[labels], np.zeros((2000, 1)), axis=1).astype(np.float32)
+    few, many = (fit_temperature(outputs[:count], labels[:count]) for count in (20, 2000))
+    # The loss is lowest where the right class has a probability of 21 / 22: 4 / T = log(2 * 21).
+    assert few == pytest.approx(4 / np.log(42), rel=0.01)
+    assert many == pytest.approx(4 / np.log(4002), rel=0.01)
 
 
 def test_predictions_name_the_class_and_flag_foreign_images(made: Classifier) -> None:
