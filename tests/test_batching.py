@@ -1,4 +1,4 @@
-"""The batcher in front of fake engines controlled by hand: no outcome depends on the clock."""
+"""The batcher in front of fake engines: held by hand, or of a known rate."""
 
 from __future__ import annotations
 
@@ -67,6 +67,25 @@ def slow_at_first(seconds: float) -> Engine:
         return answer(batch)
 
     return engine
+
+
+class OneAfterAnother:
+    """An engine that processes one batch at a time, however many it is sent, at an exact rate by its own clock."""
+
+    def __init__(self, images_per_second: float) -> None:
+        self._images_per_second = images_per_second
+        self._in_use = asyncio.Lock()
+        self._worked = 0.0
+
+    async def __call__(self, batch: Pixels) -> Results:
+        async with self._in_use:
+            seconds = len(batch) / self._images_per_second
+            await asyncio.sleep(seconds)
+            self._worked += seconds
+        return answer(batch)
+
+    def clock(self) -> float:
+        return self._worked
 
 
 async def settle() -> None:
@@ -268,31 +287,24 @@ async def test_a_full_queue_refuses_with_a_retry_after_and_keeps_what_waits() ->
 
 @in_a_loop
 async def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
-    release = asyncio.Event()
-
-    async def engine(batch: Pixels) -> Results:
-        await asyncio.sleep(0.1)
-        if batch[0, 0, 0, 0] == 1:
-            await release.wait()
-        return answer(batch)
-
-    batcher = Batcher(engine, max_batch=1, max_queue=50)
-    # One image per 0.1 s while others wait: at most ten per second.
-    await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
-    callers = [asyncio.create_task(batcher(images(1)))]
-    await asyncio.sleep(0.01)
-    callers += [asyncio.create_task(batcher(images(2))) for _ in range(50)]
+    now = 0.0
+    engine = HeldEngine()
+    batcher = Batcher(engine, max_batch=4, max_queue=8, clock=lambda: now)
+    callers = [asyncio.create_task(batcher(images(1, 2, 3, 4))) for _ in range(2)]
     await settle()
-    with pytest.raises(QueueFullError) as refusal:
-        await batcher(images(3))
-    assert 5 <= refusal.value.retry_after <= 60
-    with pytest.raises(QueueFullError) as later:
-        batcher.admit(1, ahead=500)
-    assert later.value.retry_after >= 5 * refusal.value.retry_after
-    for caller in callers:
-        caller.cancel()
-    release.set()
-    await asyncio.gather(*callers, return_exceptions=True)
+    now = 0.4  # ten images per second
+    engine.release(0)
+    await settle()
+    callers += [asyncio.create_task(batcher(images(1, 2, 3, 4))) for _ in range(2)]
+    await settle()
+    for ahead, retry_after in ((0, 2), (20, 4)):  # beside 8 that wait and 4 at the engine
+        with pytest.raises(QueueFullError) as refusal:
+            batcher.admit(1, ahead)
+        assert refusal.value.retry_after == retry_after
+    for number in (1, 2, 3):
+        engine.release(number)
+        await settle()
+    await asyncio.gather(*callers)
 
 
 def test_the_refusal_of_a_single_image_does_not_ask_for_fewer_images() -> None:
@@ -468,17 +480,13 @@ async def test_a_slow_first_batch_causes_no_refusals() -> None:
 
 @in_a_loop
 async def test_a_request_that_would_wait_too_long_is_refused_despite_free_places() -> None:
-    async def engine(batch: Pixels) -> Results:
-        await asyncio.sleep(0.05)
-        return answer(batch)
-
-    batcher = Batcher(engine, max_batch=1, max_queue=1000, max_wait=0.5)
-    # One image per 0.05 s while others wait: at most ten in the half second that they may wait.
+    engine = OneAfterAnother(20)
+    batcher = Batcher(engine, max_batch=1, max_queue=1000, max_wait=0.525, clock=engine.clock)
     await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
     callers = [asyncio.create_task(batcher(images(1))) for _ in range(30)]
     answers = await asyncio.gather(*callers, return_exceptions=True)
     refused = [one for one in answers if isinstance(one, QueueFullError)]
-    assert 15 <= len(refused) <= 25
+    assert len(refused) == 20, "all but the ten whose turn comes in time"
     assert refused[0].retry_after == 1
     assert batcher.waiting == 0
     await batcher(np.concatenate([images(2)] * 12))  # an empty queue accepts any number
@@ -498,25 +506,6 @@ async def test_a_large_request_is_admitted_as_readily_as_a_single_image() -> Non
         await batcher(images(3))
     assert len(await many) == 300
     await asyncio.gather(*busy)
-
-
-class OneAfterAnother:
-    """An engine that processes one batch at a time, however many it is sent, at an exact rate by its own clock."""
-
-    def __init__(self, images_per_second: float) -> None:
-        self._images_per_second = images_per_second
-        self._in_use = asyncio.Lock()
-        self._worked = 0.0
-
-    async def __call__(self, batch: Pixels) -> Results:
-        async with self._in_use:
-            seconds = len(batch) / self._images_per_second
-            await asyncio.sleep(seconds)
-            self._worked += seconds
-        return answer(batch)
-
-    def clock(self) -> float:
-        return self._worked
 
 
 @in_a_loop
