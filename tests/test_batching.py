@@ -307,6 +307,25 @@ async def test_retry_after_follows_the_rate_at_which_the_queue_drains() -> None:
     await asyncio.gather(*callers)
 
 
+@in_a_loop
+async def test_an_engine_error_says_nothing_about_the_rate() -> None:
+    now = 0.0
+    engine = HeldEngine()
+    batcher = Batcher(engine, max_batch=1, max_queue=3, clock=lambda: now)
+    callers = [asyncio.create_task(batcher(images(i))) for i in range(3)]
+    await settle()
+    now = 1.0  # one image per second
+    engine.release(0)
+    await settle()
+    engine.fail(1, RuntimeError("the engine broke"))  # at once
+    await settle()
+    with pytest.raises(QueueFullError) as refusal:
+        batcher.admit(1, ahead=3)
+    assert refusal.value.retry_after == 4  # three, and one at the engine
+    engine.release(2)
+    await asyncio.gather(*callers, return_exceptions=True)
+
+
 def test_the_refusal_of_a_single_image_does_not_ask_for_fewer_images() -> None:
     assert "fewer" not in str(QueueFullError(waiting=1, limit=0, retry_after=1))
     assert "fewer" in str(QueueFullError(waiting=0, limit=4, retry_after=1, count=5))
@@ -490,6 +509,16 @@ async def test_a_request_that_would_wait_too_long_is_refused_despite_free_places
     assert refused[0].retry_after == 1
     assert batcher.waiting == 0
     await batcher(np.concatenate([images(2)] * 12))  # an empty queue accepts any number
+
+
+@in_a_loop
+async def test_an_empty_queue_takes_an_image_however_slow_the_engine_is() -> None:
+    engine = OneAfterAnother(20)
+    batcher = Batcher(engine, max_batch=1, max_wait=0.04, clock=engine.clock)
+    await asyncio.gather(*(batcher(images(0)) for _ in range(3)))
+    with pytest.raises(QueueFullError):
+        batcher.admit(1, ahead=1)
+    assert values(await batcher(images(1))) == [1]
 
 
 @in_a_loop
