@@ -508,7 +508,7 @@ def test_a_refusal_is_delayed_and_later_requests_are_answered_after_it(loop: str
     assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"429", b"200"]
 
 
-def test_hanging_up_before_a_refusal_is_sent_is_no_error() -> None:
+def test_hanging_up_before_a_refusal_is_sent_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with serving("uvloop", Guarded) as port:
         for _ in range(5):
             with connect(port) as client:
@@ -517,6 +517,7 @@ def test_hanging_up_before_a_refusal_is_sent_is_no_error() -> None:
         with connect(port) as client:
             client.sendall(HEAD + LENGTH + b"\r\nbody.")
             expect_reply(client)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_pending_refusals_are_sent_when_the_server_stops() -> None:
