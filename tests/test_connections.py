@@ -362,10 +362,11 @@ def test_many_small_chunks_form_one_body() -> None:
         expect_reply(client)
 
 
-def test_no_connection_becomes_a_websocket() -> None:
+@pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
+def test_no_connection_becomes_a_websocket(method: bytes) -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: x\r\n"
     with connected("uvloop") as client:
-        client.sendall(b"GET /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n")
+        client.sendall(method + b" /pieces HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n")
         response = http.client.HTTPResponse(client)
         response.begin()
         assert (response.status, response.read()) == (200, b"abcdefg")
