@@ -326,8 +326,9 @@ async def test_an_engine_error_says_nothing_about_the_rate() -> None:
     await asyncio.gather(*callers, return_exceptions=True)
 
 
-def test_the_refusal_of_a_single_image_does_not_ask_for_fewer_images() -> None:
+def test_only_a_call_that_can_never_fit_is_told_to_send_fewer_images() -> None:
     assert "fewer" not in str(QueueFullError(waiting=1, limit=0, retry_after=1))
+    assert "fewer" not in str(QueueFullError(waiting=3, limit=4, retry_after=1, count=4))
     assert "fewer" in str(QueueFullError(waiting=0, limit=4, retry_after=1, count=5))
 
 
