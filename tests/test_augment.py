@@ -32,7 +32,7 @@ def test_flips_alternate_and_epochs_repeat_exactly(loaded: data.Data) -> None:
     assert all(odd[image] is not flipped for image, flipped in even.items())
     assert by_image(0) == even
     batches = Augmented(loaded.train, recipe.model_copy(update={"flip": 0}), torch.device("cpu"))
-    assert not any(by_image(epoch)[image] for epoch in (0, 1) for image in by_image(epoch))
+    assert not any(flipped for epoch in (0, 1) for flipped in by_image(epoch).values())
 
 
 def test_translation_reflects_at_the_border_and_cutout_blanks_a_square(loaded: data.Data) -> None:
