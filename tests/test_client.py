@@ -43,6 +43,8 @@ BROKEN = {
     "broken/empty.jpg": (b"", "invalid_image"),
     "broken/text.png": (b"no image at all", "unsupported_media_type"),
 }
+NUMBERS = {"confidence", "probabilities"}
+"""Columns whose last digit depends on the batch."""
 VERDICT = {
     "predicted_class": 1,
     "class_name": "frame",
@@ -98,10 +100,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def paths(folder: Path) -> list[str]:
     """In the order in which a folder is walked: its own files first, then those of its subfolders."""
     return [str(folder / f"{i:03}.png") for i in range(PICTURES)] + [str(folder / name) for name in BROKEN]
-
-
-def test_a_folder_yields_every_file_of_a_known_format() -> None:
-    assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS} == SUFFIXES
 
 
 class Trouble(ThreadingHTTPServer):
@@ -178,6 +176,10 @@ def trouble(*script: Any, seconds: float = 0.0) -> Iterator[tuple[Trouble, str]]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_a_folder_yields_every_file_of_a_known_format() -> None:
+    assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS} == SUFFIXES
 
 
 class TestRows:
@@ -323,9 +325,6 @@ class TestRows:
         assert sum(row["error_code"] is None for row in rows) == PICTURES
 
 
-NUMBERS = {"confidence", "probabilities"}
-
-
 class TestTrouble:
     def test_retry_after_is_honoured(self, folder: Path) -> None:
         with trouble(answer(429, "2")) as (server, url):
@@ -357,8 +356,8 @@ class TestTrouble:
         self, folder: Path, tmp_path: Path
     ) -> None:
         """One of four: its batch is halved twice, then the image alone is tried three times."""
-        late = [answer(504)] * 3
-        with trouble(*late[:1], answer(200), *late[:1], *late, seconds=0) as (server, url):
+        late = answer(504)
+        with trouble(late, answer(200), late, *[late] * 3) as (server, url):
             out = tmp_path / "out.jsonl"
             run(folder / "00[0-3].png", "--url", url, "--batch", 4, "--in-flight", 1, "--out", out, code=1)
             assert len(server.asked) == 7

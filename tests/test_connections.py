@@ -1,4 +1,7 @@
-"""Slow clients are cut off, and patient ones are not. Under load: tests/faults/test_slow_clients.py."""
+"""Connections of clients that dawdle, send what is not HTTP, pipeline, or are refused from their headers.
+
+Slow clients under load: tests/faults/test_slow_clients.py.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,10 @@ SLOWER = HEAD.replace(b"/ ", b"/slower ") + b"Content-Length: 0\r\n\r\n"
 
 class Hasty(Connection):
     receive_seconds = send_seconds = PATIENCE
+
+
+class Patient(Hasty):
+    send_seconds = 10 * PATIENCE
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -118,6 +125,34 @@ def connected(loop: str, connection: type[Connection] = Hasty) -> Iterator[socke
         yield client
 
 
+def expect_reply(client: socket.socket) -> None:
+    reply = b""
+    while not reply.endswith(b"xx"):
+        reply += client.recv(1) or pytest.fail(f"closed after {reply!r}")
+
+
+def read_all(client: socket.socket) -> bytes:
+    """All bytes until the connection ends, even if only by its idle timeout."""
+    received = b""
+    with suppress(ConnectionError):  # a reset: not everything sent was read
+        while chunk := client.recv(2**16):
+            received += chunk
+    return received
+
+
+def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]:
+    """Send ``start`` and then ``more`` endlessly; returns the reply and the number of bytes sent until it came."""
+    client.sendall(start)
+    sent = len(start)
+    try:
+        while sent < 2**26:
+            client.sendall(more)
+            sent += len(more)
+    except OSError:
+        pass
+    return read_all(client), sent
+
+
 def headers_that_never_end(client: socket.socket) -> None:
     client.sendall(HEAD)
     while True:
@@ -136,12 +171,6 @@ def a_body_that_goes_on_after_its_refusal(client: socket.socket) -> None:
 def nothing_at_all(client: socket.socket) -> None:
     assert client.recv(1) == b""
     raise ConnectionError
-
-
-def expect_reply(client: socket.socket) -> None:
-    reply = b""
-    while not reply.endswith(b"xx"):
-        reply += client.recv(1) or pytest.fail(f"closed after {reply!r}")
 
 
 def a_second_request_that_never_ends(client: socket.socket) -> None:
@@ -207,7 +236,7 @@ def test_a_client_that_dawdles_is_cut_off(dawdle: Callable[[socket.socket], None
 @pytest.mark.parametrize("start", [HEAD, FULL], ids=["answered", "refused"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_request_that_arrives_with_the_rest_of_an_answered_one_is_not_idle(loop: str, start: bytes) -> None:
-    with serving(loop, Guarded) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected(loop, Guarded) as client:
         client.sendall(start + LENGTH + b"\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 ")
         client.sendall(b"body." + SLOWER)
@@ -217,16 +246,12 @@ def test_a_request_that_arrives_with_the_rest_of_an_answered_one_is_not_idle(loo
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_client_does_not_dawdle_while_nothing_is_read_from_it(loop: str) -> None:
     """With a request waiting for the reply to another one, the server reads no more, although the client sends it."""
-    with serving(loop) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected(loop) as client:
         for piece in (SLOWER, SLOWER + HEAD, b"Content-Length: 0\r\n\r\n"):
             client.sendall(piece)
             time.sleep(0.05)
         for _ in range(3):
             expect_reply(client)
-
-
-class Patient(Hasty):
-    send_seconds = 10 * PATIENCE
 
 
 def test_a_slow_but_steady_client_gets_everything() -> None:
@@ -284,28 +309,6 @@ def test_malformed_http_gets_the_common_error_format() -> None:
         assert (response.status, error["code"]) == (400, "invalid_request")
         assert error["request_id"] == response.headers["x-request-id"]
         assert client.recv(1) == b""
-
-
-def read_all(client: socket.socket) -> bytes:
-    """All bytes until the connection ends, even if only by its idle timeout."""
-    received = b""
-    with suppress(ConnectionError):  # a reset: not everything sent was read
-        while chunk := client.recv(2**16):
-            received += chunk
-    return received
-
-
-def flood(client: socket.socket, start: bytes, more: bytes) -> tuple[bytes, int]:
-    """Send ``start`` and then ``more`` endlessly; returns the reply and the number of bytes sent until it came."""
-    client.sendall(start)
-    sent = len(start)
-    try:
-        while sent < 2**26:
-            client.sendall(more)
-            sent += len(more)
-    except OSError:
-        pass
-    return read_all(client), sent
 
 
 @pytest.mark.parametrize("more", [b"a:b\r\n" * 1000, b"X: " + b"y" * 5000], ids=["many", "long"])
@@ -554,7 +557,7 @@ def test_a_request_that_has_arrived_when_the_server_stops_is_answered(loop: str,
         made[0].shutdown()
 
     path = b"/full" if connection is Guarded else b"/"
-    with serving(loop, Stopped) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with connected(loop, Stopped) as client:
         client.sendall(HEAD + LENGTH + b"\r\nbody.")
         expect_reply(client)
         made[0].loop.call_soon_threadsafe(stop_late)
