@@ -512,6 +512,27 @@ def test_a_refusal_is_delayed_and_later_requests_are_answered_after_it(loop: str
     assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"429", b"200"]
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_little_of_what_follows_a_request_is_read_before_its_refusal(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.connections.REFUSAL_SECONDS", PATIENCE)
+    large = HEAD + b"Content-Length: %d\r\n\r\n" % REPLY + bytes(REPLY)
+    held: list[int] = []
+
+    class Watched(Guarded):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            held.append(len(self._held))
+
+    with connected(loop, Watched) as client:
+        client.sendall(FULL + LENGTH + b"\r\nbody.")
+        time.sleep(PATIENCE / 10)
+        client.sendall(large)
+        assert re.findall(rb"HTTP/1.1 (\d+) ", read_all(client)) == [b"429", b"200"]
+    assert 0 < max(held) < 2**20, "what one read returns"
+
+
 def test_hanging_up_before_a_refusal_is_sent_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with serving("uvloop", Guarded) as port:
         for _ in range(5):
