@@ -373,6 +373,7 @@ def test_no_connection_becomes_a_websocket(method: bytes) -> None:
         response = http.client.HTTPResponse(client)
         response.begin()
         assert (response.status, response.read()) == (200, b"abcdefg")
+        assert response.will_close == (method == b"CONNECT")  # what follows that is not HTTP
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
