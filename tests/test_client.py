@@ -29,7 +29,6 @@ from client.errors import ClientError
 from client.images import SUFFIXES
 from client.journal import beside
 from client.remote import API_KEY
-from model import store
 from model.artifact import Artifact
 from model.headers import FORMATS
 from serving import access
@@ -601,4 +600,3 @@ def test_a_model_is_chosen_by_name(toy_artifact: Artifact, toy_folder: Path, tmp
     assert {row["model"] for row in rows} == {None, f"toy:{toy_artifact.version}"}
     right = sum(Path(row["path"]).parent.name == row["class_name"] for row in rows)
     assert right >= 0.9 * len(rows)
-    assert store.SHIPPED.exists()
