@@ -136,13 +136,19 @@ def _png(data: bytes) -> Header:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and length of each chunk's content; four bytes of checksum follow it."""
-    at = 8
+    """Kind, start and length of each chunk's content; four bytes of checksum follow it.
+
+    Ends at the image's end: editors that overwrite a longer file leave its rest behind, and decoders do not read it.
+    """
+    at, has_pixels = 8, False
     for _ in range(MAX_STEPS):
         if at + 8 > len(data):
             break
         length, kind = struct.unpack_from(">I4s", data, at)
         yield kind, at + 8, length
+        has_pixels |= kind == b"IDAT"
+        if kind == b"IEND" and has_pixels:  # before any pixels, a decoder would read on
+            break
         at += 12 + length
 
 

@@ -261,6 +261,8 @@ SAMPLES = {
     "tiff with alpha": encode(CLEAR, "TIFF"),
     "compressed tiff": encode(OPAQUE, "TIFF", compression="tiff_lzw"),
 }
+CHUNK_OF_2_GB = struct.pack(">I4s", 2**31 - 1, b"zTXt") + bytes(1000)
+"""The first kilobyte of one, by which a PNG must not be judged once it has ended."""
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -274,6 +276,21 @@ def test_truncated_images_raise_image_errors(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_follows_an_image_is_ignored(name: str) -> None:
+    data = SAMPLES[name]
+    expected = decode(data)
+    for rest in (bytes(1), bytes(1000), b"x" * 1000, data, CHUNK_OF_2_GB):
+        np.testing.assert_array_equal(decode(data + rest), expected)
+
+
+def test_an_end_before_the_pixels_of_a_png_does_not_end_it() -> None:
+    start = SAMPLES["png"].index(b"IDAT") - 4
+    pixels, end = SAMPLES["png"][start:-12], SAMPLES["png"][-12:]
+    with pytest.raises(ImageError, match="a chunk of 2147483647 bytes is not all there"):
+        inspect(SAMPLES["png"][:start] + end + CHUNK_OF_2_GB + pixels + end)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_damaged_images_give_pixels_or_image_errors(name: str) -> None:
     random = np.random.default_rng(3)
