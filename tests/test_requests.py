@@ -9,6 +9,7 @@ import random
 import tracemalloc
 from collections.abc import Sequence
 from http import HTTPStatus
+from urllib.parse import quote
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -89,8 +90,10 @@ def encoded(content: bytes) -> str:
         f"data:image/jpeg;base64,{encoded(CONTENT)}",
         f"DATA:image/svg+xml;charset=utf-8;BASE64,{encoded(CONTENT)}",
         f"data:;base64,{encoded(CONTENT)}",
+        f"data:image/jpeg;base64,{quote(encoded(CONTENT), safe='')}",
+        f"data:image/jpeg;base64,{quote(encoded(CONTENT), safe='').replace('%2B', '%2b').replace('%3D', '%3d')}",
     ],
-    ids=["plain", "lines", "crlf lines", "data url", "capitals", "no type"],
+    ids=["plain", "lines", "crlf lines", "data url", "capitals", "no type", "escapes", "escapes in lower case"],
 )
 def test_json_carries_base64(text: str) -> None:
     assert one(JSON, json.dumps({"image": text, "more": 1}).encode()) == CONTENT
@@ -146,6 +149,8 @@ UNSUPPORTED = (415, "unsupported_media_type")
         pytest.param(JSON, b'{"image": "data:image/png,aGk="}', id="data url without base64"),
         pytest.param(JSON, b'{"image": "data:image/png;base64"}', id="data url without data"),
         pytest.param(JSON, b'{"image": "data:image/png;base64,http://127.0.0.1/"}', id="a url in a data url"),
+        pytest.param(JSON, b'{"image": "data:image/png;base64,%00%zz%"}', id="other escapes in a data url"),
+        pytest.param(JSON, b'{"image": "aGk%3D"}', id="escapes outside a data url"),
         pytest.param(JSON, b"[" * 19_000, id="nested deeply"),
         pytest.param(JSON, b'{"image": "\\ud800"}', id="half a surrogate"),
     ],
@@ -243,9 +248,9 @@ def test_json_with_many_values_is_refused_before_objects_are_created(value: str,
     assert most < 50_000
 
 
-def test_white_space_in_base64_takes_no_extra_memory() -> None:
+@pytest.mark.parametrize("text", ["AAAA " * 100_000, "data:;base64," + "AAA%2B" * 100_000])
+def test_pieces_of_base64_take_no_extra_memory(text: str) -> None:
     """One string per piece, for millions of pieces, would take twenty times the memory of the body."""
-    text = "AAAA " * 100_000
     tracemalloc.start()
     assert len(_base64(text)) == 300_000
     _, most = tracemalloc.get_traced_memory()
