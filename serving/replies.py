@@ -14,8 +14,8 @@ from serving.context import request_id
 from serving.errors import Failure
 from serving.options import Options
 
-DIGITS = 6
-"""Decimal places of a probability."""
+DIGITS = 8
+"""Decimal places of a probability: with fewer, those of a reply would add up to visibly more or less than 1."""
 
 
 class Classification(BaseModel):

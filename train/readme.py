@@ -30,7 +30,7 @@ README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)
 EXAMPLE = re.compile(r"(?<=\n)\$ curl -F .+ http://localhost:3000/classify .*\n\{.+\}(?=\n)")
 PICTURES = "tests/images"
-DIGITS = 6
+DIGITS = 8
 """Decimal places of a probability, as the service rounds it."""
 NAMED_CLASSES = 20
 """Most classes to list by name; more are only counted."""
