@@ -21,6 +21,8 @@ from serving.pacing import without_blocking
 from settings import Settings
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
+IDENTITY = "identity"
+"""The content coding that means none."""
 Item = bytes | ApiError
 """One image of a batch, or what is wrong with it."""
 OTHER_VALUES = 100_000
@@ -69,7 +71,8 @@ async def read_images(request: Request, settings: Settings) -> list[Item]:
 
 
 def _content_type(request: Request) -> tuple[str, dict[str, str]]:
-    if encoding := header(request.scope["headers"], b"content-encoding"):
+    encoding = header(request.scope["headers"], b"content-encoding") or IDENTITY
+    if encoding.lower() != IDENTITY:
         raise unsupported_media_type(f"content-encoding {encoding[:40]!r}; expected a body without one")
     media_type, options = parse_options_header(header(request.scope["headers"], b"content-type") or "")
     media_type = media_type.lower()

@@ -226,6 +226,11 @@ def test_compressed_bodies_are_415(encoding: str) -> None:
     assert refused("image/jpeg", b"x", content_encoding=encoding) == UNSUPPORTED
 
 
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+def test_a_body_may_be_called_uncompressed(encoding: str) -> None:
+    assert one("image/jpeg", CONTENT, content_encoding=encoding) == CONTENT
+
+
 class Endless:
     """An endless body that counts how much of it was requested."""
 
