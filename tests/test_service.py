@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
+from PIL import Image
 
 from model import runtimes
 from model.artifact import ONNX_INT8, QUANTISED, REFERENCE, Artifact, seal
@@ -269,6 +271,7 @@ with bentoml.SyncHTTPClient(url) as client:
     answers = [
         client.classify(image=Path(first)),
         client.classify_batch(images=[Path(first), *map(Path, others)]),
+        {"picture": client.explain(image=Path(first)).read_bytes().hex()},
     ]
 print(json.dumps([a if isinstance(a, dict) else a.model_dump() for a in answers]))
 """
@@ -280,11 +283,12 @@ def test_bentomls_own_client_works(server: Server, tmp_path: Path) -> None:
     first.write_bytes(JPEG)
     second.write_bytes(encode(picture(1)))
     broken.write_bytes(b"broken")
-    single, several = json.loads(python(tmp_path, "-c", CLIENT, server.url, first, second, broken).stdout)
+    single, several, explained = json.loads(python(tmp_path, "-c", CLIENT, server.url, first, second, broken).stdout)
     assert_says(single, JPEG)
     assert_says(several["results"][0], JPEG)
     assert_says(several["results"][1], second.read_bytes())
     assert several["results"][2]["error"]["code"] == "unsupported_media_type"
+    assert Image.open(io.BytesIO(bytes.fromhex(explained["picture"]))).format == "PNG"
 
 
 # --- refused requests ---
