@@ -68,6 +68,12 @@ PARAMETERS = [
             {"type": "boolean"},
         ),
         (
+            "top",
+            "query",
+            "List this many of the most probable classes, by name, instead of the probabilities of all.",
+            {"type": "integer", "minimum": 1},
+        ),
+        (
             "X-Request-ID",
             "header",
             "Request id to use, if it is 1 to 64 letters, digits, dots, hyphens and underscores.",

@@ -21,6 +21,8 @@ class Options:
     """Confidence below which no verdict is wanted."""
     abstain_foreign: bool = False
     """Whether no verdict is wanted on an image that does not resemble the training images."""
+    top: int | None = None
+    """How many classes to list, the most probable ones, instead of the probabilities of all."""
 
     @property
     def may_abstain(self) -> bool:
@@ -34,8 +36,8 @@ def read_options(request: Request) -> Options:
     """The options of a request; raises ``ApiError`` for one that is unknown, repeated or invalid."""
     if not request.scope["query_string"]:
         return NO_OPTIONS
-    readers = {"prediction_set": _share, "abstain_below": _share, "abstain_foreign": _flag}
-    chosen: dict[str, float | bool] = {}
+    readers = {"prediction_set": _share, "abstain_below": _share, "abstain_foreign": _flag, "top": _count}
+    chosen: dict[str, float | bool | int] = {}
     for name, value in request.query_params.multi_items():
         if name not in readers:
             raise bad_request(f"query parameter {name[:40]!r}; expected one of {', '.join(readers)}")
@@ -59,6 +61,16 @@ def _flag(name: str, value: str) -> bool:
     if value.lower() not in ("true", "false"):
         raise bad_request(f"{name}={value[:40]!r}; expected true or false")
     return value.lower() == "true"
+
+
+def _count(name: str, value: str) -> int:
+    try:
+        count = int(value)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise bad_request(f"{name}={value[:40]!r}; expected a whole number from 1 on")
+    return count
 
 
 def read_timeout(request: Request, limit: float) -> float:

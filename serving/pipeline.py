@@ -81,7 +81,8 @@ class Pipeline:
         verdicts = [item if isinstance(item, ApiError) else next(predictions) for item in decoded]
         accounting.add_verdicts(items, verdicts)
         with stages.timed("reply"):
-            document = orjson.dumps({"results": [self._result(verdict, options) for verdict in verdicts]})
+            results = [self._result(verdict, options) async for verdict in without_blocking(verdicts)]
+            document = orjson.dumps({"results": results})
         return Response(document, headers=stages.headers(), media_type=JSON)
 
     def _result(self, verdict: Verdict, options: Options) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 from model.classifier import Classifier, Prediction
@@ -18,13 +19,20 @@ DIGITS = 8
 """Decimal places of a probability: with fewer, those of a reply would add up to visibly more or less than 1."""
 
 
+class Ranked(BaseModel):
+    class_index: int
+    class_name: str
+    probability: float = Field(ge=0, le=1, description="Calibrated.")
+
+
 class Classification(BaseModel):
     predicted_class: int | None = Field(description="Index of the most probable class; null when abstained.")
     class_name: str | None = Field(description="Its name; null when abstained.")
     confidence: float = Field(ge=0, le=1, description="Calibrated probability of that class.")
     all_probabilities: dict[str, float] = Field(
-        description="Calibrated probability of each class index; they sum to 1."
+        default={}, description="Calibrated probability of each class index; they sum to 1. Not with ?top."
     )
+    top: list[Ranked] = Field(default=[], description="With ?top: that many classes, the most probable first.")
     in_distribution: bool = Field(description="Whether the image resembles the training images.")
     prediction_set: list[str] = Field(
         default=[],
@@ -54,13 +62,14 @@ class Replies:
 
     def __init__(self, tag: str, classifier: Classifier) -> None:
         self._tag, self._classifier = tag, classifier
+        self._indices = [str(index) for index in range(len(classifier.config.classes))]
 
     def __call__(self, prediction: Prediction, options: Options) -> dict[str, Any]:
         reply = {
             "predicted_class": prediction.class_index,
             "class_name": prediction.class_name,
             "confidence": round(prediction.confidence, DIGITS),
-            "all_probabilities": {str(i): round(p, DIGITS) for i, p in enumerate(prediction.probabilities.tolist())},
+            **self._probabilities(prediction, options.top),
             "in_distribution": prediction.in_distribution,
             "model": self._tag,
             "request_id": request_id.get(),
@@ -70,6 +79,18 @@ class Replies:
         if options.may_abstain:
             self._abstain(prediction, options, reply)
         return reply
+
+    def _probabilities(self, prediction: Prediction, top: int | None) -> dict[str, Any]:
+        """Of all classes, or of the ``top`` most probable ones: of a thousand classes, few are of interest."""
+        rounded = prediction.probabilities.astype(np.float64).round(DIGITS).tolist()
+        if top is None:
+            return {"all_probabilities": dict(zip(self._indices, rounded, strict=True))}
+        names, ranking = self._classifier.config.classes, np.argsort(-prediction.probabilities, kind="stable")
+        ranked = [
+            {"class_index": index, "class_name": names[index], "probability": rounded[index]}
+            for index in ranking[:top].tolist()
+        ]
+        return {"top": ranked}
 
     def _set(self, prediction: Prediction, level: float) -> list[str]:
         """Class names, likeliest first."""

@@ -90,6 +90,18 @@ def test_options_apply_to_every_image_of_a_batch(server: Server) -> None:
     assert foreign["prediction_set"]
 
 
+def test_the_most_probable_classes_replace_the_probabilities_of_all(server: Server) -> None:
+    plain = classify(server, DOUBTFUL).json()
+    every = classify(server, DOUBTFUL, top=11).json()["top"]
+    assert {str(each["class_index"]): each["probability"] for each in every} == plain["all_probabilities"]
+    assert [each["class_name"] for each in every] == [ARTIFACT.config.classes[each["class_index"]] for each in every]
+    assert every == sorted(every, key=lambda each: -each["probability"])
+    reply = classify(server, DOUBTFUL, top=3).json()
+    assert reply["top"] == every[:3]
+    assert (reply["class_name"], reply["confidence"]) == (every[0]["class_name"], every[0]["probability"])
+    assert "all_probabilities" not in reply
+
+
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
@@ -97,6 +109,9 @@ def test_options_apply_to_every_image_of_a_batch(server: Server) -> None:
         ({"prediction_set": "nan"}, "expected a number between 0 and 1"),
         ({"abstain_below": "-0.5"}, "expected a number between 0 and 1"),
         ({"abstain_foreign": "yes"}, "abstain_foreign='yes'; expected true or false"),
+        ({"top": "0"}, "top='0'; expected a whole number from 1 on"),
+        ({"top": "2.0"}, "top='2.0'; expected a whole number from 1 on"),
+        ({"top": 5000 * "9"}, "expected a whole number from 1 on"),
         ({"prediction_set": ["2", "0.9"]}, "expected a number between 0 and 1"),
         ({"prediction_set": ["0.8", "0.9"]}, "query parameter 'prediction_set' is given twice; expected it once"),
         ({"abstain_bellow": "0.9"}, "query parameter 'abstain_bellow'; expected one of"),

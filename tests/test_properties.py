@@ -174,7 +174,11 @@ def test_any_request_gives_images_or_a_documented_error(content_type: str, body:
             assert 1 <= len(found) <= LIMITS.max_request_images
 
 
-@given(st.dictionaries(st.sampled_from(["prediction_set", "abstain_below", "abstain_foreign"]) | st.text(), st.text()))
+@given(
+    st.dictionaries(
+        st.sampled_from(["prediction_set", "abstain_below", "abstain_foreign", "top"]) | st.text(), st.text()
+    )
+)
 def test_any_query_gives_options_or_a_400(query: dict[str, str]) -> None:
     encoded = urlencode(query, errors="surrogatepass").encode()
     options = outcome(lambda: read_options(request("", b"", encoded)))
@@ -182,6 +186,7 @@ def test_any_query_gives_options_or_a_400(query: dict[str, str]) -> None:
         assert options.status == 400
     else:
         assert options.abstain_below is None or 0 < options.abstain_below < 1
+        assert options.top is None or options.top >= 1
 
 
 @given(st.text(st.characters(codec="latin-1"), max_size=50) | st.floats().map(str))
