@@ -19,6 +19,10 @@ Scores = NDArray[np.float32]
 """(N, K + 1 + K): an engine's outputs, followed by the calibrated probabilities."""
 
 
+DIGITS = 8
+"""Decimal places of a probability: with fewer, those of an image would add up to visibly more or less than 1."""
+
+
 class Prediction(NamedTuple):
     """The verdict on one image; ``probabilities`` (K,) are calibrated and sum to 1."""
 
@@ -30,7 +34,14 @@ class Prediction(NamedTuple):
 
     @property
     def confidence(self) -> float:
-        return float(self.probabilities[self.class_index])
+        """Probability of the class, to ``DIGITS`` decimal places."""
+        return round(float(self.probabilities[self.class_index]), DIGITS)
+
+    @property
+    def rounded(self) -> list[float]:
+        """``probabilities`` to ``DIGITS`` decimal places, which is how callers, files and logs are told them."""
+        rounded: list[float] = self.probabilities.astype(np.float64).round(DIGITS).tolist()
+        return rounded
 
 
 def calibrated(outputs: Outputs, temperature: float) -> Probabilities:

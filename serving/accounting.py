@@ -149,4 +149,4 @@ def _hash(items: Sequence[Item]) -> list[dict[str, Any]]:
 def _summary(verdict: Verdict) -> dict[str, Any]:
     if isinstance(verdict, ApiError):
         return {"code": verdict.code}
-    return {"class": verdict.class_name, "confidence": round(verdict.confidence, 6)}
+    return {"class": verdict.class_name, "confidence": verdict.confidence}

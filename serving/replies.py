@@ -15,9 +15,6 @@ from serving.context import request_id
 from serving.errors import Failure
 from serving.options import Options
 
-DIGITS = 8
-"""Decimal places of a probability: with fewer, those of a reply would add up to visibly more or less than 1."""
-
 
 class Ranked(BaseModel):
     class_index: int
@@ -68,7 +65,7 @@ class Replies:
         reply = {
             "predicted_class": prediction.class_index,
             "class_name": prediction.class_name,
-            "confidence": round(prediction.confidence, DIGITS),
+            "confidence": prediction.confidence,
             **self._probabilities(prediction, options.top),
             "in_distribution": prediction.in_distribution,
             "model": self._tag,
@@ -82,7 +79,7 @@ class Replies:
 
     def _probabilities(self, prediction: Prediction, top: int | None) -> dict[str, Any]:
         """Of all classes, or of the ``top`` most probable ones: of a thousand classes, few are of interest."""
-        rounded = prediction.probabilities.astype(np.float64).round(DIGITS).tolist()
+        rounded = prediction.rounded
         if top is None:
             return {"all_probabilities": dict(zip(self._indices, rounded, strict=True))}
         names, ranking = self._classifier.config.classes, np.argsort(-prediction.probabilities, kind="stable")

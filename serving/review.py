@@ -152,9 +152,9 @@ def _describe(candidate: ReviewCandidate, name: str) -> dict[str, Any]:
         **candidate.about,
         "sha256": name,
         "class": prediction.class_name,
-        "confidence": round(prediction.confidence, 6),
+        "confidence": prediction.confidence,
         "in_distribution": prediction.in_distribution,
-        "probabilities": [round(p, 6) for p in prediction.probabilities.tolist()],
+        "probabilities": prediction.rounded,
     }
 
 

@@ -67,7 +67,8 @@ def test_predictions_name_the_class_and_flag_foreign_images(made: Classifier) ->
     first, second = made(np.array([[0, 5, 0, 0.9], [5, 0, 0, 0.05]], np.float32))
     assert (first.class_index, first.class_name, first.in_distribution) == (1, "b", True)
     assert (second.class_name, second.in_distribution) == ("a", False)
-    assert first.confidence == first.probabilities.max()
+    assert first.confidence == max(first.rounded)
+    assert first.rounded == pytest.approx(first.probabilities.tolist(), abs=1e-8)
 
 
 def test_the_promised_share_of_ordinary_images_is_called_foreign(made: Classifier) -> None:

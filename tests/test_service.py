@@ -649,7 +649,7 @@ def test_overload_is_answered_429_and_the_service_recovers(tmp_path: Path) -> No
 
 def test_photographs_that_would_wait_too_long_are_429_while_small_images_pass(tmp_path: Path) -> None:
     photograph = encode(picture(4, 2000, 3000), "JPEG", quality=90)
-    with serve("embedded", tmp_path, WORKERS=1, MAX_WAIT=0.1) as url, ThreadPoolExecutor(40) as pool:
+    with serve("embedded", tmp_path, WORKERS=1, MAX_WAIT=0.3) as url, ThreadPoolExecutor(40) as pool:
         assert post_raw(url, photograph).status_code == 200
         replies = [pool.submit(post_raw, url, photograph) for _ in range(80)]
         beside = [post_raw(url) for _ in range(10)]

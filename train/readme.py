@@ -30,8 +30,6 @@ README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)
 EXAMPLE = re.compile(r"(?<=\n)\$ curl -F .+ http://localhost:3000/classify .*\n\{.+\}(?=\n)")
 PICTURES = "tests/images"
-DIGITS = 8
-"""Decimal places of a probability, as the service rounds it."""
 NAMED_CLASSES = 20
 """Most classes to list by name; more are only counted."""
 NOT_MEASURED = "-"
@@ -58,11 +56,10 @@ def example(artifact: Artifact, root: Path = README.parent) -> str:
     pixels = preprocess(file.read_bytes(), artifact.config.input_size)
     (verdict,) = classifier(create(ONNX_INT8, artifact)(pixels[None]))
     name, in_distribution = json.dumps(verdict.class_name, ensure_ascii=False), json.dumps(verdict.in_distribution)
-    confidence, first = (round(float(value), DIGITS) for value in (verdict.confidence, verdict.probabilities[0]))
     return (
         f"$ curl -F {shlex.quote(f'image=@{path}')} http://localhost:3000/classify          # in another terminal\n"
-        f'{{"predicted_class":{verdict.class_index},"class_name":{name},"confidence":{confidence},"all_probabilities":'
-        f'{{"0":{first},…}},"in_distribution":{in_distribution},"model":"…","request_id":"…"}}'
+        f'{{"predicted_class":{verdict.class_index},"class_name":{name},"confidence":{verdict.confidence},"all_probabilities":'
+        f'{{"0":{verdict.rounded[0]},…}},"in_distribution":{in_distribution},"model":"…","request_id":"…"}}'
     )
 
 
