@@ -411,7 +411,7 @@ def no_onnx(path: Path) -> Path:
         (functools.partial(write, Centred()), "among 32; expected the same: export it in inference mode, model.eval()"),
         (
             functools.partial(write, nn.Sequential(nn.Flatten(), nn.Linear(3 * toy.SIDE**2, 3))),
-            "it has no INT8 form: no convolution to quantise; expected --no-int8",
+            "no convolution to quantise; expected a network that has an INT8 form, or --no-int8",
         ),
     ],
 )

@@ -16,16 +16,17 @@ import argparse
 import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto
+from onnxruntime import InferenceSession
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -79,22 +80,21 @@ def _write(
 
 
 def _quantize(fp32: Path, quantised: Path, data: Data) -> None:
-    try:
+    with _expecting("a network that has an INT8 form, or --no-int8"):
         quantize(fp32, quantised, calibration_images(data))
         OnnxRuntime(quantised, ONNX_INT8)
-    except Exception as error:  # ONNX Runtime's errors have no common base class
-        raise CommandError(f"it has no INT8 form: {first_line(error)}; expected --no-int8") from error
 
 
 def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """(B, D) features of some training images; height and width of the maps that explain their logits, or ``WHOLE``."""
-    images = evenly_spaced(data.train.images, BANK_IMAGES)
+    with _expecting("a network that ONNX Runtime can run"):
+        session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     outputs = [LOGITS, FEATURES, *([MAPS] if network.head else [])]
-    run = _runner(model, outputs)
+    images = evenly_spaced(data.train.images, BANK_IMAGES)
     batches = in_batches(images, BATCH)
-    bank, cells, every = [], set(), []
+    every, bank, cells = [], [], set()
     for batch in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):
-        logits, features, *maps = run(images[batch])
+        logits, features, *maps = _run(session, outputs, images[batch])
         if logits.shape != (len(images[batch]), len(data.classes)):
             raise CommandError(
                 f"the network gives outputs of shape {logits.shape[1:]}; expected one for each class of {data.source}, "
@@ -104,38 +104,24 @@ def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.f
         bank.append(features)
         cells.add(maps[0].shape[2:] if maps and network.explains(maps[0], logits) else WHOLE)
     _require_logits(np.concatenate(every))
-    (alone, *_), together = run(images[:1]), every[0]
-    if not close(alone, together[:1]):
-        raise CommandError(
-            f"the network gives an image {_shown(alone[0])} alone and {_shown(together[0])} among {len(together)}; "
-            "expected the same: export it in inference mode, model.eval(), and without dynamic quantisation"
-        )
+    _require_independence(_run(session, [LOGITS], images[:1])[0][0], every[0])
     return np.concatenate(bank), cells.pop() if len(cells) == 1 else WHOLE
 
 
-def _runner(model: ModelProto, outputs: list[str]) -> Callable[[Pixels], list[NDArray[np.float32]]]:
-    """Computes ``outputs`` for images (N, H, W, 3); raises ``CommandError`` if ONNX Runtime cannot."""
+@contextmanager
+def _expecting(what: str) -> Iterator[None]:
+    """Make any error a ``CommandError`` of one line: those of ONNX and ONNX Runtime have no common base class."""
+    try:
+        yield
+    except Exception as error:
+        raise CommandError(f"{first_line(error)}; expected {what}") from error
 
-    def attempt(what: Callable[[], Any], expected: str) -> Any:
-        try:
-            return what()
-        except Exception as error:  # ONNX Runtime's errors have no common base class
-            raise CommandError(f"{first_line(error)}; expected {expected}") from error
 
-    content = model.SerializeToString()
-    session = attempt(
-        lambda: onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]),
-        "a network that ONNX Runtime can run",
-    )
-
-    def run(images: Pixels) -> list[NDArray[np.float32]]:
-        shape = len(images), CHANNELS, *images.shape[1:3]
-        computed: list[NDArray[np.float32]] = attempt(
-            lambda: session.run(outputs, {"images": images}), f"a network for images {shape}, and any number of them"
-        )
-        return computed
-
-    return run
+def _run(session: InferenceSession, outputs: list[str], images: Pixels) -> list[NDArray[np.float32]]:
+    """The ``outputs`` for ``images`` (N, H, W, 3)."""
+    with _expecting(f"a network for images {(len(images), CHANNELS, *images.shape[1:3])}, and any number of them"):
+        computed: list[NDArray[np.float32]] = session.run(outputs, {"images": images})
+    return computed
 
 
 def _require_logits(outputs: NDArray[np.float32]) -> None:
@@ -145,6 +131,15 @@ def _require_logits(outputs: NDArray[np.float32]) -> None:
     if outputs.min() >= 0 and np.allclose(outputs.sum(axis=1), 1, atol=1e-2):
         raise CommandError(
             "the network gives probabilities, but not straight from a softmax; expected logits, or that softmax last"
+        )
+
+
+def _require_independence(alone: NDArray[np.float32], together: NDArray[np.float32]) -> None:
+    """Raise ``CommandError`` unless the first of the logits ``together`` (N, K) is that of its image ``alone`` (K,)."""
+    if not close(alone, together[0]):
+        raise CommandError(
+            f"the network gives an image {_shown(alone)} alone and {_shown(together[0])} among {len(together)}; "
+            "expected the same: export it in inference mode, model.eval(), and without dynamic quantisation"
         )
 
 
