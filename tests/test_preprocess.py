@@ -265,7 +265,6 @@ CHUNK_OF_2_GB = struct.pack(">I4s", 2**31 - 1, b"zTXt") + bytes(1000)
 """The first kilobyte of one, by which a PNG must not be judged once it has ended."""
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_truncated_images_raise_image_errors(name: str) -> None:
     data = SAMPLES[name]
@@ -275,7 +274,6 @@ def test_truncated_images_raise_image_errors(name: str) -> None:
             decode(data[: len(data) * tenth // 10])
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_what_follows_an_image_is_ignored(name: str) -> None:
     data = SAMPLES[name]
