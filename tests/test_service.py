@@ -59,7 +59,7 @@ TIMEOUT = 60
 """Seconds; generous for a busy machine, as replies take milliseconds."""
 SAME = 1e-4
 """Maximum difference between probabilities of the same image. Measured: none, in INT8 and FP32, for batches of 1 to 64,
-because integer sums are exact in any order. It allows for the reply's six decimals and for float layers elsewhere."""
+because integer sums are exact in any order. It allows for the reply's rounding and for float layers elsewhere."""
 
 ARTIFACT = Artifact.load(SHIPPED)
 CLASSIFIER = Classifier(ARTIFACT.config, ARTIFACT.reference(ONNX_INT8))
