@@ -68,6 +68,18 @@ class Shifted(Pooled):
         return torch.addmm(self.head.bias * features.mean(1, keepdim=True), features, self.head.weight.T)
 
 
+class Ordinal(Pooled):
+    """Ends nearly so: one score, to which each class adds its own threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32, 1, bias=False)
+        self.thresholds = nn.Parameter(torch.tensor([-0.5, 0.0, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.thresholds
+
+
 class Flat(nn.Module):
     """Ends like a VGG: linear layers on all places."""
 
@@ -228,7 +240,7 @@ def test_a_head_written_as_product_and_sum_is_recognised(
     assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
 
 
-@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted])
+@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted, Ordinal])
 def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
     kind: type[nn.Module], data: Data, toy_folder: Path, tmp_path: Path
 ) -> None:

@@ -152,7 +152,10 @@ def _head(
         weight = weight.T
     if len(node.input) > 2:
         bias = constants.get(node.input[2], bias)
-    return node.input[0], (weight, np.broadcast_to(bias.astype(np.float32).ravel(), len(weight)))
+    bias = bias.astype(np.float32).ravel()
+    if len(bias) not in (1, len(weight)):  # one score with a threshold for each class, as in ordinal regression
+        return logits, None
+    return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
 
 
 def _maps(features: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]) -> str | None:
