@@ -88,11 +88,16 @@ def _sizes(a: Card, b: Card) -> Iterator[Row]:
 
 
 def _per_class(a: Artifact, b: Artifact) -> Iterator[Row]:
-    """Recall of each class in INT8; a class that only one of them knows has no difference."""
-    shares = [_metrics(artifact.card).get(ONNX_INT8, {}).get("per_class", {}) for artifact in (a, b)]
+    """Recall of each class; a class that only one of them knows has no difference.
+
+    In INT8, or the nearest format that both were measured in: a network trained elsewhere may have no INT8.
+    """
+    shared = [runtime for runtime, _, _ in _shared(a.card, b.card)]
+    runtime = shared[-1] if shared else ONNX_INT8
+    shares = [_metrics(artifact.card).get(runtime, {}).get("per_class", {}) for artifact in (a, b)]
     for name in dict.fromkeys((*a.config.classes, *b.config.classes)):
         one, other = (share.get(name) for share in shares)
-        yield (f"{name} {ONNX_INT8}", _share(one), _share(other), _points(one, other))
+        yield (f"{name} {runtime}", _share(one), _share(other), _points(one, other))
 
 
 def _images_note(a: Card, b: Card) -> str:

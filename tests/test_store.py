@@ -291,6 +291,8 @@ def test_a_version_without_int8_is_promoted_by_the_figures_it_has(
     assert served(home) == tag(lean)
     (line,) = [line for line in store(home, "list").splitlines() if tag(lean) in line]
     assert line.split()[4:8] == ["91.00%", "-", "1,000", "1.00%"]
+    (recall,) = [line for line in store(home, "compare", tag(versions["a"]), tag(lean)).splitlines() if "frame" in line]
+    assert recall.split() == ["frame", "onnx", "90.00%", "91.00%", "+1.00", "points"]
 
 
 @pytest.mark.parametrize(
