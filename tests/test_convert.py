@@ -383,6 +383,16 @@ def nothing(path: Path) -> Path:
     return path
 
 
+def no_standard_operator(path: Path) -> Path:
+    """Is of the operators for classical machine learning alone, as converters of scikit-learn's models write it."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, *SIZE])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])
+    node = helper.make_node("Normalizer", ["x"], ["y"], domain="ai.onnx.ml")
+    graph, versions = helper.make_graph([node], "ml", [value], [output]), [helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=versions), path)
+    return path
+
+
 def unknown_operator(path: Path) -> Path:
     model = onnx.load(write(Pooled(), path))
     model.opset_import.append(helper.make_opsetid("com.acme", 1))
@@ -405,7 +415,7 @@ def no_onnx(path: Path) -> Path:
         (functools.partial(write, TwoOutputs()), "1 inputs, 2 outputs; expected one of each"),
         (
             functools.partial(write, nn.Sequential(Pooled(), nn.Linear(3, 4))),
-            "the network gives outputs of shape (4,); expected one for each class of",
+            "the network gives outputs of shape (32, 4); expected (32, 3): for each image, one for each class",
         ),
         (any_size, "takes images of any size; expected --size"),
         (
@@ -416,7 +426,8 @@ def no_onnx(path: Path) -> Path:
             functools.partial(write_for, (1, 3, *SIZE), Fixed(), {0: "N"}),
             "expected a network for images (32, 3, 24, 24), and any number of them",
         ),
-        (nothing, "the network gives outputs of shape (1728,); expected one for each class of"),
+        (nothing, "the network gives outputs of shape (32, 1728); expected (32, 3)"),
+        (no_standard_operator, "own.onnx: it has none of the standard operators; expected a valid ONNX file"),
         (unknown_operator, "expected a network that ONNX Runtime can run"),
         (functools.partial(write, nn.Sequential(Pooled(), nn.Sigmoid())), "ends in a sigmoid, for classes"),
         (functools.partial(write, Clipped()), "gives probabilities, but not straight from a softmax; expected logits"),

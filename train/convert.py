@@ -95,10 +95,11 @@ def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.f
     every, bank, cells = [], [], set()
     for batch in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):
         logits, features, *maps = _run(session, outputs, images[batch])
-        if logits.shape != (len(images[batch]), len(data.classes)):
+        expected = (len(images[batch]), len(data.classes))
+        if logits.shape != expected:
             raise CommandError(
-                f"the network gives outputs of shape {logits.shape[1:]}; expected one for each class of {data.source}, "
-                f"({len(data.classes)},)"
+                f"the network gives outputs of shape {logits.shape}; expected {expected}: for each image, one for "
+                f"each class of {data.source}"
             )
         every.append(logits)
         bank.append(features)

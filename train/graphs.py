@@ -117,7 +117,11 @@ def _before(name: str, producers: dict[str, NodeProto], passed: tuple[str, ...])
 
 
 def opset_of(model: ModelProto) -> int:
-    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    """The version of the standard operators that ``model`` uses; raises ``CommandError`` if it uses none."""
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return int(entry.version)
+    raise CommandError("it has none of the standard operators")
 
 
 def _size(path: Path, images: onnx.ValueInfoProto) -> tuple[int | None, int | None]:
