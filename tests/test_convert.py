@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from model.artifact import FILES, ONNX, ONNX_INT8, Artifact
-from model.ensemble import Ensemble
+from model.ensemble import Ensemble, _on_grid
 from model.explain import VIEWS
 from model.network import NEIGHBOURS
 from model.runtimes import create
@@ -271,6 +271,15 @@ def test_an_ensemble_of_different_grids_explains_on_the_finest(
     sums = np.mean([evidence.sum(axis=(1, 2)) for evidence in alone], axis=0)
     np.testing.assert_allclose(together.sum(axis=(1, 2)), sums, rtol=1e-4, atol=1e-4)
     assert Ensemble(members).config.stride == min(member.config.stride for member in members)
+
+
+def test_evidence_keeps_its_place_on_a_finer_grid() -> None:
+    evidence = np.arange(1, 7, dtype=np.float32).reshape(1, 2, 3, 1)
+    doubled = np.kron(evidence[0, ..., 0], np.full((2, 2), 1 / 4))
+    np.testing.assert_allclose(_on_grid(evidence, 4, 6)[0, ..., 0], doubled, rtol=1e-6)
+    # The middle one of three rows overlaps a third of either of two.
+    rows = np.stack([2 * evidence[0, 0], evidence[0].sum(axis=0), 2 * evidence[0, 1]]) / 3
+    np.testing.assert_allclose(_on_grid(evidence, 3, 3)[0], rows, rtol=1e-6)
 
 
 def test_leaving_int8_out_leaves_none_of_an_earlier_artifact(
