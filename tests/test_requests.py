@@ -81,19 +81,33 @@ def encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
+CRLF_LINES = base64.encodebytes(CONTENT).decode().replace("\n", "\r\n")
+
+
 @pytest.mark.parametrize(
     "text",
     [
         encoded(CONTENT),
         base64.encodebytes(CONTENT).decode(),
-        base64.encodebytes(CONTENT).decode().replace("\n", "\r\n"),
+        CRLF_LINES,
         f"data:image/jpeg;base64,{encoded(CONTENT)}",
         f"DATA:image/svg+xml;charset=utf-8;BASE64,{encoded(CONTENT)}",
         f"data:;base64,{encoded(CONTENT)}",
         f"data:image/jpeg;base64,{quote(encoded(CONTENT), safe='')}",
         f"data:image/jpeg;base64,{quote(encoded(CONTENT), safe='').replace('%2B', '%2b').replace('%3D', '%3d')}",
+        f"data:image/jpeg;base64,{quote(CRLF_LINES)}",
     ],
-    ids=["plain", "lines", "crlf lines", "data url", "capitals", "no type", "escapes", "escapes in lower case"],
+    ids=[
+        "plain",
+        "lines",
+        "crlf lines",
+        "data url",
+        "capitals",
+        "no type",
+        "escapes",
+        "escapes in lower case",
+        "escaped lines",
+    ],
 )
 def test_json_carries_base64(text: str) -> None:
     assert one(JSON, json.dumps({"image": text, "more": 1}).encode()) == CONTENT
