@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from model import explain
 from model.batching import Batcher
-from model.classifier import Classifier, Prediction, Scores
+from model.classifier import DIGITS, Classifier, Prediction, Scores
 from model.headers import Header, ImageError, has_exact_data, read_header
 from model.preprocess import Pixels, inspect, render
 from model.sandbox import DecoderError, Sandbox
@@ -107,7 +107,7 @@ class Pipeline:
         heat = await asyncio.to_thread(explain.evidence_map, evidence, prediction.class_index, self._size, stride)
         reply = self._reply(prediction, options)
         if JSON in request.headers.get("accept", ""):
-            reply["evidence"] = heat.astype(float).round(6).tolist()
+            reply["evidence"] = heat.astype(float).round(DIGITS).tolist()
             return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)
         original = await self._contained(self._sandbox.shrink, data, explain.MAX_SIDE)
         picture = await asyncio.to_thread(explain.overlay, original, heat)

@@ -80,6 +80,14 @@ class Ordinal(Pooled):
         return super().forward(x) + self.thresholds
 
 
+class Oblong(Pooled):
+    """Ends nearly so: the cells of its last maps are twice as wide as high."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps.append(nn.MaxPool2d((1, 2)))
+
+
 class Flat(nn.Module):
     """Ends like a VGG: linear layers on all places."""
 
@@ -240,13 +248,13 @@ def test_a_head_written_as_product_and_sum_is_recognised(
     assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
 
 
-@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted, Ordinal])
+@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted, Ordinal, Oblong])
 def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
     kind: type[nn.Module], data: Data, toy_folder: Path, tmp_path: Path
 ) -> None:
     model = kind()
     printed = convert(write(model, tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
-    assert "no evidence: the network does not end in a global average and one linear layer" in printed
+    assert "no evidence: the network does not end in a global average of square cells and one linear layer" in printed
     artifact = Artifact.load(tmp_path / "artifact")
     images = data.test.images[:5]
     with torch.no_grad():
@@ -460,6 +468,7 @@ def test_a_network_that_cannot_be_served_is_refused_with_one_line(
     ("options", "code", "message"),
     [
         (["--size", "32"], 1, "takes images of 24x24 pixels; expected no --size"),
+        (["--size", "12"], 1, "takes images of 24x24 pixels; expected no --size"),
         (["--size", "0"], 1, "--size 0; expected a number of pixels"),
         (["--mean", "0.5"], 2, "argument --mean: '0.5'; expected three numbers, R,G,B"),
         (["--mean", "123.7,116.3,103.5"], 2, "'123.7,116.3,103.5'; expected numbers from 0 to 1, for pixels divided"),

@@ -69,14 +69,26 @@ def _write(
     model = graphs.with_pixels(network, config.input_size, config.mean, config.std)
     fp32, quantised = (out / files.FILES[runtime] for runtime in (ONNX, ONNX_INT8))
     bank, cells = _bank(network, model, data)
+    if not _are_square(config.input_size, cells):
+        cells = WHOLE
     if cells == WHOLE:
         network = network._replace(head=None)
-        print("no evidence: the network does not end in a global average and one linear layer")
+        print("no evidence: the network does not end in a global average of square cells and one linear layer")
     onnx.save(graphs.with_outputs(network, model, bank, cells), fp32)
     if int8:
         _quantize(fp32, quantised, data)
-    cell = max(math.ceil(side / count) for side, count in zip(config.input_size, cells, strict=True))
-    return complete(out, config.model_copy(update={"bank": len(bank), "cell": cell}), record, data)
+    update = {"bank": len(bank), "cell": _cell(config.input_size, cells)}
+    return complete(out, config.model_copy(update=update), record, data)
+
+
+def _cell(size: tuple[int, int], cells: tuple[int, int]) -> int:
+    """Input pixels per cell, along each side; the last cell of a side may have fewer."""
+    return max(math.ceil(side / count) for side, count in zip(size, cells, strict=True))
+
+
+def _are_square(size: tuple[int, int], cells: tuple[int, int]) -> bool:
+    """Whether ``cells`` of the same height as width cover an input of ``size``."""
+    return all(math.ceil(side / _cell(size, cells)) == count for side, count in zip(size, cells, strict=True))
 
 
 def _quantize(fp32: Path, quantised: Path, data: Data) -> None:
@@ -172,7 +184,7 @@ def _input_size(path: Path, network: Network, side: int | None) -> tuple[int, in
     height, width = (fixed or side for fixed in network.size)
     if height is None or width is None:
         raise CommandError(f"{path}: takes images of any size; expected --size, the side it was trained for")
-    if side not in (None, height, width):
+    if side is not None and None not in network.size and (height, width) != (side, side):
         raise CommandError(f"--size {side}: {path} takes images of {height}x{width} pixels; expected no --size")
     return height, width
 
