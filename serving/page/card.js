@@ -3,6 +3,8 @@
 import { json, send, ServiceError } from "./api.js";
 import { byId, make, percent, whole, withShare } from "./dom.js";
 
+const SHOWN = 20; // classes: those with the lowest accuracy
+
 /** @type {any} */
 let card = {};
 
@@ -34,7 +36,7 @@ function measured(figures) {
   const spoiled = harder(card.metrics);
   return [
     tiles(figures, card.metrics.foreign),
-    bars("Accuracy by class", Object.entries(figures.per_class)),
+    byClass(Object.entries(figures.per_class)),
     ...(spoiled.length ? [bars("Accuracy on corrupted pictures and on photographs", spoiled)] : []),
     mistakes(figures.confusion),
   ];
@@ -53,6 +55,13 @@ function tiles(figures, foreign) {
   return make("dl", { className: "tiles" },
     ...shown.map(([name, value, note]) => make("div", {}, make("dt", {}, String(name)),
       make("dd", { className: "figures" }, String(value)), make("dd", { className: "muted" }, String(note)))));
+}
+
+/** @param {[string, number][]} shares of all classes, of which a thousand would be no use to anyone */
+function byClass(shares) {
+  if (shares.length <= SHOWN) return bars("Accuracy by class", shares);
+  const lowest = shares.toSorted(([, a], [, b]) => a - b).slice(0, SHOWN);
+  return bars(`Accuracy by class: the lowest ${SHOWN} of ${whole(shares.length)}`, lowest);
 }
 
 /** @param {string} title @param {[string, number][]} shares */
@@ -74,12 +83,21 @@ function harder({ robustness, photographs }) {
 function mistakes(matrix) {
   const names = classNames();
   const chips = matrix
-    .flatMap((row, truth) => row.map((count, taken) => ({ truth, taken, share: count / row.reduce((a, b) => a + b, 0) })))
-    .filter(({ truth, taken, share }) => truth !== taken && share > 0)
+    .flatMap((row, truth) => {
+      const total = row.reduce((a, b) => a + b, 0);
+      return row.flatMap((count, taken) => (count && truth !== taken ? [{ truth, taken, share: count / total }] : []));
+    })
     .sort((a, b) => b.share - a.share)
     .slice(0, 6)
     .map(({ truth, taken, share }) => make("li", { className: "figures" }, `${names[truth]}, taken for ${names[taken]}: ${percent(share)}`));
   return make("div", {}, make("h3", {}, "Most frequent mistakes"), make("ul", { className: "chips" }, ...chips));
+}
+
+/** @param {any} training its record, by train.fit or train.convert @returns {[string, unknown][]} */
+function trained({ images, source, recipe, device, network }) {
+  return network
+    ? [["Trained", `elsewhere, as ${network}`], ["Calibrated on", `${whole(images.val)} pictures of ${source}`]]
+    : [["Trained on", `${whole(images.train)} pictures of ${source}, ${recipe.epochs} epochs, on ${device}`]];
 }
 
 /** @param {any} shown */
@@ -91,7 +109,7 @@ function origin({ members, name, version, input_size: [height, width], runtime, 
     ["Runs on", `${runtime}, ${topology}`],
     ["Looks at", `${width} × ${height} pixels`],
     ["Parameters", training && whole(training.parameters)],
-    ["Trained on", training && `${whole(training.images.train)} pictures of ${training.source}, ${training.recipe.epochs} epochs, on ${training.device}`],
+    ...(training ? trained(training) : []),
     ["Code", commit],
     ["Data, SHA-256", training?.data_sha256],
   ];

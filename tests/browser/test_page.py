@@ -453,6 +453,35 @@ def test_the_model_card_is_shown_in_words(page: Page) -> None:
     expect(page.locator("#about")).to_contain_text(about)
 
 
+def test_the_card_of_a_network_trained_elsewhere_with_many_classes_is_shown(blank: Page, url: str) -> None:
+    classes = [f"kind {number}" for number in range(1000)]
+    confusion = [[8 * (truth == taken) + (truth == 7 and taken == 9) for taken in range(1000)] for truth in range(1000)]
+    shipped = json.loads((SHIPPED / "card.json").read_text())
+    figures = shipped["metrics"]["onnx-int8"]
+    figures |= {"per_class": {name: 1 - (name == "kind 7") / 9 for name in classes}, "confusion": confusion}
+    origin = {"network": "resnet.onnx", "source": "birds", "images": {"train": 9000, "val": 2000}, "parameters": 11_000}
+    card = {
+        "name": "birds",
+        "version": "1",
+        "classes": classes,
+        "input_size": [224, 224],
+        "git_commit": "abc",
+        "runtime": "onnx-int8",
+        "topology": "embedded",
+        "metrics": {"onnx-int8": figures},
+        "training": origin,
+    }
+    blank.route("**/model", lambda route: route.fulfill(json=card))
+    blank.goto(url)
+    about = blank.get_by_role("region", name="About this model")
+    expect(about).to_contain_text("elsewhere, as resnet.onnx")
+    expect(about).to_contain_text("2,000 pictures of birds")
+    expect(about).to_contain_text("the lowest 20 of 1,000")
+    expect(about.locator(".bars li")).to_have_count(20)
+    expect(about.locator(".bars li").first).to_contain_text("kind 7")
+    expect(about.locator(".chips li")).to_have_text(["kind 7, taken for kind 9: 11.1%"])
+
+
 def test_a_card_that_failed_to_load_is_requested_again(blank: Page, url: str) -> None:
     blank.route("**/model", lambda route: route.fulfill(status=500))
     blank.goto(url)
