@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from tests import toy
 from tests.live import picture
-from train.check import check, near_duplicates, perceptual_hashes
+from train.check import check, near_duplicates, perceptual_hashes, print_findings
 from train.command import CommandError
 from train.data import Data, Split, load
 from train.runs import RUN
@@ -40,6 +40,13 @@ def test_clean_data_has_no_findings_but_its_broken_files(clean: Path) -> None:
     assert findings["repeated_within_a_split"] == 0
     assert findings["nearly_in_training"]["test"]["count"] == 0
     assert findings["sizes"] == {"width": [24, 24, 24], "height": [24, 24, 24], "enlarged": 0}
+
+
+def test_the_counts_of_many_classes_are_one_short_line(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {f"kind {number}": 3 + number % 2 for number in range(1000)}
+    print_findings({**check(load(str(clean))), "images": {"train": counts}})
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "  train   3500  1000 classes of 3 to 4"
 
 
 @pytest.fixture

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.artifact import Artifact
+from model.store import SHIPPED
 from tests import toy
 from tests.live import Server
-from train.evaluate import cpu_name
+from train.evaluate import cpu_name, print_report
 from train.metrics import (
     Reliability,
     accuracy_interval,
@@ -41,6 +43,18 @@ def test_every_runtime_is_measured_and_recorded_in_the_card(
         assert (images * right).sum() == pytest.approx(figures["accuracy"] * count, abs=0.01)
         assert (images * abs(confidence - right)).sum() / count == pytest.approx(figures["ece"], abs=1e-3)
         assert f"{name}: accuracy {figures['accuracy']:.2%}" in printed
+
+
+def test_a_thousand_classes_are_printed_in_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = tuple(f"kind {number}" for number in range(1000))
+    shipped = Artifact.load(SHIPPED)
+    many = replace(shipped, config=shipped.config.model_copy(update={"classes": classes}))
+    recall = {name: 0.25 if name == "kind 7" else 1.0 for name in classes}
+    figures = {**shipped.metrics["onnx-int8"], "per_class": recall, "confusion": np.eye(1000, dtype=int).tolist()}
+    print_report("onnx-int8", figures, many)
+    printed = capsys.readouterr().out
+    assert len(printed) < 2_000
+    assert printed.index("the 20 lowest of 1000 classes") < printed.index("kind 7    25.00%") < printed.index("100.00%")
 
 
 def test_figures_of_known_answers() -> None:

@@ -153,6 +153,16 @@ def test_class_names_that_the_font_lacks_become_numbers(tmp_path: Path) -> None:
     plots.save(plots.mistakes({plots.drawable(classes)[3]: shown}), tmp_path / "mistakes.png")
 
 
+def test_the_confusion_matrix_of_many_classes_shows_indices() -> None:
+    few, many = (
+        plots.confusion(np.eye(count, dtype=int).tolist(), [f"kind {number}" for number in range(count)])
+        for count in (50, 1000)
+    )
+    assert [label.get_text() for label in few.axes[0].get_xticklabels()][:2] == ["kind 0", "kind 1"]
+    assert len(many.axes[0].get_xticks()) < 20
+    assert many.axes[0].get_xlabel() == "index of the predicted class"
+
+
 @pytest.mark.parametrize(("source", "told"), [("cifar10-jpeg.tar.gz", True), ("cifar10", True), ("cifar100", False)])
 def test_the_origin_of_the_data_is_recognised_by_its_full_name_only(
     artifact: Artifact, source: str, told: bool

@@ -29,6 +29,8 @@ EXAMPLES = 5
 """How many examples of a finding are named, unless all are asked for."""
 MEANINGLESS = 0.5
 """Training is refused if a larger share of test images is in training too, or of training images has two labels."""
+NAMED_CLASSES = 20
+"""Most classes whose numbers of images are printed one by one."""
 HASH_SIDE, HASH_KEPT = 32, 8
 NEAR_BITS, NEAR_LEVELS = 6, 32
 """Largest Hamming distance of 64-bit hashes, and mean pixel difference, of near duplicates. Of 8,000 test images of
@@ -163,7 +165,7 @@ def _refuse_meaningless(data: Data, leaked: list[list[Found]], conflicting: list
 def print_findings(findings: Findings) -> None:
     """Print the findings, zero counts included."""
     for split, counts in findings["images"].items():
-        print(f"  {split:5} {sum(counts.values()):6}  " + " ".join(f"{name}={n}" for name, n in counts.items()))
+        print(f"  {split:5} {sum(counts.values()):6}  {_by_class(counts)}")
     trained = findings["images"]["train"]
     print(f"  balance: the largest class has {max(trained.values()) / min(trained.values()):.2f} times the smallest")
     sizes = findings["sizes"]
@@ -178,6 +180,12 @@ def print_findings(findings: Findings) -> None:
     print(f"  further copies within a split: {findings['repeated_within_a_split']}")
     for split, finding in findings["nearly_in_training"].items():
         _print_finding(f"{split} images with a near duplicate in training", finding)
+
+
+def _by_class(counts: dict[str, int]) -> str:
+    if len(counts) > NAMED_CLASSES:
+        return f"{len(counts)} classes of {min(counts.values())} to {max(counts.values())}"
+    return " ".join(f"{name}={count}" for name, count in counts.items())
 
 
 def _print_finding(title: str, finding: dict[str, Any]) -> None:

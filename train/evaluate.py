@@ -17,6 +17,7 @@ import platform
 import re
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ PATIENCE_SECONDS = 60.0
 """Longest wait for a service that is overloaded or restarting."""
 SET_LEVELS = (0.9, 0.95, 0.99)
 SPEED_BATCH = 8
+PRINTED_CLASSES = 20
+"""Most classes whose confusion matrix is printed: a thousand would be 6 MB. Of more, as many are printed without it."""
 INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp")
 """Extensions of x86, then of ARM, the best first: the speed of INT8 differs several times between them."""
 
@@ -148,6 +151,12 @@ def print_report(name: str, metrics: dict[str, Any], artifact: Artifact) -> None
     for level, found in metrics["prediction_sets"].items():
         print(f"  prediction sets of {float(level):.0%}: coverage {found['coverage']:.2%}, {found['size']:.2f} classes")
     width = max(map(len, artifact.config.classes))
+    if len(artifact.config.classes) > PRINTED_CLASSES:
+        lowest = sorted(metrics["per_class"].items(), key=itemgetter(1))[:PRINTED_CLASSES]
+        print(f"  the {PRINTED_CLASSES} lowest of {len(artifact.config.classes)} classes; the card has all:")
+        for class_name, share in lowest:
+            print(f"  {class_name:{width}} {share:7.2%}")
+        return
     for index, (class_name, share) in enumerate(metrics["per_class"].items()):
         counts = " ".join(f"{count:5}" for count in metrics["confusion"][index])
         print(f"  {class_name:{width}} {share:7.2%}  {counts}")

@@ -24,6 +24,9 @@ COLOURS = 256
 NUMBERED_CLASSES = 20
 """Most classes for which the cells of the confusion matrix show their counts."""
 
+NAMED_CLASSES = 50
+"""Most classes for which the axes of the confusion matrix have room for names: else they show a few indices."""
+
 
 def save(figure: Figure, path: Path) -> None:
     """Write ``figure`` as a PNG with a palette, a third of the size of one without it."""
@@ -88,10 +91,12 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
     figure, axes = _axes(side, side, "Confusion matrix", xlabel="predicted class", ylabel="true class")
     axes.grid(visible=False)
     axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(classes))
-    names = drawable(classes)
-    axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, names)
+    if len(classes) <= NAMED_CLASSES:
+        ticks, names = range(len(classes)), drawable(classes)
+        axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_yticks(ticks, names)
+    else:
+        axes.set(xlabel="index of the predicted class", ylabel="index of the true class")
     if len(classes) <= NUMBERED_CLASSES:
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.4 else INK
