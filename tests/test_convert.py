@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,19 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+import train.convert
+import train.export
 from model.artifact import FILES, ONNX, ONNX_INT8, Artifact
 from model.ensemble import Ensemble, _on_grid
 from model.explain import VIEWS
 from model.network import NEIGHBOURS
-from model.runtimes import create
+from model.runtimes import OnnxRuntime, create
 from tests import toy
 from tests.live import encode, failed_start, picture, serve, store_model
+from train import graphs
 from train.data import Data, load
-from train.export import BANK_IMAGES, evenly_spaced
+from train.export import BANK_IMAGES, ParityError, complete, evenly_spaced
+from train.measure import THREADS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NORMALISED = ("--mean", "0.5,0.4,0.3", "--std", "0.2,0.25,0.3")
@@ -462,6 +467,33 @@ def test_a_network_that_cannot_be_served_is_refused_with_one_line(
     assert message in printed.splitlines()[-1]
     assert printed.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "artifact").exists()
+
+
+def test_int8_that_loses_accuracy_is_refused_with_the_way_out(
+    artifact: Artifact, network: Pooled, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Artifact:
+        raise ParityError("expected a loss of at most 0.0030")
+
+    monkeypatch.setattr(train.convert, "complete", refuse)
+    source = graphs.read(write(network, tmp_path / "own.onnx"))
+    with pytest.raises(ParityError, match=r"at most 0\.0030, or --no-int8"):
+        train.convert.convert(source, load(str(toy_folder), SIZE), artifact.config, {}, True, tmp_path / "out")
+
+
+def test_the_validation_images_are_computed_on_every_core(
+    artifact: Artifact, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def runtime(path: Path, name: str, threads: int = 1) -> OnnxRuntime:
+        used.append(threads)
+        return OnnxRuntime(path, name, threads)
+
+    monkeypatch.setattr(train.export, "OnnxRuntime", runtime)
+    out = shutil.copytree(artifact.path, tmp_path / "artifact")
+    complete(out, artifact.config, artifact.card["training"], load(str(toy_folder), SIZE))
+    assert used == [THREADS, THREADS]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,15 @@ from train import command, graphs
 from train.check import check, print_findings
 from train.command import CommandError
 from train.data import Data, in_batches, load
-from train.export import BANK_IMAGES, calibration_images, complete, describe, evenly_spaced, write_artifact
+from train.export import (
+    BANK_IMAGES,
+    ParityError,
+    calibration_images,
+    complete,
+    describe,
+    evenly_spaced,
+    write_artifact,
+)
 from train.graphs import FEATURES, LOGITS, MAPS, Network, Triple, close, first_line
 from train.to_onnx import quantize
 
@@ -78,7 +86,10 @@ def _write(
     if int8:
         _quantize(fp32, quantised, data)
     update = {"bank": len(bank), "cell": _cell(config.input_size, cells)}
-    return complete(out, config.model_copy(update=update), record, data)
+    try:
+        return complete(out, config.model_copy(update=update), record, data)
+    except ParityError as error:
+        raise ParityError(f"{error}, or --no-int8") from None
 
 
 def _cell(size: tuple[int, int], cells: tuple[int, int]) -> int:

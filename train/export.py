@@ -33,7 +33,7 @@ from model.verification import verify
 from train import command, runs
 from train.command import CommandError
 from train.data import Data, Split, batch_of
-from train.measure import run_runtime
+from train.measure import THREADS, run_runtime
 from train.metrics import int8_tolerance, within
 from train.to_onnx import write_onnx
 
@@ -158,7 +158,7 @@ def complete(out: Path, config: ModelConfig, training: dict[str, Any], data: Dat
     limits = edges(evenly_spaced(data.train.images, STATISTICS_IMAGES))
 
     def reference(name: str) -> Reference:
-        runtime = OnnxRuntime(out / files.FILES[name], name)
+        runtime = OnnxRuntime(out / files.FILES[name], name, THREADS)
         return Reference(samples, runtime(samples), run_runtime(runtime, data.val.images), data.val.labels, limits)
 
     full = reference(ONNX)
