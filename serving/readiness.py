@@ -15,12 +15,10 @@ from model.batching import Batcher
 from model.runtimes import Runtime
 from model.verification import VerificationError, check, verify
 from serving import draining
-from serving.engines import EngineClient
+from serving.engines import HANG_SECONDS, EngineClient
 
 logger = logging.getLogger("classifier.readiness")
 
-VERIFY_SECONDS = 10.0
-"""Time limit for the reference images; an engine that takes longer is hung."""
 WRONG_SECONDS = 60.0
 """Delay before a wrong engine is verified again, or the runner that owns it restarted."""
 RETRY_SECONDS = 0.5
@@ -71,7 +69,7 @@ class Readiness:
 
     async def _verify(self) -> bool:
         try:
-            async with asyncio.timeout(VERIFY_SECONDS):
+            async with asyncio.timeout(HANG_SECONDS):
                 check(await self._outputs(), self._reference, self._runtime)
         except VerificationError as error:
             # The next request or probe would find the same: no need to compute and log it each time.
