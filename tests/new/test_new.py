@@ -27,6 +27,7 @@ MANUAL = ("docs/tutorial.md", "docs/upgrade.md", "docs/versions.md", "tests/snip
 RECORDS = (
     "CHANGELOG.md",
     "docs/benchmarks.*",
+    "docs/without-vnni",
     "docs/decisions",
     "docs/operations/capacity.md",
     "monitoring/prometheus/rules/model.yml",
