@@ -23,14 +23,12 @@ from numpy.typing import NDArray
 from model.preprocess import Pixels
 from train import command
 from train.command import CommandError
-from train.data import Data, Split, load
+from train.data import NAMED_CLASSES, Data, Split, load
 
 EXAMPLES = 5
 """How many examples of a finding are named, unless all are asked for."""
 MEANINGLESS = 0.5
 """Training is refused if a larger share of test images is in training too, or of training images has two labels."""
-NAMED_CLASSES = 20
-"""Most classes whose numbers of images are printed one by one."""
 HASH_SIDE, HASH_KEPT = 32, 8
 NEAR_BITS, NEAR_LEVELS = 6, 32
 """Largest Hamming distance of 64-bit hashes, and mean pixel difference, of near duplicates. Of 8,000 test images of

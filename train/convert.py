@@ -16,8 +16,6 @@ import argparse
 import hashlib
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,7 @@ from train.export import (
     evenly_spaced,
     write_artifact,
 )
-from train.graphs import FEATURES, LOGITS, MAPS, Network, Triple, close, first_line
+from train.graphs import FEATURES, LOGITS, MAPS, Network, Triple, close, expecting
 from train.to_onnx import quantize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,14 +101,14 @@ def _are_square(size: tuple[int, int], cells: tuple[int, int]) -> bool:
 
 
 def _quantize(fp32: Path, quantised: Path, data: Data) -> None:
-    with _expecting("a network that has an INT8 form, or --no-int8"):
+    with expecting("a network that has an INT8 form, or --no-int8"):
         quantize(fp32, quantised, calibration_images(data))
         OnnxRuntime(quantised, ONNX_INT8)
 
 
 def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """(B, D) features of some training images; height and width of the maps that explain their logits, or ``WHOLE``."""
-    with _expecting("a network that ONNX Runtime can run"):
+    with expecting("a network that ONNX Runtime can run"):
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     outputs = [LOGITS, FEATURES, *([MAPS] if network.head else [])]
     images = evenly_spaced(data.train.images, BANK_IMAGES)
@@ -132,18 +130,9 @@ def _bank(network: Network, model: ModelProto, data: Data) -> tuple[NDArray[np.f
     return np.concatenate(bank), cells.pop() if len(cells) == 1 else WHOLE
 
 
-@contextmanager
-def _expecting(what: str) -> Iterator[None]:
-    """Make any error a ``CommandError`` of one line: those of ONNX and ONNX Runtime have no common base class."""
-    try:
-        yield
-    except Exception as error:
-        raise CommandError(f"{first_line(error)}; expected {what}") from error
-
-
 def _run(session: InferenceSession, outputs: list[str], images: Pixels) -> list[NDArray[np.float32]]:
     """The ``outputs`` for ``images`` (N, H, W, 3)."""
-    with _expecting(f"a network for images {(len(images), CHANNELS, *images.shape[1:3])}, and any number of them"):
+    with expecting(f"a network for images {(len(images), CHANNELS, *images.shape[1:3])}, and any number of them"):
         computed: list[NDArray[np.float32]] = session.run(outputs, {"images": images})
     return computed
 

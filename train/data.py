@@ -36,6 +36,8 @@ MIN_STD = 1.0
 """Least standard deviation assumed of a channel, in units of 0..255, so that dividing by it stays finite."""
 BATCH_PIXELS = 512 * 64 * 64
 """Most pixels in a batch whose size was not specified: the default network needs about 3 GB to train on them."""
+NAMED_CLASSES = 20
+"""Most classes that are told one by one; of a thousand, a confusion matrix alone would be 6 MB."""
 
 
 def batch_of(size: tuple[int, int], most: int) -> int:

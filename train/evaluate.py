@@ -34,7 +34,7 @@ from model.runtimes import create
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
-from train.data import Data, Split, test_files
+from train.data import NAMED_CLASSES, Data, Split, test_files
 from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import accuracy_line, confusion_matrix, expected_calibration_error, proportion, reliability
 
@@ -43,8 +43,6 @@ PATIENCE_SECONDS = 60.0
 """Longest wait for a service that is overloaded or restarting."""
 SET_LEVELS = (0.9, 0.95, 0.99)
 SPEED_BATCH = 8
-PRINTED_CLASSES = 20
-"""Most classes whose confusion matrix is printed: a thousand would be 6 MB. Of more, as many are printed without it."""
 INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp")
 """Extensions of x86, then of ARM, the best first: the speed of INT8 differs several times between them."""
 
@@ -151,9 +149,9 @@ def print_report(name: str, metrics: dict[str, Any], artifact: Artifact) -> None
     for level, found in metrics["prediction_sets"].items():
         print(f"  prediction sets of {float(level):.0%}: coverage {found['coverage']:.2%}, {found['size']:.2f} classes")
     width = max(map(len, artifact.config.classes))
-    if len(artifact.config.classes) > PRINTED_CLASSES:
-        lowest = sorted(metrics["per_class"].items(), key=itemgetter(1))[:PRINTED_CLASSES]
-        print(f"  the {PRINTED_CLASSES} lowest of {len(artifact.config.classes)} classes; the card has all:")
+    if len(artifact.config.classes) > NAMED_CLASSES:
+        lowest = sorted(metrics["per_class"].items(), key=itemgetter(1))[:NAMED_CLASSES]
+        print(f"  the {NAMED_CLASSES} lowest of {len(artifact.config.classes)} classes; the card has all:")
         for class_name, share in lowest:
             print(f"  {class_name:{width}} {share:7.2%}")
         return

@@ -8,6 +8,8 @@ feature maps that its head is computed from.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,13 +73,11 @@ def close(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
 
 def read(path: Path) -> Network:
     """The network in the ONNX file ``path``; raises ``CommandError`` for one that cannot be served, saying why."""
-    try:
+    with expecting("a valid ONNX file", f"{path}: "):
         model = onnx.load(path)
         onnx.checker.check_model(model)
         if opset_of(model) < OPSET:
             model = version_converter.convert_version(model, OPSET)
-    except Exception as error:  # protobuf's, the checker's and the converter's errors have no common base class
-        raise CommandError(f"{path}: {first_line(error)}; expected a valid ONNX file") from error
     graph = model.graph
     constants = _constants(graph)
     inputs = [value for value in graph.input if value.name not in constants]
@@ -94,9 +94,14 @@ def read(path: Path) -> Network:
     return Network(_joinable(model, inputs[0].name, outputs), size, head if maps else None)
 
 
-def first_line(error: Exception) -> str:
-    """What ``error`` says, without the traces that ONNX and ONNX Runtime put below."""
-    return str(error).partition("\n")[0]
+@contextmanager
+def expecting(what: str, prefix: str = "") -> Iterator[None]:
+    """Make any error a ``CommandError`` of one line: those of ONNX and ONNX Runtime have no common base class."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error).partition("\n")[0]  # below come their traces
+        raise CommandError(f"{prefix}{message}; expected {what}") from error
 
 
 def _constants(graph: GraphProto) -> dict[str, NDArray[np.float32]]:
@@ -181,10 +186,12 @@ def _joinable(model: ModelProto, images: str, outputs: list[tuple[str, str]]) ->
     graph.node.insert(0, helper.make_node("Identity", [IMAGES], [PREFIX + images]))
     del graph.output[:]
     for old, new in outputs:  # copied, because other nodes may take them too
-        flat = PREFIX + old if new == MAPS else f"{new}/flat"
+        source = PREFIX + old
         if new != MAPS:
-            graph.node.append(helper.make_node("Flatten", [PREFIX + old], [flat]))
-        graph.node.append(helper.make_node("Cast", [flat], [new], to=TensorProto.FLOAT))
+            flat = f"{new}/flat"
+            graph.node.append(helper.make_node("Flatten", [source], [flat]))
+            source = flat
+        graph.node.append(helper.make_node("Cast", [source], [new], to=TensorProto.FLOAT))
         graph.output.append(helper.make_tensor_value_info(new, TensorProto.FLOAT, SHAPES[new].split(",")))
     return model
 

@@ -21,7 +21,7 @@ from model.runtimes import create
 from model.tables import markdown, with_interval
 from train import command
 from train.command import CommandError
-from train.data import CIFAR10, is_part_of
+from train.data import CIFAR10, NAMED_CLASSES, is_part_of
 from train.report import of_the_same_data
 from train.runs import runs
 from train.sections import percent
@@ -30,8 +30,6 @@ README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(?<=\n## The shipped model\n\n).*?(?=\n\n## )", re.DOTALL)
 EXAMPLE = re.compile(r"(?<=\n)\$ curl -F .+ http://localhost:3000/classify .*\n\{.+\}(?=\n)")
 PICTURES = "tests/images"
-NAMED_CLASSES = 20
-"""Most classes to list by name; more are only counted."""
 NOT_MEASURED = "-"
 MORE = """The [model card](docs/model-card.md) has the rest: formats, classes, corruptions, calibration, prediction
 sets, foreign images, mistakes, limits, and the training commands."""
