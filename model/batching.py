@@ -122,9 +122,9 @@ class Batcher:
         if waiting + count > self._max_queue:
             raise QueueFullError(waiting, self._max_queue, self._retry_after(waiting), count)
         if waiting and self._images_per_second:
-            limit = max(0.0, self._images_per_second * self._max_wait - self._under_way)
-            if waiting + 1 > limit:
-                raise QueueFullError(waiting, int(limit), self._retry_after(waiting))
+            limit = self._images_per_second * self._max_wait
+            if waiting + self._under_way + 1 > limit:
+                raise QueueFullError(waiting + self._under_way, int(limit), self._retry_after(waiting))
 
     def _withdraw(self, jobs: list[_Job]) -> None:
         """Take the jobs that are still waiting out of the queue when their caller leaves."""

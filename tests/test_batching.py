@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any
@@ -547,8 +548,9 @@ async def test_images_sent_to_a_remote_engine_still_count_as_waiting() -> None:
     await asyncio.sleep(0.01)  # 80 are in flight and ten wait
     late = await asyncio.gather(*(batcher(images(2)) for _ in range(200)), return_exceptions=True)
     await asyncio.gather(*busy)
-    taken = sum(not isinstance(one, QueueFullError) for one in late)
-    assert 0 < taken < 130  # 70 by the engine's rate, once learned; 160 if images at the engine did not count
+    refused = [str(one) for one in late if isinstance(one, QueueFullError)]
+    assert all(re.match(r"1\d\d images are waiting; expected at most 1\d\d: ", message) for message in refused)
+    assert 70 < len(refused) < 200  # 130 by the engine's rate, once learned; 40 if images at the engine did not count
 
 
 @in_a_loop
