@@ -45,7 +45,7 @@ from serving.deployment import Deployment
 from serving.direct import MetricsMiddleware, bypass, remove_middleware
 from serving.drift import Drift
 from serving.engines import EngineClient, LocalEngine, RunnerClient
-from serving.errors import ApiError, from_exception, not_ready
+from serving.errors import ApiError, deadline_exceeded, from_exception, not_ready
 from serving.gateway import UNLOGGED, Gateway
 from serving.heartbeat import beat
 from serving.openapi import describe
@@ -342,7 +342,7 @@ class Classifier:
                     raise not_ready("the model is not ready yet")
                 return await work(request)
         except Exception as error:
-            answer = from_exception(error)
+            answer = deadline_exceeded(seconds) if isinstance(error, TimeoutError) else from_exception(error)
             if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("request failed")
             elif answer.status == HTTPStatus.GATEWAY_TIMEOUT and seconds < limit:

@@ -70,6 +70,11 @@ def not_ready(message: str) -> ApiError:
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", message)
 
 
+def deadline_exceeded(seconds: float) -> ApiError:
+    message = f"the request was not answered within {seconds:g} s; try a later deadline, or fewer images at once"
+    return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", message)
+
+
 def too_many(code: str, message: str, retry_after: int) -> ApiError:
     """``message`` also says when to try again: in ``retry_after`` seconds."""
     return ApiError(HTTPStatus.TOO_MANY_REQUESTS, code, message, {"retry-after": str(retry_after)})
@@ -91,8 +96,6 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.BAD_REQUEST, "invalid_image", str(error))
         case QueueFullError():
             return too_many(OVERLOADED, str(error), error.retry_after)
-        case TimeoutError():
-            return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "the request was not answered in time")
         case ClientDisconnect() | GoneError():
             return ApiError(HTTPStatus.BAD_REQUEST, "disconnected", "the connection ended before the request did")
         case _:
