@@ -106,7 +106,7 @@ class Pipeline:
         stride = self._classifier.config.stride
         heat = await asyncio.to_thread(explain.evidence_map, evidence, prediction.class_index, self._size, stride)
         reply = self._reply(prediction, options)
-        if JSON in request.headers.get("accept", ""):
+        if JSON in request.headers.get("accept", "").lower():
             reply["evidence"] = heat.astype(float).round(DIGITS).tolist()
             return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)
         original = await self._contained(self._sandbox.shrink, data, explain.MAX_SIDE)

@@ -136,10 +136,9 @@ def test_an_explanation_is_an_overlay_of_the_image_sent(server: Server) -> None:
 
 
 @of_the_example
-def test_an_explanation_in_numbers_comes_with_its_verdict(server: Server) -> None:
-    response = requests.post(
-        f"{server.url}/explain", files={"image": FAMILIAR}, headers={"Accept": "application/json"}, timeout=60
-    )
+@pytest.mark.parametrize("accept", ["application/json", "image/avif, Application/JSON;q=0.9"])
+def test_an_explanation_in_numbers_comes_with_its_verdict(server: Server, accept: str) -> None:
+    response = requests.post(f"{server.url}/explain", files={"image": FAMILIAR}, headers={"Accept": accept}, timeout=60)
     reply = response.json()
     evidence = np.array(reply["evidence"])
     assert reply["class_name"] == CLASS
