@@ -114,6 +114,17 @@ def serving(loop: str, connection: type[Connection] = Hasty) -> Iterator[int]:
         thread.join()
 
 
+def noting(connection: type[Connection], made: list[Connection]) -> type[Connection]:
+    """``connection``, which adds each one made to ``made``."""
+
+    class Noted(connection):  # type: ignore[misc, valid-type]  # a parameter
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            made.append(self)
+
+    return Noted
+
+
 def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=20)
 
@@ -357,6 +368,15 @@ def test_endless_trailers_of_a_chunked_body_are_cut_off() -> None:
     assert sent < 2**23
 
 
+def test_trailers_of_a_chunked_body_are_not_headers_of_its_request() -> None:
+    made: list[Connection] = []
+    start = HEAD.replace(b"/ ", b"/read ") + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    with connected("uvloop", noting(Hasty, made)) as client:
+        client.sendall(start + b"X-API-Key: y\r\n\r\n")
+        expect_reply(client)
+        assert [name for name, _ in made[0].scope["headers"]] == [b"host", b"transfer-encoding"]
+
+
 def test_many_small_chunks_form_one_body() -> None:
     with connected("uvloop") as client:
         client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
@@ -546,15 +566,21 @@ def test_hanging_up_before_a_refusal_is_sent_is_no_error(caplog: pytest.LogCaptu
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+def test_nothing_more_is_parsed_of_a_connection_cut_before_its_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    """As one is whose client has long read none of its replies."""
+    made: list[Connection] = []
+    with connected("uvloop", noting(Guarded, made)) as client:
+        for head in (FULL, HEAD):
+            client.sendall(head + LENGTH + b"\r\nbody.")
+            time.sleep(REFUSAL_SECONDS / 4)
+        made[0].loop.call_soon_threadsafe(made[0].transport.abort)
+        time.sleep(2 * REFUSAL_SECONDS)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_pending_refusals_are_sent_when_the_server_stops() -> None:
     made: list[Connection] = []
-
-    class Stopped(Guarded):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            made.append(self)
-
-    with connected("uvloop", Stopped) as client:
+    with connected("uvloop", noting(Guarded, made)) as client:
         client.sendall(FULL + LENGTH + b"\r\nbody.")
         started = time.monotonic()
         time.sleep(REFUSAL_SECONDS / 4)
@@ -569,17 +595,12 @@ def test_a_request_that_has_arrived_when_the_server_stops_is_answered(loop: str,
     """It is still unread where the event loop was busy; closing the connection then would reset it."""
     made: list[Connection] = []
 
-    class Stopped(connection):  # type: ignore[misc, valid-type]  # a parameter
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            made.append(self)
-
     def stop_late() -> None:
         time.sleep(KEEP_ALIVE / 2)
         made[0].shutdown()
 
     path = b"/full" if connection is Guarded else b"/"
-    with connected(loop, Stopped) as client:
+    with connected(loop, noting(connection, made)) as client:
         client.sendall(HEAD + LENGTH + b"\r\nbody.")
         expect_reply(client)
         made[0].loop.call_soon_threadsafe(stop_late)
