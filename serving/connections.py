@@ -122,15 +122,13 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._send(refusal)
-        super().on_response_complete()  # of uvicorn: starts the keep-alive timeout
+        super().on_response_complete()  # of uvicorn: starts the keep-alive timeout, and reads on
         if self._held:
             data, self._held = self._held, b""
-            self.flow.resume_reading()
             self.data_received(data)
 
     def shutdown(self) -> None:
         """Stop after the requests that have arrived: on an idle connection, some may not have been read yet."""
-        self._send_refusal()
         self._is_stopping = True
         if self.cycle and not self.cycle.response_complete:
             super().shutdown()
