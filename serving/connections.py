@@ -70,6 +70,11 @@ class Connection(HttpToolsProtocol):
         """Whether the server stops, so that this connection closes after the next reply."""
         self._await_bytes()
 
+    @property
+    def _is_answering(self) -> bool:
+        """Whether the latest request parsed has still to be answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _await_bytes(self) -> None:
         self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
 
@@ -130,7 +135,7 @@ class Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Stop after the requests that have arrived: on an idle connection, some may not have been read yet."""
         self._is_stopping = True
-        if self.cycle and not self.cycle.response_complete:
+        if self._is_answering:
             super().shutdown()
         else:
             self.loop.call_later(GRACE_SECONDS, self._stop)
@@ -178,8 +183,7 @@ class Connection(HttpToolsProtocol):
         self.parser.feed_data(b"".join((*head, b"\r\n")))
 
     def _refuse_head(self) -> None:
-        is_head = self._is_incomplete and not self._is_refused
-        if is_head and (self.cycle is None or self.cycle.response_complete):
+        if self._is_incomplete and not self._is_refused and not self._is_answering:
             self._hang_up(
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"expected headers of at most {MAX_HEAD_BYTES} bytes"
             )
@@ -196,11 +200,9 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer input that is not HTTP, after the requests before it."""
-        cycle = self.cycle
-        is_answering = cycle is not None and not cycle.response_complete
-        if is_answering and not cycle.more_body:
-            cycle.keep_alive = False
-        elif self._is_refused or (is_answering and (self.pipeline or cycle.response_started)):
+        if self._is_answering and not self.cycle.more_body:
+            self.cycle.keep_alive = False
+        elif self._is_refused or (self._is_answering and (self.pipeline or self.cycle.response_started)):
             self.transport.abort()  # no reply can be sent here
         else:
             self._hang_up(HTTPStatus.BAD_REQUEST, msg)
@@ -241,13 +243,10 @@ class Connection(HttpToolsProtocol):
         if self._is_admitted:  # asked again, the load shedder would count the request among those ahead of it
             self._is_admitted = False
             return None
+        if not self.shedder or self._is_answering or self.flow.write_paused or self.expect_100_continue:
+            return None
         is_plain = self.parser.get_method() == b"POST" and self.parser.get_http_version() == "1.1"
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if not self.shedder or not is_plain or is_answering or self.flow.write_paused or self.expect_100_continue:
-            return None
-        if not self.parser.should_keep_alive():
-            return None
-        return self.shedder(self.url, self.headers)
+        return self.shedder(self.url, self.headers) if is_plain and self.parser.should_keep_alive() else None
 
     def _send(self, response: Response) -> None:
         head = [STATUS_LINE[response.status_code]]
