@@ -43,7 +43,7 @@ class Account(NamedTuple):
     images: int = 0
 
     def clamp_to_clock(self, now: float) -> Account:
-        """The account, to refill from ``now`` on if the clock was set back; otherwise it would not until then."""
+        """The account, refilling from ``now`` on if the clock was set back, instead of once it has caught up."""
         return self._replace(updated=min(self.updated, now))
 
     def charge(self, key: Key, images: int, now: float) -> Account:
@@ -121,18 +121,13 @@ class Usage:
         if time.monotonic() < self._backoff_until:
             return
         try:
-            refusal = self._write(name, key, images)
+            self._write(name, key, images)
         except sqlite3.Error:
             self._backoff_until = time.monotonic() + BACKOFF_SECONDS
             raise
-        if refusal:
-            raise refusal
 
-    def _write(self, name: str, key: Key, images: int) -> ApiError | None:
-        """Count ``images``; raises ``ApiError`` if they are too many.
-
-        Within the transaction it is returned instead: raised there, it would undo ``clamp_to_clock``.
-        """
+    def _write(self, name: str, key: Key, images: int) -> None:
+        """Count ``images``; raises ``ApiError`` if they are too many."""
         self._database = self._database or self._open()
         now = time.time()
         account = self._read(self._database, name)
@@ -147,10 +142,11 @@ class Usage:
             try:
                 account = account.charge(key, images, now)
             except ApiError as error:
-                refusal = error
+                refusal = error  # raised below: in the transaction, it would undo ``clamp_to_clock``
             if account != before:
                 database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
-        return refusal
+        if refusal:
+            raise refusal
 
     @staticmethod
     def _read(database: sqlite3.Connection, name: str) -> Account:
