@@ -75,8 +75,6 @@ class Ensemble:
 
     def combine(self, outputs: Sequence[Outputs]) -> Outputs:
         """Combine the members' outputs for the same images: logarithms of mean probabilities, and mean familiarity."""
-        if len(outputs) == 1:
-            return outputs[0]
         members = zip(self.artifacts, outputs, strict=True)
         probabilities = np.mean([calibrated(o, a.config.temperature) for a, o in members], axis=0)
         familiarity = np.mean([o[:, -1:] for o in outputs], axis=0)
