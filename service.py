@@ -51,7 +51,7 @@ from serving.heartbeat import beat
 from serving.openapi import describe
 from serving.options import read_timeout
 from serving.pipeline import Pipeline
-from serving.readiness import Readiness, is_right
+from serving.readiness import Readiness, verify_or_exit
 from serving.replies import Replies
 from serving.schemas import BatchInput, BatchOutput, ClassifyInput, ClassifyOutput, ExplainOutput
 from serving.shedding import LoadShedder
@@ -132,7 +132,7 @@ class Runner:
         logs.configure(settings, process_name("runner"))
         served, shadow = deployment.load_models()
         engine, infer = deployment.start_engine(worker_number(), served, shadow)
-        self._is_right = is_right(engine, served.reference(deployment.runtime), is_alone=deployment.gpus <= 1)
+        self._is_right = verify_or_exit(engine, served.reference(deployment.runtime), is_alone=deployment.gpus <= 1)
         if self._is_right:
             logger.info("proven", extra={"model": deployment.tag, "runtime": deployment.runtime})
         self._engine = LocalEngine(engine, infer)

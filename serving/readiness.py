@@ -90,11 +90,11 @@ class Readiness:
         return scores[:, : self._reference.outputs.shape[1]]
 
 
-def is_right(engine: Runtime, reference: Reference, is_alone: bool) -> bool:
-    """Whether a runner's engine is right; a wrong runner exits after ``WRONG_SECONDS``, and its successor may be right.
+def verify_or_exit(engine: Runtime, reference: Reference, is_alone: bool) -> bool:
+    """Whether a runner's engine is right; if not, the runner exits in ``WRONG_SECONDS``: its successor may be right.
 
     The workers' own verification reaches only one of several runners, and none that replaces another. Unless the runner
-    ``is_alone``, it accepts nothing until it exits, because a worker asks whichever is free.
+    ``is_alone``, this does not return if the engine is wrong, because workers would ask it whenever it is free.
     """
     try:
         verify(engine, reference)
