@@ -86,13 +86,13 @@ def _seconds(stage: str) -> Histogram:
 
 
 class Timer:
-    """Observes how long its block takes as one stage of a request, and appends that to ``told``, in milliseconds.
+    """Observes how long its block takes as one stage of a request, and adds that to ``entries`` of ``Server-Timing``.
 
     A class, because a generator with ``contextmanager`` takes three times as long.
     """
 
-    def __init__(self, stage: str, told: list[str] | None = None) -> None:
-        self._stage, self._told = stage, told
+    def __init__(self, stage: str, entries: list[str] | None = None) -> None:
+        self._stage, self._entries = stage, entries
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
@@ -100,8 +100,8 @@ class Timer:
     def __exit__(self, *_: object) -> None:
         seconds = time.perf_counter() - self._started
         _seconds(self._stage).observe(seconds)
-        if self._told is not None:
-            self._told.append(f"{self._stage};dur={1000 * seconds:.3f}")
+        if self._entries is not None:
+            self._entries.append(f"{self._stage};dur={1000 * seconds:.3f}")
 
 
 class Stages:
@@ -109,12 +109,12 @@ class Stages:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._told: list[str] = []
+        self._entries: list[str] = []
 
     def timed(self, stage: str) -> Timer:
-        return Timer(stage, self._told)
+        return Timer(stage, self._entries)
 
     def headers(self) -> dict[str, str]:
         """``Server-Timing`` (W3C), in milliseconds, with the total so far."""
         total = f"total;dur={1000 * (time.perf_counter() - self._started):.3f}"
-        return {"server-timing": ", ".join((*self._told, total))}
+        return {"server-timing": ", ".join((*self._entries, total))}

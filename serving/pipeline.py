@@ -109,7 +109,7 @@ class Pipeline:
         if JSON in request.headers.get("accept", "").lower():
             reply["evidence"] = heat.astype(float).round(DIGITS).tolist()
             return Response(orjson.dumps(reply), headers=stages.headers(), media_type=JSON)
-        original = await self._contained(self._sandbox.shrink, data, explain.MAX_SIDE)
+        original = await self._in_sandbox(self._sandbox.shrink, data, explain.MAX_SIDE)
         picture = await asyncio.to_thread(explain.overlay, original, heat)
         return Response(picture, headers=stages.headers(), media_type=PNG)
 
@@ -150,7 +150,7 @@ class Pipeline:
             return from_exception(error)
 
     async def _charge(self, items: Sequence[Item], headers: Sequence[Header | ApiError]) -> None:
-        """Charge a key for the images of a request, unless they would wait too long for a decoder."""
+        """Charge a key for a request's images; raises ``QueueFullError`` if they would wait too long to be decoded."""
         if all(map(is_decoded_here, items, headers)):
             await accounting.charge(items)
         else:
@@ -162,9 +162,9 @@ class Pipeline:
             raise header
         if is_decoded_here(data, header):
             return render(data, header, self._size)
-        return await self._contained(self._sandbox.render, data, self._size)
+        return await self._in_sandbox(self._sandbox.render, data, self._size)
 
-    async def _contained(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
+    async def _in_sandbox(self, decode: Callable[..., Pixels], data: bytes, *how: Any) -> Pixels:
         return await self._decode_queue(client_waits(), partial(_reporting_deaths, decode), data, *how)
 
     async def _attempt(self, item: Item, header: Header | ApiError) -> Pixels | ApiError:

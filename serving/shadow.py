@@ -27,12 +27,12 @@ class Shadowed:
     def __init__(self, engine: Runtime, shadow: Runtime) -> None:
         self._engine, self._shadow = engine, shadow
         self._thread = ThreadPoolExecutor(1, "shadow", initializer=_yield_to_others)
-        self._busy: Future[None] | None = None
+        self._comparison: Future[None] | None = None
 
     def __call__(self, images: Pixels) -> Outputs:
         outputs = self._engine(images)
-        if self._busy is None or self._busy.done():
-            self._busy = self._thread.submit(self._compare, images, outputs)
+        if self._comparison is None or self._comparison.done():
+            self._comparison = self._thread.submit(self._compare, images, outputs)
         else:
             metrics.SHADOW_IMAGES.labels("dropped").inc(len(images))
         return outputs
