@@ -102,13 +102,13 @@ def run(options: argparse.Namespace) -> int:
     asked = {"columns": list(wanted), "prediction_set": options.prediction_set}
     with journal.opened(options.out, options.resume, asked) as kept:
         todo = {name: path for name, path in images.items() if name not in kept}
-        bar = tqdm(total=len(images), initial=len(images) - len(todo), unit="image", disable=None)
-        with bar:
-            answers = in_flight(backend(options), batches(todo, options.batch), wanted, options.in_flight)
-            with closing(answers):
-                for rows in answers:
-                    kept.add(rows)
-                    bar.update(len(rows))
+        with (
+            tqdm(total=len(images), initial=len(images) - len(todo), unit="image", disable=None) as bar,
+            closing(in_flight(backend(options), batches(todo, options.batch), wanted, options.in_flight)) as answers,
+        ):
+            for rows in answers:
+                kept.add(rows)
+                bar.update(len(rows))
         if options.out:
             formats.write(options.out, wanted, kept.rows(images))
             journal.beside(options.out).unlink()
