@@ -6,7 +6,7 @@ A fork server: at each ``FORK`` that it receives it forks, and sends back a sock
 kills that decoder. It has imported everything and never sees an image, so a dead decoder is replaced within
 milliseconds. A decoder answers one image after another. Each image may take ``CPU_SECONDS`` of processor time and
 ``WALL_SECONDS`` of wall-clock time, and the decoder as much memory as ``memory_for`` allows; the kernel enforces all
-three. The fork server also ends the worker's wait for a decoder that is stopped, or that an image has taken over to
+three. The worker's socket has a timeout as well: a decoder may be stopped, or an image that has taken it over may
 disarm its timers.
 """
 

@@ -28,8 +28,8 @@ MAX_HEAD_BYTES = 2**16
 """Most bytes received in a row that are not part of a body: headers, or what follows the last chunk. They are parsed
 into objects 25 times their size."""
 MAX_PIPELINED = 1024
-"""Requests of a connection that may wait for the reply to the one before. The smallest has 18 bytes and takes a hundred
-times as much memory, and after each reply another 256 KB of them are read."""
+"""Pipelined requests that may wait on one connection. The smallest has 18 bytes but takes a hundred times as much
+memory, and after each reply another 256 KB of them are read."""
 GRACE_SECONDS = 0.01
 """Delay before an idle connection is closed, so that bytes already received are read first; any delay will do."""
 ACCEPT_DELAY_SECONDS = 1e-9
@@ -294,7 +294,7 @@ class Connection(HttpToolsProtocol):
             self._sending = self.loop.call_later(self.send_seconds, self._check_reader, self._output.written)
 
     def _check_reader(self, written: int) -> None:
-        """Abort the connection if any of the first ``written`` bytes are unread; later ones have time of their own."""
+        """Abort the connection if any of the first ``written`` bytes are unread; later ones have their own timeout."""
         self._sending = None
         unread = self.transport.get_write_buffer_size()
         if unread > self._output.written - written:

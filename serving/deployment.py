@@ -54,10 +54,10 @@ class Deployment:
 
     @classmethod
     def resolve(cls, settings: Settings, is_worker: bool) -> Deployment:
-        """Decide everything that ``settings`` leave open; raises ``SettingsError`` with one line for what cannot be.
+        """Decide everything that ``settings`` leave open; raises ``SettingsError``, one line, for what is impossible.
 
-        Unless ``is_worker``, it also loads the models, to find here what would be a traceback of every worker, and sets
-        the environment in which workers resolve the same.
+        Unless ``is_worker``, it also loads the models, so that an error is one line, not a traceback of every worker,
+        and sets the environment from which the workers resolve the same.
         """
         model = settings.model or store.packed() or settings.resolved_model()
         with _errors_in_one_line(model, settings.shadow):
@@ -108,7 +108,7 @@ class Deployment:
     ) -> tuple[Runtime, Callable[[Pixels], Outputs]]:
         """The warmed-up engine of ``worker`` (from 1), and how to infer with it: shadowed if there is a shadow model.
 
-        Whether the engine is right is for readiness to say: a worker that exited here would be restarted for ever.
+        It may be wrong; readiness will tell. A worker that exited here would be restarted for ever.
         """
         device = (worker - 1) % max(1, self.gpus)
         engine = served.engine(self.runtime, self.settings.threads, device)

@@ -37,7 +37,7 @@ LIMIT_ERRORS = {
     HTTPStatus.TOO_MANY_REQUESTS: "overloaded: the queue is full; rate_limited or quota_exceeded: too many images were "
     "sent with this API key; Retry-After says how long to wait",
 }
-"""Errors added where, besides, images are sent, which API keys limit."""
+"""Replaces the 429 of ``ERRORS`` where images are sent with an API key, which has limits."""
 KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
