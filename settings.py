@@ -156,7 +156,7 @@ class Settings(BaseSettings):
 def load(**overrides: Any) -> Settings:
     """The settings; ``overrides`` take precedence over the environment. Raises ``SettingsError`` naming the value."""
     if sys.platform != "linux":
-        raise SettingsError(f"error: platform {sys.platform!r}; expected Linux, of which a container will do")
+        raise SettingsError(f"error: platform {sys.platform!r}; expected Linux; a container will do")
     try:
         settings = Settings(**overrides)
     except ValidationError as error:

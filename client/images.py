@@ -23,8 +23,7 @@ FILE_BYTES = 64 * 2**20
 
 
 def find(arguments: Iterable[str]) -> dict[str, Path]:
-    """Every image of the given files, folders and globs by its name, in the order of the arguments, those of a folder
-    by path.
+    """Every image that the files, folders and globs contain, by its name: in their order; within a folder, by path.
 
     Each path appears once. Raises ``ClientError`` for an argument that matches nothing and for two paths of the same
     name, and ``OSError`` for a folder that cannot be read, at any depth: images would silently be missing.
@@ -36,7 +35,7 @@ def find(arguments: Iterable[str]) -> dict[str, Path]:
             raise ClientError(f"{argument}: expected a file, a folder of images, or a pattern that some match")
         for path in paths:
             if found.setdefault(_name(path), path) != path:
-                raise ClientError(f"{_name(path)}: expected one file that is written so, found two: rename one of them")
+                raise ClientError(f"{_name(path)}: expected one file with this name in the output, found two")
     return found
 
 

@@ -29,9 +29,7 @@ CONFIDENCE = Histogram(
 FOREIGN_IMAGES = Counter(
     "classifier_foreign_images_total", "Images classified that do not resemble the training images."
 )
-ABSTAINED_IMAGES = Counter(
-    "classifier_abstained_images_total", "Images left without a verdict because the caller asked so."
-)
+ABSTAINED_IMAGES = Counter("classifier_abstained_images_total", "Images left without a verdict, as the caller asked.")
 SHADOW_IMAGES = Counter(
     "classifier_shadow_images_total",
     "Images shown to the shadow model: its verdict was the same or different, or it was dropped or failed.",
@@ -61,10 +59,10 @@ DECODER_DEATHS = Counter(
     "classifier_decoder_deaths_total",
     "Decoders that an image crashed, that took too much time or memory for it, or that could not be started.",
 )
-KEY_IMAGES = Counter("classifier_key_images_total", "Images taken from the holder of each API key.", ["key"])
+KEY_IMAGES = Counter("classifier_key_images_total", "Images charged to each API key.", ["key"])
 QUEUE_IMAGES = Gauge("classifier_queue_images", "Images that wait for an engine.", multiprocess_mode="livesum")
 BATCH_LIMIT = Gauge("classifier_batch_limit_images", "Images that one batch may hold.", multiprocess_mode="livemax")
-WORKERS = Gauge("classifier_workers", "API workers that the server is to have.", multiprocess_mode="livemax")
+WORKERS = Gauge("classifier_workers", "API workers that the server should have.", multiprocess_mode="livemax")
 WORKER_ALIVE = Gauge(
     "classifier_worker_alive_timestamp_seconds",
     "When the event loop of a worker last turned, in seconds since 1970.",
