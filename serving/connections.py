@@ -107,7 +107,7 @@ class Connection(HttpToolsProtocol):
         At several times the load that it can answer, a worker does little else, and this takes half the time.
         """
         is_busy = self._is_incomplete or (self.cycle and (self.cycle.more_body or not self.cycle.response_complete))
-        if is_busy or self.flow.write_paused or self.transport.is_closing():
+        if is_busy or self.flow.write_paused:
             return False
         request = read_whole(data)
         refusal = request and shedder(*request)
@@ -270,7 +270,7 @@ class Connection(HttpToolsProtocol):
             super().on_response_complete()  # of uvicorn: the connection is free again
         else:
             super().on_message_complete()
-            if self.cycle.response_complete and not self.transport.is_closing():
+            if self.cycle.response_complete:
                 # Answered before its body arrived, which ended the keep-alive timeout.
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
