@@ -199,6 +199,47 @@ def test_probabilities_are_traced_back_to_logits(network: Pooled, data: Data, to
     assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
 
 
+class Last(nn.Module):
+    """Takes images (N, height, width, 3), as Keras does."""
+
+    def __init__(self, network: Pooled) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x.permute(0, 3, 1, 2))
+        return logits
+
+
+def write_for(shape: tuple[int, ...], model: nn.Module, dynamic: dict[int, str], path: Path) -> Path:
+    """Export ``model`` for images of ``shape``, whose dimensions ``dynamic`` may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = {"x": dynamic}
+        torch.onnx.export(model.eval(), (torch.zeros(shape),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    return path
+
+
+@pytest.mark.parametrize("dynamic", [{0: "N"}, {0: "N", 1: "height", 2: "width"}])
+def test_a_network_that_takes_channels_last_is_converted_alike(
+    dynamic: dict[int, str], network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    source = write_for((2, *SIZE, 3), Last(network), dynamic, tmp_path / "own.onnx")
+    convert(source, toy_folder, tmp_path / "artifact", "--no-int8", "--size", str(toy.SIDE))
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
+def test_minus_one_stands_for_any_number_of_images(
+    network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    """As Paddle's exporter writes it."""
+    model = onnx.load(write(network, tmp_path / "own.onnx"))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    onnx.save(model, tmp_path / "own.onnx")
+    convert(tmp_path / "own.onnx", toy_folder, tmp_path / "artifact", "--no-int8")
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
 class Half(nn.Module):
     """Computes in FP16, as on a GPU; its probabilities are cast and reshaped behind the softmax."""
 
@@ -381,22 +422,6 @@ class Centred(Pooled):
         return logits - logits.mean(0)
 
 
-class Last(Pooled):
-    """Takes images (N, height, width, 3), as Keras does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2))
-
-
-def write_for(shape: tuple[int, ...], model: nn.Module, dynamic: dict[int, str], path: Path) -> Path:
-    """Export ``model`` for images of ``shape``, whose dimensions ``dynamic`` may change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        axes = {"x": dynamic}
-        torch.onnx.export(model.eval(), (torch.zeros(shape),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
-    return path
-
-
 def nothing(path: Path) -> Path:
     """Gives its input back."""
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, *SIZE])
@@ -441,8 +466,8 @@ def no_onnx(path: Path) -> Path:
         ),
         (any_size, "takes images of any size; expected --size"),
         (
-            functools.partial(write_for, (2, *SIZE, 3), Last(), {0: "N", 1: "height", 2: "width"}),
-            "its input 'x' is float [None, None, None, 3]; expected float (N, 3, height, width)",
+            functools.partial(write_for, (2, *SIZE, 1), nn.Flatten(), {0: "N"}),
+            "its input 'x' is float [None, 24, 24, 1]; expected float (N, 3, height, width) or (N, height, width, 3)",
         ),
         (
             functools.partial(write_for, (1, 3, *SIZE), Fixed(), {0: "N"}),

@@ -2,12 +2,13 @@
 
     python -m train.convert NETWORK.onnx SOURCE --name flowers --out runs/flowers/artifact
 
-NETWORK takes float images (N, 3, height, width), pixels divided by 255 and normalised with --mean and --std, and gives
-logits or probabilities (N, K): one for each class of SOURCE in alphabetical order, as torchvision's ImageFolder and
-timm count them. SOURCE is a folder of labelled images like that of ``train.fit``; the network must not have been
-trained on its validation and test images. As in ``train.export``, its training images calibrate INT8, are the baseline
-for drift and tell foreign images apart; its validation images fit the temperature. The service resizes each image as a
-whole to the network's input: ``train.evaluate`` shows what that costs a network trained on crops.
+NETWORK takes float images (N, 3, height, width) or (N, height, width, 3), red first, pixels divided by 255 and
+normalised with --mean and --std, and gives logits or probabilities (N, K): one for each class of SOURCE in alphabetical
+order, as torchvision's ImageFolder and timm count them. SOURCE is a folder of labelled images like that of
+``train.fit``; the network must not have been trained on its validation and test images. As in ``train.export``, its
+training images calibrate INT8, are the baseline for drift and tell foreign images apart; its validation images fit the
+temperature. The service resizes each image as a whole to the network's input: ``train.evaluate`` shows what that costs
+a network trained on crops.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def read(path: Path) -> Network:
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise CommandError(f"{path}: {len(inputs)} inputs, {len(graph.output)} outputs; expected one of each")
-    size = _size(path, inputs[0])
+    size, places = _layout(path, inputs[0])
     producers = {name: node for node in graph.node for name in node.output}
     logits = _before(graph.output[0].name, producers, (*PASSING, "Softmax", "LogSoftmax"))
     if logits in producers and producers[logits].op_type == "Sigmoid":
@@ -91,7 +91,7 @@ def read(path: Path) -> Network:
     features, head = _head(logits, producers, constants)
     maps = _maps(features, producers, constants) if head else None
     outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
-    return Network(_joinable(model, inputs[0].name, outputs), size, head if maps else None)
+    return Network(_joinable(model, inputs[0].name, places, outputs), size, head if maps else None)
 
 
 @contextmanager
@@ -129,19 +129,22 @@ def opset_of(model: ModelProto) -> int:
     raise CommandError("it has none of the standard operators")
 
 
-def _size(path: Path, images: onnx.ValueInfoProto) -> tuple[int | None, int | None]:
+def _layout(path: Path, images: onnx.ValueInfoProto) -> tuple[tuple[int | None, int | None], list[int]]:
+    """Height and width of the input ``images``, None where it takes any; and where in it each of N, 3, H, W is."""
     kind = images.type.tensor_type
-    dims = [dim.dim_value or None for dim in kind.shape.dim]
-    is_nchw = len(dims) == 4 and (dims[1] == 3 or (dims[1] is None and dims[3] != 3))
-    if kind.elem_type != TensorProto.FLOAT or not is_nchw:
+    dims = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]  # Paddle writes -1 for any
+    is_last = len(dims) == 4 and dims[3] == 3 and dims[1] != 3
+    is_first = len(dims) == 4 and dims[1] in (3, None)
+    if kind.elem_type != TensorProto.FLOAT or not (is_first or is_last):
         shown = f"{TensorProto.DataType.Name(kind.elem_type).lower()} {dims}"
-        raise CommandError(f"{path}: its input {images.name!r} is {shown}; expected float (N, 3, height, width)")
+        expected = "float (N, 3, height, width) or (N, height, width, 3)"
+        raise CommandError(f"{path}: its input {images.name!r} is {shown}; expected {expected}")
     if dims[0] is not None:
         raise CommandError(
             f"{path}: its input is fixed at {dims[0]} images; expected any number: export it with dynamic_shapes, or "
             "dynamic_axes, for the first dimension"
         )
-    return dims[2], dims[3]
+    return ((dims[1], dims[2]), [0, 2, 3, 1]) if is_last else ((dims[2], dims[3]), [0, 1, 2, 3])
 
 
 def _head(
@@ -178,12 +181,16 @@ def _maps(features: str, producers: dict[str, NodeProto], constants: dict[str, N
     return str(node.input[0]) if is_pooled else None
 
 
-def _joinable(model: ModelProto, images: str, outputs: list[tuple[str, str]]) -> ModelProto:
-    """``model`` with its names behind ``PREFIX``, but for its input ``IMAGES`` and the new names of its ``outputs``."""
+def _joinable(model: ModelProto, images: str, places: list[int], outputs: list[tuple[str, str]]) -> ModelProto:
+    """``model`` with its names behind ``PREFIX``, but for its input ``IMAGES`` and the new names of its ``outputs``.
+
+    ``IMAGES`` are (N, 3, H, W); ``places`` puts them into the order that the model takes.
+    """
     model = compose.add_prefix(model, PREFIX)
     graph = model.graph
-    next(value for value in graph.input if value.name == PREFIX + images).name = IMAGES
-    graph.node.insert(0, helper.make_node("Identity", [IMAGES], [PREFIX + images]))
+    graph.input.remove(next(value for value in graph.input if value.name == PREFIX + images))
+    graph.input.append(helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, ["N", 3, "H", "W"]))
+    graph.node.insert(0, helper.make_node("Transpose", [IMAGES], [PREFIX + images], perm=places))
     del graph.output[:]
     for old, new in outputs:  # copied, because other nodes may take them too
         source = PREFIX + old
