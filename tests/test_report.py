@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from model.artifact import CARD, ONNX, ONNX_INT8, Artifact, seal
@@ -163,6 +165,25 @@ def test_the_confusion_matrix_of_many_classes_shows_indices() -> None:
     assert many.axes[0].get_xlabel() == "index of the predicted class"
 
 
+def test_captions_of_long_class_names_do_not_overlap() -> None:
+    name = "n00000147_a_rather_long_class_name_of_a_bird_species"
+    figure = plots.mistakes({name: [(np.zeros((8, 8, 3), np.uint8), f"{name} 0.90")] * 4})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    captions = [axes.title.get_window_extent(canvas.get_renderer()) for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(captions))
+
+
+def test_of_many_classes_the_weakest_are_told() -> None:
+    counts = np.eye(1000, dtype=int) * 4
+    counts[7, 7:9] = 1, 3
+    figures = {"confusion": counts.tolist(), "per_class": {f"kind {number}": 0.5 for number in range(1000)}}
+    title, _, _, _, first, *others = sections.per_class(ONNX_INT8, figures).splitlines()
+    assert title == "The 20 of 1000 classes that are found least, with `onnx-int8`; `card.json` has all:"
+    assert first == "| kind 7 | 25.00% | 4.56% to 69.94% | 4 | 100.00% |"
+    assert len(others) == 19
+
+
 @pytest.mark.parametrize(("source", "told"), [("cifar10-jpeg.tar.gz", True), ("cifar10", True), ("cifar100", False)])
 def test_the_origin_of_the_data_is_recognised_by_its_full_name_only(
     artifact: Artifact, source: str, told: bool
@@ -253,7 +274,7 @@ def test_the_weakest_class_has_the_same_figure_in_table_and_limits(artifact: Art
     figures["per_class"] = dict.fromkeys(toy.CLASSES, 1.0) | {toy.CLASSES[0]: 0.8013}
     told = with_metrics(artifact, tmp_path / "it", **{ONNX_INT8: figures})
     assert f"Weakest class: {toy.CLASSES[0]}, 80.12% found." in limits(told)[0]
-    assert f"| {toy.CLASSES[0]} | 80.12% |" in sections.per_class(figures)
+    assert f"| {toy.CLASSES[0]} | 80.12% |" in sections.per_class(ONNX_INT8, figures)
 
 
 def test_foreign_images_are_reported_by_kind_with_a_warning_if_validation_images_are_few(

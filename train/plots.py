@@ -24,6 +24,9 @@ COLOURS = 256
 NUMBERED_CLASSES = 20
 """Most classes for which the cells of the confusion matrix show their counts."""
 
+CAPTION_LETTER = 0.06
+"""Inches for a letter of a caption: where names are long, neighbouring captions would overlap."""
+
 NAMED_CLASSES = 50
 """Most classes for which the axes of the confusion matrix have room for names: else they show a few indices."""
 
@@ -156,7 +159,8 @@ def frontier(points: list[dict[str, Any]]) -> Figure:
 def mistakes(rows: dict[str, list[tuple[Pixels, str]]]) -> Figure:
     """A row of captioned images for each class."""
     columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(1.0 * columns + 1.1, 1.1 * len(rows)), layout="constrained")
+    longest = max(len(caption) for images in rows.values() for _, caption in images)
+    figure = Figure(figsize=(max(1.0, CAPTION_LETTER * longest) * columns + 1.1, 1.1 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, images) in zip(grid, rows.items(), strict=True):
         for axes in line:

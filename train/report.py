@@ -27,7 +27,7 @@ from model.runtimes import create
 from model.tables import markdown
 from train import command, plots, sections
 from train.command import CommandError
-from train.data import CIFAR10, Data, Split, is_part_of
+from train.data import CIFAR10, NAMED_CLASSES, Data, Split, is_part_of
 from train.measure import THREADS, load_own_data, run_runtime
 from train.sections import Page, detailed, percent
 
@@ -87,9 +87,10 @@ def model(page: Page, label: str, artifact: Artifact, data: Data) -> str:
     """All sections about one artifact."""
     config = artifact.config
     height, width = config.input_size
+    names = f": {', '.join(config.classes)}" if len(config.classes) <= NAMED_CLASSES else ""
     about = (
         f"A convolutional network with {artifact.card['training']['parameters']:,} parameters that tells "
-        f"{len(config.classes)} classes apart in images of {width}x{height} pixels: {', '.join(config.classes)}."
+        f"{len(config.classes)} classes apart in images of {width}x{height} pixels{names}."
     )
     parts = [
         f"## {label}\n\n{about}",

@@ -14,6 +14,7 @@ from model.classifier import Classifier
 from model.tables import between, markdown
 from train import plots
 from train.command import CommandError
+from train.data import NAMED_CLASSES
 from train.metrics import Reliability, accuracy_interval, calibration_error_by_chance
 from train.runs import runs
 
@@ -74,8 +75,7 @@ def accuracy(page: Page, label: str, artifact: Artifact) -> str:
             "### Accuracy",
             f"On the test images, without test-time augmentation{speed(figures)}." + agreement(artifact),
             markdown(head, rows),
-            f"Per class, with `{name}`:",
-            per_class(figures),
+            per_class(name, figures),
             page.picture(matrix, f"{label}-confusion", "Confusion matrix"),
         ]
     )
@@ -119,14 +119,22 @@ def prediction_sets(artifact: Artifact) -> str:
     )
 
 
-def per_class(figures: dict[str, Any]) -> str:
+def per_class(runtime: str, figures: dict[str, Any]) -> str:
+    """A table of the classes; of many, the ``NAMED_CLASSES`` that are found least."""
     matrix = np.asarray(figures["confusion"])
+    names = list(figures["per_class"])
+    recall = np.diag(matrix) / matrix.sum(axis=1)
+    title, shown = f"Per class, with `{runtime}`:", np.arange(len(names))
+    if len(names) > NAMED_CLASSES:
+        weakest = f"The {NAMED_CLASSES} of {len(names)} classes that are found least"
+        title = f"{weakest}, with `{runtime}`; `card.json` has all:"
+        shown = np.argsort(recall, kind="stable")[:NAMED_CLASSES]
     rows = []
-    for index, name in enumerate(figures["per_class"]):
+    for index in shown:
         hits, count, verdicts = (int(v) for v in (matrix[index, index], matrix[index].sum(), matrix[:, index].sum()))
         precision = percent(hits / verdicts) if verdicts else "never predicted"
-        rows.append((name, percent(hits / count), between(accuracy_interval(hits, count)), count, precision))
-    return markdown(("class", "recall", "95 % interval", "n", "precision"), rows)
+        rows.append((names[index], percent(hits / count), between(accuracy_interval(hits, count)), count, precision))
+    return f"{title}\n\n{markdown(('class', 'recall', '95 % interval', 'n', 'precision'), rows)}"
 
 
 def calibration(page: Page, label: str, artifact: Artifact) -> str:
