@@ -52,6 +52,17 @@ def test_the_version_follows_from_the_content(toy_artifact: Artifact, copied: Pa
     assert seal(copied, {**toy_artifact.card, "note": "another"}).version != toy_artifact.version
 
 
+def test_the_numbers_of_a_list_are_on_one_line_of_the_card(toy_artifact: Artifact, copied: Path) -> None:
+    """Of a thousand classes, the confusion matrices alone were 39 MB."""
+    noted = {"matrix": [[1, 0], [0, -2]], "shares": [0.25, 1e-05], "texts": ["a\n 1", "[\n 2]"], "none": []}
+    card = {**toy_artifact.card, "note": noted}
+    sealed = seal(copied, card)
+    assert {**sealed.card, "files": None} == {**card, "files": None}
+    written = (copied / CARD).read_text()
+    assert '"matrix": [\n      [1,0],\n      [0,-2]],\n' in written
+    assert '"shares": [0.25,1e-05],\n' in written
+
+
 def test_nearly_identical_familiarities_keep_their_order(toy_artifact: Artifact, copied: Path) -> None:
     """With a fixed camera, all familiarities are 1 up to the fifth digit."""
     full = toy_artifact.reference(ONNX)
