@@ -337,9 +337,11 @@ SBOM ?= dist/sbom.json
 sbom: $(VENV)/.dev ## write the bill of materials of IMAGE to SBOM (dist/sbom.json), as CycloneDX; needs Docker
 	$(BIN)/python -m deploy.sbom "$${IMAGE:-$$IMAGE_CPU}" $(SBOM)
 
-# For the oldest 3.11, so that the backports it needs are pinned too: Debian has 3.11.2.
-COMPILE = $(BIN)/uv pip compile -q --python-version 3.11 --no-annotate --custom-compile-command "make lock"
-lock: $(VENV)/.dev ## pin pyproject.toml's dependencies in requirements*.txt, with file hashes; bench and fuzz by version only
+# For the oldest 3.11, so that the backports it needs are pinned too: Debian has 3.11.2. What is pinned stays, except
+# with UPGRADE=1, which has the cooldown of .github/dependabot.yml.
+COMPILE = $(BIN)/uv pip compile -q --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
+	$(if $(UPGRADE),--upgrade --exclude-newer "7 days")
+lock: $(VENV)/.dev ## pin pyproject.toml's dependencies in requirements*.txt, with file hashes; UPGRADE=1 takes newer releases
 	$(COMPILE) pyproject.toml --generate-hashes -o requirements-serve.txt
 	$(COMPILE) pyproject.toml --extra gpu --generate-hashes -o requirements-gpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra dev --generate-hashes -o requirements.txt
