@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tests.benchmark.results import EMBEDDED, OURS, RUNNER, Results
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
-PLOTS: dict[str, Callable[[Results, Any], None]] = {}
-
-
-def plot(function: Callable[[Results, Any], None]) -> Callable[[Results, Any], None]:
-    PLOTS[function.__name__] = function
-    return function
 
 
 def draw(results: Results, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for name, function in PLOTS.items():
-        figure, axes = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
-        function(results, axes)
+    for plot in (throughput, latency, overload, batches, memory):
+        figure = Figure(figsize=(9.5, 4.5), layout="constrained")
+        axes: Axes = figure.subplots()
+        plot(results, axes)
         axes.grid(alpha=0.3)
-        figure.savefig(directory / f"bench-{name}.png", dpi=110)
-        plt.close(figure)
+        figure.savefig(directory / f"bench-{plot.__name__}.png", dpi=110)
 
 
 def style(results: Results, name: str) -> dict[str, Any]:
@@ -38,8 +29,7 @@ def style(results: Results, name: str) -> dict[str, Any]:
     return {"color": colour, "linewidth": 3 if ours else 1.2, "marker": "o" if ours else "."}
 
 
-@plot
-def throughput(results: Results, axes: Any) -> None:
+def throughput(results: Results, axes: Axes) -> None:
     for name in results.names:
         runs = [run for c in results.connections if (run := results.closed(name, "small", c))]
         axes.plot([r["connections"] for r in runs], [r["rate"] for r in runs], label=name, **style(results, name))
@@ -48,8 +38,7 @@ def throughput(results: Results, axes: Any) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-@plot
-def latency(results: Results, axes: Any) -> None:
+def latency(results: Results, axes: Axes) -> None:
     middle = 64 if 64 in results.connections else results.connections[-1]
     runs = {name: run for name in results.names if (run := results.closed(name, "small", middle))}
     for offset, percentile in enumerate(("p50", "p95", "p99")):
@@ -61,8 +50,7 @@ def latency(results: Results, axes: Any) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-@plot
-def overload(results: Results, axes: Any) -> None:
+def overload(results: Results, axes: Axes) -> None:
     for name in results.names:
         runs = [run for factor in results.factors if (run := results.open(name, factor))]
         axes.plot([r["offered"] for r in runs], [r["good"] for r in runs], label=name, **style(results, name))
@@ -71,8 +59,7 @@ def overload(results: Results, axes: Any) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-@plot
-def batches(results: Results, axes: Any) -> None:
+def batches(results: Results, axes: Axes) -> None:
     """Share of batches by size; the histogram's buckets are cumulative."""
     names = [name for name in (EMBEDDED, RUNNER) if name in results.names]
     series = [(name, c) for name in names for c in results.connections]
@@ -82,7 +69,7 @@ def batches(results: Results, axes: Any) -> None:
         total, left, before = max(counts.values(), default=0) or 1, 0.0, 0.0
         for index, label in enumerate(labels):
             share = (counts[label] - before) / total
-            colour = plt.get_cmap("viridis")(index / len(labels))
+            colour = mpl.colormaps["viridis"](index / len(labels))
             axes.barh(position, share, left=left, color=colour, label=f"≤ {float(label):g}" if position == 0 else None)
             left, before = left + share, counts[label]
     axes.set_yticks(range(len(series)), [f"{name}, {c} connection{'s' if c > 1 else ''}" for name, c in series])
@@ -91,8 +78,7 @@ def batches(results: Results, axes: Any) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-@plot
-def memory(results: Results, axes: Any) -> None:
+def memory(results: Results, axes: Axes) -> None:
     sizes = {name: size for name in results.names if (size := results.value(name, "pss_mib"))}
     axes.barh(list(sizes), list(sizes.values()), color=[style(results, name)["color"] for name in sizes])
     axes.invert_yaxis()
