@@ -38,10 +38,8 @@ def against_peers(results: Results) -> Iterator[Verdict]:
         if not ours or not best:
             continue
         name, theirs = best
-        title, ratio = (
-            f"{workload}, {CONNECTIONS} connections, requests/s against {name}",
-            ours["rate"] / theirs["rate"],
-        )
+        ratio = ours["rate"] / theirs["rate"]
+        title = f"{workload}, {CONNECTIONS} connections, requests/s against {name}"
         yield verdict(title, f"{ratio:.2f} x", f"≥ {factor} x", ratio >= factor)
         yield verdict(f"{workload}: errors", f"{ours['errors']}", "0", ours["errors"] == 0)
         if workload == "small":
