@@ -110,8 +110,8 @@ def test_every_overload_starts_without_the_previous_queue(monkeypatch: pytest.Mo
     record = {"closed": [{"workload": "small", "rate": 1}], "open": []}
     Overloaded.until = time.monotonic() + 1
     with serving(Overloaded) as url:
-        running = servers.Running(url, 0)
-        benchmark._open_loops(servers.ALL[0], running, small(), tmp_path, options, benchmark.Progress(1), record)
+        running = servers.Running(servers.ALL[0], url, 0)
+        benchmark._open_loops(running, small(), tmp_path, options, benchmark.Progress(1), record)
     assert begun_with_a_queue == [False, False]
     assert len(record["open"]) == 2
 
@@ -119,7 +119,7 @@ def test_every_overload_starts_without_the_previous_queue(monkeypatch: pytest.Mo
 def test_waiting_for_a_server_to_settle_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "SETTLE_SECONDS", 1.0)
     started = time.monotonic()
-    servers.settle(servers.ALL[0], "http://127.0.0.1:9", 0.2)
+    servers.settle(servers.Running(servers.ALL[0], "http://127.0.0.1:9", 0), 0.2)
     assert 1 <= time.monotonic() - started < 10
 
 

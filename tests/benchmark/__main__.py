@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tests import live
 from tests.benchmark import ceiling, loads, machine, servers, workloads
 from tests.benchmark.results import RUNNER, without_folders
-from tests.benchmark.servers import Server
+from tests.benchmark.servers import Running, Server
 from tests.benchmark.workloads import Workload
 
 CONNECTIONS = (1, 8, 64, 256)
@@ -39,10 +39,11 @@ class Progress:
     def __init__(self, planned: float) -> None:
         self._planned, self._done, self._started = planned, 0.0, time.monotonic()
 
-    def finished(self, what: str, planned: float) -> None:
+    def finished(self, server: Server, what: str, planned: float) -> None:
         self._done += planned
         left = max(0.0, self._planned - self._done) * (time.monotonic() - self._started) / self._done
-        print(f"[{min(1, self._done / self._planned):4.0%}, {left / 60:4.1f} min left] {what}", flush=True)
+        share = min(1, self._done / self._planned)
+        print(f"[{share:4.0%}, {left / 60:4.1f} min left] {server.name}: {what}", flush=True)
 
 
 class Loop(NamedTuple):
@@ -79,9 +80,9 @@ def measure(
         with servers.start(server, home) as running:
             record["start_seconds"] = time.monotonic() - started
             record["versions"] = machine.versions(server.python, server.packages)
-            progress.finished(f"{server.name}: started in {record['start_seconds']:.1f} s", START_SECONDS)
-            _closed_loops(server, running, sent, home, options, progress, record)
-            _open_loops(server, running, sent[0], home, options, progress, record)
+            progress.finished(server, f"started in {record['start_seconds']:.1f} s", START_SECONDS)
+            _closed_loops(running, sent, home, options, progress, record)
+            _open_loops(running, sent[0], home, options, progress, record)
             record["pss_mib"] = servers.memory(running.pid)
     except Exception as error:
         record["problem"] = without_folders(str(error.__context__ or error))
@@ -90,58 +91,56 @@ def measure(
 
 
 def _closed_loops(
-    server: Server,
-    running: servers.Running,
+    running: Running,
     sent: list[Workload],
     home: Path,
     options: argparse.Namespace,
     progress: Progress,
     record: dict[str, Any],
 ) -> None:
-    for workload, connections, seconds in closed_plan(server, sent, options):
-        target = _target(server, running, workload, home)
+    for workload, connections, seconds in closed_plan(running.server, sent, options):
+        target = _target(running, workload, home)
         loads.closed(target, connections, options.warm_up)
-        before = _batch_sizes(server, running.url)
+        before = _batch_sizes(running)
         run = loads.closed(target, connections, seconds)
         run |= {"workload": workload.name, "images_per_second": run["rate"] * workload.images_per_request}
-        run["batch_images"] = {size: n - before[size] for size, n in _batch_sizes(server, running.url).items()}
+        run["batch_images"] = {size: n - before[size] for size, n in _batch_sizes(running).items()}
         record["closed"].append(run)
-        what = f"{server.name}: {workload.name}, {connections} connections: {run['rate']:.0f}/s, {run['errors']} errors"
-        progress.finished(what, seconds)
+        what = f"{workload.name}, {connections} connections: {run['rate']:.0f}/s, {run['errors']} errors"
+        progress.finished(running.server, what, seconds)
 
 
 def _open_loops(
-    server: Server,
-    running: servers.Running,
+    running: Running,
     small: Workload,
     home: Path,
     options: argparse.Namespace,
     progress: Progress,
     record: dict[str, Any],
 ) -> None:
-    target = _target(server, running, small, home)
+    target = _target(running, small, home)
     best = max(run["rate"] for run in record["closed"] if run["workload"] == small.name)
     for factor in OVERLOADS:
-        servers.settle(server, running.url, options.deadline)
+        servers.settle(running, options.deadline)
         run = loads.opened(target, max(1.0, factor * best), options.seconds, options.deadline)
         record["open"].append({"factor": factor, **run})
-        what = f"{server.name}: {run['offered']:.0f}/s offered: {run['good']:.0f}/s good, {run['outcomes']}"
-        progress.finished(what, options.seconds + options.deadline)
+        what = f"{run['offered']:.0f}/s offered: {run['good']:.0f}/s good, {run['outcomes']}"
+        progress.finished(running.server, what, options.seconds + options.deadline)
 
 
-def _target(server: Server, running: servers.Running, workload: Workload, home: Path) -> loads.Target:
+def _target(running: Running, workload: Workload, home: Path) -> loads.Target:
     bodies = home / "bodies"
     if workload.images_per_request > 1:
         return loads.Target(f"{running.url}/classify/batch", workload, workloads.multipart("images"), bodies)
-    return loads.Target(running.url + server.path, workload, server.pack, bodies)
+    return loads.Target(running.url + running.server.path, workload, running.server.pack, bodies)
 
 
-def _batch_sizes(server: Server, url: str) -> dict[str, float]:
+def _batch_sizes(running: Running) -> dict[str, float]:
     """Cumulative count of batches by the histogram bucket of their size; empty for a peer."""
-    if server.kind != servers.BUNDLE:
+    if running.server.kind != servers.BUNDLE:
         return {}
     prefix = 'classifier_batch_images_bucket{le="'
-    return {s.removeprefix(prefix)[:-2]: n for s, n in live.samples(url).items() if s.startswith(prefix)}
+    return {s.removeprefix(prefix)[:-2]: n for s, n in live.samples(running.url).items() if s.startswith(prefix)}
 
 
 def parse() -> argparse.Namespace:

@@ -47,6 +47,7 @@ class Server:
 
 
 class Running(NamedTuple):
+    server: Server
     url: str
     pid: int
 
@@ -138,19 +139,19 @@ def start(server: Server, home: Path) -> Iterator[Running]:
 
     env = live.environment(home, MODEL_DIRECTORY=SHIPPED, ORT_DISABLE_TELEMETRY=1, **server.settings)
     with live.running(server.command(port), env, home / live.LOG, ready, server.stop) as process:
-        yield Running(url, process.pid)
+        yield Running(server, url, process.pid)
 
 
-def settle(server: Server, url: str, deadline: float) -> None:
-    """Wait, at most ``SETTLE_SECONDS``, until ``server`` at ``url`` classifies the sample image within ``deadline``.
+def settle(running: Running, deadline: float) -> None:
+    """Wait, at most ``SETTLE_SECONDS``, until the server classifies the sample image within ``deadline``.
 
     A server that keeps working for clients that have left would start the next load with the last one's queue.
     """
-    body = server.pack([SAMPLE.read_bytes()])
+    body = running.server.pack([SAMPLE.read_bytes()])
     until = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < until:
         with suppress(requests.RequestException):
-            if _answers(url + server.path, body, deadline):
+            if _answers(running.url + running.server.path, body, deadline):
                 return
         time.sleep(0.1)  # refusals return at once: do not spin
 
