@@ -137,12 +137,12 @@ def test_missing_figures_leave_empty_cells_beside_other_models(
     artifact: Artifact, toy_artifact: Artifact, tmp_path: Path
 ) -> None:
     few = seal(shutil.copytree(artifact.path, tmp_path / "few"), {**artifact.card, "metrics": {}})
-    rows = readme.sizes([artifact, few]).splitlines()
+    rows = readme.table([artifact, few]).splitlines()
     assert rows[-1].endswith(" | - | - | - | - | - |")
     assert "| trained for |" in rows[0]
     record = {**artifact.card["training"], "teachers": [toy_artifact.card["training"]]}
     taught = seal(few.path, {**few.card, "training": record})
-    assert "| trained for, without teachers |" in readme.sizes([artifact, taught])
+    assert "| trained for, without teachers |" in readme.table([artifact, taught])
     assert "The first is the default. `MODEL=NAME make serve` serves another." in readme.section(artifact, few)
 
 

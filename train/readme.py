@@ -1,5 +1,5 @@
-"""Write what README.md says about the shipped model: the section, from the figures measured into its card, and the
-example, which classifies a picture of ``tests/images``.
+"""Write two parts of README.md: the section about the shipped models, from the figures in their cards, and the example
+with curl, which classifies a picture of ``tests/images``.
 
     python -m train.readme
 
@@ -64,7 +64,7 @@ def example(artifact: Artifact, root: Path = README.parent) -> str:
 def section(artifact: Artifact, *others: Artifact) -> str:
     """Everything below the heading: the default model, beside it those of the ``others`` that share its data."""
     artifacts = [artifact, *of_the_same_data(artifact, list(others))]
-    return "\n\n".join([about(artifacts), sizes(artifacts), MORE])
+    return "\n\n".join([about(artifacts), table(artifacts), MORE])
 
 
 def about(artifacts: list[Artifact]) -> str:
@@ -84,25 +84,24 @@ def about(artifacts: list[Artifact]) -> str:
     return fill(text, WIDTH)
 
 
-def sizes(artifacts: list[Artifact]) -> str:
+def table(artifacts: list[Artifact]) -> str:
     """A table of the shipped models, the default one first."""
     taught = any("teachers" in run for artifact in artifacts for run in runs(artifact.card["training"]))
     time = "trained for, without teachers" if taught else "trained for"
-    accuracy = "accuracy (95 % interval)"
-    head = ("`MODEL`", "parameters", time, accuracy, "ECE", "corrupted", "photographs", "images/s, one core")
-    return markdown(head, map(row, artifacts))
+    figures = ("accuracy (95 % interval)", "ECE", "corrupted", "photographs", "images/s, one core")
+    return markdown(("`MODEL`", "parameters", time, *figures), map(row, artifacts))
 
 
 def row(artifact: Artifact) -> list[str]:
     metrics, training = artifact.metrics, artifact.card["training"]
     minutes = sum(run["training_seconds"] for run in runs(training)) / 60
+    accuracy = ece = speed = NOT_MEASURED
+    if figures := metrics.get(ONNX_INT8):
+        accuracy, ece = with_interval(figures), percent(figures["ece"])
+        speed = f"{figures['speed']['images_per_s']:,}"
+    others = [percent(metrics[n]["accuracy"]) if n in metrics else NOT_MEASURED for n in ("robustness", "photographs")]
     cells = [f"`{artifact.config.name}`", f"{training['parameters'] / 1e6:.1f} M", f"{minutes:.0f} min"]
-    figures = metrics.get(ONNX_INT8)
-    cells.append(with_interval(figures) if figures else NOT_MEASURED)
-    cells.append(percent(figures["ece"]) if figures else NOT_MEASURED)
-    for name in ("robustness", "photographs"):
-        cells.append(percent(metrics[name]["accuracy"]) if name in metrics else NOT_MEASURED)
-    return [*cells, f"{figures['speed']['images_per_s']:,}" if figures else NOT_MEASURED]
+    return [*cells, accuracy, ece, *others, speed]
 
 
 def main() -> None:
