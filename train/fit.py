@@ -290,8 +290,8 @@ class Fit:
             print(f"--teacher {trained.path}: was trained on other data, {trained.record['source']}")
 
     def resume(self) -> None:
-        """Restore the checkpoint in ``out``; raises ``CommandError`` if the recipe, data, start or teachers differ."""
-        path = self.out / CHECKPOINT
+        """Restore the run in ``out``; raises ``CommandError`` if its recipe, data, start, teachers or name differ."""
+        path, config_path = self.out / CHECKPOINT, self.out / CONFIG
         tensors, position = read_checkpoint(self.out)
         wanted = self.recipe.model_dump()
         begun = {**DEFAULTS.model_dump(), **position["recipe"]}  # older runs lack newer hyperparameters
@@ -306,23 +306,14 @@ class Fit:
                 raise CommandError(
                     f"{path}: on record for --{option} are weights {_short(recorded)}; expected {_short(given)}"
                 )
+        # After a kill before the first epoch there may be none.
+        if config_path.exists() and (name := ModelConfig.load(config_path).name) != self.config.name:
+            raise CommandError(f"{config_path}: its --name is {name!r}; expected {self.config.name!r}")
         self.restore(tensors, position)
 
 
 def _short(digests: list[str]) -> str:
     return ", ".join(digest[:12] for digest in digests) or "none"
-
-
-def begin(fit: Fit, resume: bool) -> None:
-    """Resume the run in ``--out``, or start a new one there; raises ``CommandError`` for a run of another name."""
-    if resume:
-        fit.resume()
-        path = fit.out / CONFIG
-        # After a kill before the first epoch there may be none.
-        if path.exists() and (name := ModelConfig.load(path).name) != fit.config.name:
-            raise CommandError(f"{path}: its --name is {name!r}; expected {fit.config.name!r}")
-    fit.save()
-    fit.config.save(fit.out / CONFIG)
 
 
 def prepare(
@@ -345,7 +336,10 @@ def prepare(
     for teacher in teachers:
         fit.take_teacher(teacher)
     if group.rank == 0:
-        begin(fit, options.resume)
+        if options.resume:
+            fit.resume()
+        fit.save()
+        fit.config.save(fit.out / CONFIG)
     fit.synchronize()
     return fit
 
