@@ -91,12 +91,7 @@ class Augmented:
             flip = (self.flip_parity[index] + epoch) % 2 * self.recipe.flip == 1
             images = self._shift(index.to(self.device), flip, draw)
             if self.recipe.zoom > 1:
-                reach = math.log(self.recipe.zoom)
-                scale, stretch = draw.uniform(reach), draw.uniform(reach)
-                # In groups of four, so that every kind of corruption meets zoomed images and others.
-                zoomed = torch.arange(share.start, share.stop) // 4 % 2 == 0
-                if zoomed.any():  # a share of at most four images may have none
-                    images[zoomed] = self._zoom(images[zoomed], scale[zoomed], stretch[zoomed])
+                self._zoom(images, draw)
             images = self._cutout(images, draw)
             views = self._corrupt(images, draw) if self.recipe.corrupt > 0 else images
             if epoch < int(self.recipe.low_res * self.recipe.epochs):
@@ -116,14 +111,19 @@ class Augmented:
         index = (torch.arange(side) + draw.integers(-reach, reach + 1)).abs()
         return torch.where(index >= side, 2 * (side - 1) - index, index)
 
-    def _zoom(self, images: Tensor, scale: Tensor, stretch: Tensor) -> Tensor:
-        theta = torch.zeros(len(images), 2, 3)
-        theta[:, 0, 0] = torch.exp(scale + stretch / 4)
-        theta[:, 1, 1] = torch.exp(scale - stretch / 4)
-        pixels = images.permute(0, 3, 1, 2).float()
+    def _zoom(self, images: Tensor, draw: Draw) -> None:
+        """Scale and stretch half of ``images``, in place."""
+        scale, stretch = (draw.uniform(math.log(self.recipe.zoom)) for _ in range(2))
+        # In groups of four, so that every kind of corruption meets zoomed images and others.
+        chosen = torch.arange(draw.share.start, draw.share.stop) // 4 % 2 == 0
+        if not chosen.any():  # a share of at most four images may have none
+            return
+        pixels = images[chosen].permute(0, 3, 1, 2).float()
+        theta = torch.zeros(len(pixels), 2, 3)
+        theta[:, 0, 0] = torch.exp(scale + stretch / 4)[chosen]
+        theta[:, 1, 1] = torch.exp(scale - stretch / 4)[chosen]
         grid = F.affine_grid(theta.to(self.device), list(pixels.shape), align_corners=False)
-        zoomed = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-        return _to_images(zoomed)
+        images[chosen] = _to_images(F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False))
 
     def _shrink(self, images: Tensor) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).float()
