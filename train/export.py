@@ -56,10 +56,7 @@ def load_run(run: Path) -> tuple[ModelConfig, ConvNet]:
     """
     config = ModelConfig.load(run / files.CONFIG)
     network = ConvNet(config).eval()
-    state = runs.read_weights(run)
-    network.load_state_dict(
-        {name: _round(name, tensor).float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    )
+    network.load_state_dict({name: _round(name, tensor) for name, tensor in runs.read_weights(run).items()})
     return config, network
 
 
