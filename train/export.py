@@ -77,19 +77,19 @@ def add_bank(network: ConvNet, config: ModelConfig, images: Pixels) -> ServedNet
 
 def parity(fp32: Outputs, int8: Outputs, split: Split) -> dict[str, float | int]:
     """Accuracy of both formats and the share on which they agree; raises ``ParityError`` if INT8 loses too much."""
-    said = verdicts(fp32), verdicts(int8)
-    accuracies = [float((v == split.labels).mean()) for v in said]
+    fp32_verdicts, int8_verdicts = verdicts(fp32), verdicts(int8)
+    fp32_accuracy, int8_accuracy = (float((v == split.labels).mean()) for v in (fp32_verdicts, int8_verdicts))
     tolerance = int8_tolerance(len(split))
-    if not within(accuracies[0] - accuracies[1], tolerance):
+    if not within(fp32_accuracy - int8_accuracy, tolerance):
         raise ParityError(
-            f"INT8 accuracy {accuracies[1]:.4f} on {len(split)} validation images, FP32 {accuracies[0]:.4f}; "
+            f"INT8 accuracy {int8_accuracy:.4f} on {len(split)} validation images, FP32 {fp32_accuracy:.4f}; "
             f"expected a loss of at most {tolerance:.4f}"
         )
     return {
         "images": len(split),
-        "fp32_accuracy": round(accuracies[0], 4),
-        "int8_accuracy": round(accuracies[1], 4),
-        "agreement": round(float((said[0] == said[1]).mean()), 4),
+        "fp32_accuracy": round(fp32_accuracy, 4),
+        "int8_accuracy": round(int8_accuracy, 4),
+        "agreement": round(float((fp32_verdicts == int8_verdicts).mean()), 4),
     }
 
 
