@@ -12,7 +12,8 @@ import hashlib
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ class Data:
     train: Split
     val: Split
     test: Split
-    skipped: tuple[str, ...] = field(default=())
+    skipped: tuple[str, ...] = ()
     """Files and folders that were not used, each with the reason."""
     by_content: bool = False
     """Whether a file's content decides its split, as in a flat source: it has the same split in every such source."""
@@ -248,10 +249,9 @@ def read_photos(source: Path, size: tuple[int, int], is_wanted: Callable[[str], 
             continue
         try:
             images.append(preprocess(files[name], size))
+            folders.append(folder)
         except ImageError:
             unreadable += 1
-            continue
-        folders.append(folder)
     return Photos(images, folders, unreadable, of_other_folders)
 
 
@@ -259,11 +259,9 @@ def _choose_size(contents: Iterable[bytes]) -> tuple[int, int]:
     """A square with the median shorter side of the training images, in steps of 8 between 16 and 224 pixels."""
     sides = []
     for content in contents:
-        try:
+        with suppress(ImageError):
             header = read_header(content)
-        except ImageError:
-            continue
-        sides.append(min(header.width, header.height))
+            sides.append(min(header.width, header.height))
     if not sides:
         raise CommandError("no training image could be read")
     side = round(statistics.median(sides) / SIDE_STEP) * SIDE_STEP
