@@ -58,7 +58,6 @@ def count_hits(network: ConvNet, split: Split, device: torch.device) -> Tensor:
         images, labels = (torch.from_numpy(array[batch]).to(device) for array in (split.images, split.labels))
         with autocast(device):
             hits += (network(images).argmax(1) == labels).sum()
-    network.train()
     return hits
 
 
@@ -117,14 +116,14 @@ class Fit:
         self.validate()  # the last epoch, if a kill prevented it
         while self.epochs_done < self.recipe.epochs:
             started = time.perf_counter()
-            loss, hits = self._epoch(progress)
+            loss, accuracy = self._epoch(progress)
             seconds = time.perf_counter() - started
             self.epochs_done += 1
             self.history.append(
                 {
                     "epoch": self.epochs_done,
                     "loss": round(loss, 4),
-                    "train_accuracy": round(hits, 4),
+                    "train_accuracy": round(accuracy, 4),
                     "images_per_s": round(len(self.data.train) / seconds, 1),
                     "seconds": round(seconds, 1),
                 }
@@ -135,6 +134,7 @@ class Fit:
             progress.write("  ".join(f"{key} {value:g}" for key, value in self.history[-1].items()))
 
     def _epoch(self, progress: tqdm[Any]) -> tuple[float, float]:
+        """Train for one epoch; returns its mean loss and its accuracy."""
         self.network.train()
         sums = torch.zeros(3, device=self.device)
         first_step = self.epochs_done * len(self.batches)
