@@ -149,15 +149,12 @@ def print_report(name: str, metrics: dict[str, Any], artifact: Artifact) -> None
     for level, found in metrics["prediction_sets"].items():
         print(f"  prediction sets of {float(level):.0%}: coverage {found['coverage']:.2%}, {found['size']:.2f} classes")
     width = max(map(len, artifact.config.classes))
-    if len(artifact.config.classes) > NAMED_CLASSES:
-        lowest = sorted(metrics["per_class"].items(), key=itemgetter(1))[:NAMED_CLASSES]
-        print(f"  the {NAMED_CLASSES} lowest of {len(artifact.config.classes)} classes; the card has all:")
-        for class_name, share in lowest:
-            print(f"  {class_name:{width}} {share:7.2%}")
-        return
-    for index, (class_name, share) in enumerate(metrics["per_class"].items()):
-        counts = " ".join(f"{count:5}" for count in metrics["confusion"][index])
-        print(f"  {class_name:{width}} {share:7.2%}  {counts}")
+    recalls, confusion = list(metrics["per_class"].items()), metrics["confusion"]
+    if len(recalls) > NAMED_CLASSES:
+        print(f"  the {NAMED_CLASSES} lowest of {len(recalls)} classes; the card has all:")
+        recalls, confusion = sorted(recalls, key=itemgetter(1))[:NAMED_CLASSES], [[]] * NAMED_CLASSES
+    for (class_name, recall), counts in zip(recalls, confusion, strict=True):
+        print(f"  {class_name:{width}} {recall:7.2%} ", *(f"{count:5}" for count in counts))
 
 
 def main() -> None:
