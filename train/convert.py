@@ -192,9 +192,9 @@ def _input_size(path: Path, network: Network, side: int | None) -> tuple[int, in
 
 def _digest(path: Path) -> str:
     """SHA-256 of the ONNX file ``path``, followed by the files beside it that hold its weights, if there are any."""
-    digest = hashlib.sha256(path.read_bytes())
-    weights = onnx.load(path, load_external_data=False).graph.initializer
-    entries = [entry for tensor in weights for entry in tensor.external_data]
+    content = path.read_bytes()
+    digest = hashlib.sha256(content)
+    entries = [entry for tensor in onnx.load_from_string(content).graph.initializer for entry in tensor.external_data]
     for name in sorted({entry.value for entry in entries if entry.key == "location"}):
         digest.update((path.parent / name).read_bytes())
     return digest.hexdigest()
