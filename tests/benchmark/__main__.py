@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 from tests import live
 from tests.benchmark import ceiling, loads, machine, servers, workloads
-from tests.benchmark.results import RUNNER, without_folders
+from tests.benchmark.results import MIDDLE, RUNNER, without_folders
 from tests.benchmark.servers import Running, Server
 from tests.benchmark.workloads import Workload
 
-CONNECTIONS = (1, 8, 64, 256)
-PHOTOGRAPH_CONNECTIONS, BATCH_CONNECTIONS, ENDURANCE_CONNECTIONS = 64, 4, 64
+CONNECTIONS = (1, 8, MIDDLE, 256)
+BATCH_CONNECTIONS = 4
 ENDURANCE_SECONDS = 90
 """For the runner topology, which must answer 50,000 requests without an error even on a slow machine."""
 OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -57,11 +57,11 @@ class Loop(NamedTuple):
 def closed_plan(server: Server, sent: list[Workload], options: argparse.Namespace) -> list[Loop]:
     small, batch, *photographs = sent
     plan = [Loop(small, connections, options.seconds) for connections in CONNECTIONS]
-    plan += [Loop(workload, PHOTOGRAPH_CONNECTIONS, options.seconds) for workload in photographs]
+    plan += [Loop(workload, MIDDLE, options.seconds) for workload in photographs]
     if server.takes_batches:
         plan.append(Loop(batch, BATCH_CONNECTIONS, options.seconds))
     if server.name == RUNNER and not options.quick:
-        plan.append(Loop(Workload("endurance", small.requests), ENDURANCE_CONNECTIONS, ENDURANCE_SECONDS))
+        plan.append(Loop(Workload("endurance", small.requests), MIDDLE, ENDURANCE_SECONDS))
     return plan
 
 

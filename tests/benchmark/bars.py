@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.benchmark.results import DEPENDS, EMBEDDED, ONE_WORKER, RUNNER, Results, Run
+from tests.benchmark.results import DEPENDS, EMBEDDED, MIDDLE, ONE_WORKER, RUNNER, Results, Run
 
 Verdict = tuple[str, str, str, str]
 """What is judged, measured value, target, whether it was met."""
-CONNECTIONS = 64
 FIVEFOLD = 5.0
 REQUESTS = 50_000
 ALLOWED = {"200", "429", "503"}
@@ -34,12 +33,12 @@ def best_peer(results: Results, workload: str, connections: int, key: str = "rat
 
 def against_peers(results: Results) -> Iterator[Verdict]:
     for workload, factor in (("small", 1.5), ("photographs", 1.3)):
-        ours, best = results.closed(EMBEDDED, workload, CONNECTIONS), best_peer(results, workload, CONNECTIONS)
+        ours, best = results.closed(EMBEDDED, workload, MIDDLE), best_peer(results, workload, MIDDLE)
         if not ours or not best:
             continue
         name, theirs = best
         ratio = ours["rate"] / theirs["rate"]
-        title = f"{workload}, {CONNECTIONS} connections, requests/s against {name}"
+        title = f"{workload}, {MIDDLE} connections, requests/s against {name}"
         yield verdict(title, f"{ratio:.2f} x", f"≥ {factor} x", ratio >= factor)
         yield verdict(f"{workload}: errors", f"{ours['errors']}", "0", ours["errors"] == 0)
         if workload == "small":
@@ -56,22 +55,22 @@ def single_latency(results: Results) -> Iterator[Verdict]:
 
 
 def ceiling(results: Results) -> Iterator[Verdict]:
-    for workload, connections, bar in (("small", CONNECTIONS, 0.7), ("batch", None, 0.9)):
+    for workload, connections, bar in (("small", MIDDLE, 0.7), ("batch", None, 0.9)):
         if run := results.closed(EMBEDDED, workload, connections):
             share = run["images_per_second"] / results.ceiling(workload)
             yield verdict(f"{workload}: share of the in-process ceiling", f"{share:.0%}", f"≥ {bar:.0%}", share >= bar)
 
 
 def runner(results: Results) -> Iterator[Verdict]:
-    ours, theirs = results.closed(RUNNER, "small", CONNECTIONS), results.closed(DEPENDS, "small", CONNECTIONS)
+    ours, theirs = results.closed(RUNNER, "small", MIDDLE), results.closed(DEPENDS, "small", MIDDLE)
     if ours and theirs:
         ratio = ours["rate"] / theirs["rate"] if theirs["rate"] else float("inf")
         yield verdict("runner topology, against the documented `depends`", f"{ratio:.1f} x", "≥ 4 x", ratio >= 4)
     if ours:
-        errors, replies = results.errors(RUNNER, CONNECTIONS)
+        errors, replies = results.errors(RUNNER, MIDDLE)
         bar = f"0 of ≥ {REQUESTS:,}"
         met = errors == 0 and replies >= REQUESTS
-        yield verdict(f"runner topology: errors, {CONNECTIONS} connections", f"{errors} of {replies:,}", bar, met)
+        yield verdict(f"runner topology: errors, {MIDDLE} connections", f"{errors} of {replies:,}", bar, met)
 
 
 def overload(results: Results) -> Iterator[Verdict]:

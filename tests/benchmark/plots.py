@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tests.benchmark.results import EMBEDDED, OURS, RUNNER, Results
+from tests.benchmark.results import EMBEDDED, MIDDLE, OURS, RUNNER, Results
 
 
 def draw(results: Results, directory: Path) -> None:
@@ -39,7 +39,7 @@ def throughput(results: Results, axes: Axes) -> None:
 
 
 def latency(results: Results, axes: Axes) -> None:
-    middle = 64 if 64 in results.connections else results.connections[-1]
+    middle = MIDDLE if MIDDLE in results.connections else results.connections[-1]
     runs = {name: run for name in results.names if (run := results.closed(name, "small", middle))}
     for offset, percentile in enumerate(("p50", "p95", "p99")):
         places = [place + 0.27 * (1 - offset) for place in range(len(runs))]

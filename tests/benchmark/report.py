@@ -12,11 +12,9 @@ from pathlib import Path
 
 from model.tables import markdown
 from tests.benchmark import bars, plots
-from tests.benchmark.results import EMBEDDED, ONE_REPLICA, ONE_WORKER, TWO_REPLICAS, Results, Run
+from tests.benchmark.results import EMBEDDED, MIDDLE, ONE_REPLICA, ONE_WORKER, TWO_REPLICAS, Results, Run
 
 NONE = "-"
-MIDDLE = 64
-"""Connections at which the tables quote latencies."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

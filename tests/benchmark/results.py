@@ -12,6 +12,8 @@ EMBEDDED, RUNNER, ONE_WORKER = "bundle, embedded", "bundle, runner", "bundle, em
 ONE_REPLICA, TWO_REPLICAS = "bundle, 1 replica behind Nginx", "bundle, 2 replicas behind Nginx"
 DEPENDS = "BentoML, documented depends"
 SUMMED = ("replies", "errors")
+MIDDLE = 64
+"""Connections at which the bars, the tables and the plots compare the servers."""
 Run = dict[str, Any]
 
 
