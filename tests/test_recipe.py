@@ -73,6 +73,7 @@ def test_help_describes_each_hyperparameter(capsys: pytest.CaptureFixture[str]) 
         ("--name", "f" * 64, f"--name '{'f' * 64}': String should match pattern"),
         ("--depth", 1, "--depth 1: Input should be greater than or equal to 2"),
         ("--size", 4, "--size 4; expected at least 6 pixels"),
+        ("--size", 0, "--size 0; expected at least 6 pixels"),
     ],
 )
 def test_invalid_options_are_one_clear_line_before_the_data_is_read(

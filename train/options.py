@@ -48,11 +48,11 @@ class Options(NamedTuple):
 
 
 def parse(about: str | None, arguments: list[str] | None = None) -> Options:
-    """The command line, valid whatever the data, or ``CommandError``; ``about`` is the help's text."""
+    """Parse and check what can be checked without the data; raises ``CommandError``. ``about`` is the help's text."""
     typed = _parser(about).parse_args(arguments)
     given = {name: value for name in Recipe.model_fields if (value := getattr(typed, name)) is not None}
     recipe = read_recipe(given)
-    size = (typed.size, typed.size) if typed.size else None
+    size = None if typed.size is None else (typed.size, typed.size)
     if typed.like:
         record = read_record(typed.like)
         if "recipe" not in record:
@@ -65,7 +65,8 @@ def parse(about: str | None, arguments: list[str] | None = None) -> Options:
         for option, key in (("start", "start"), ("teacher", "teachers")):
             if key in record and not getattr(typed, option):
                 print(f"--like {typed.like}: trained with --{option}, which is not taken over")
-    _config(typed.name, ("one", "other"), size or (MIN_SIDE, MIN_SIDE), ((0.0,) * 3, (1.0,) * 3), recipe)  # or raises
+    # Checks name, size and widths, with stand-ins for what the data will tell.
+    _config(typed.name, ("one", "other"), size or (MIN_SIDE, MIN_SIDE), ((0.0,) * 3, (1.0,) * 3), recipe)
     return Options(
         source=typed.source,
         name=typed.name,
