@@ -41,8 +41,8 @@ Findings = dict[str, Any]
 Hashes = NDArray[np.uint64]
 
 
-class Found(NamedTuple):
-    """One labelled image."""
+class LabelledImage(NamedTuple):
+    """An image of a split, as a finding names it."""
 
     split: str
     class_name: str
@@ -58,8 +58,8 @@ def check(data: Data, examples: int | None = EXAMPLES) -> Findings:
     Raises ``CommandError`` if training would be meaningless.
     """
     groups = exact_duplicates(data)
-    leaked = [group for group in groups if len({found.split for found in group}) > 1]
-    conflicting = [group for group in groups if len({found.class_name for found in group}) > 1]
+    leaked = [group for group in groups if len({image.split for image in group}) > 1]
+    conflicting = [group for group in groups if len({image.class_name for image in group}) > 1]
     _refuse_meaningless(data, leaked, conflicting)
 
     def finding(lines: Iterable[str]) -> dict[str, Any]:
@@ -72,17 +72,17 @@ def check(data: Data, examples: int | None = EXAMPLES) -> Findings:
         "broken": finding(data.skipped),
         "same_pixels_in_two_splits": finding(" = ".join(map(str, group)) for group in leaked),
         "same_pixels_two_classes": finding(" = ".join(map(str, group)) for group in conflicting),
-        "repeated_within_a_split": sum(len(group) - len({found.split for found in group}) for group in groups),
+        "repeated_within_a_split": sum(len(group) - len({image.split for image in group}) for group in groups),
         "nearly_in_training": {name: finding(near_duplicates(data, name)) for name in ("val", "test")},
     }
 
 
-def exact_duplicates(data: Data) -> list[list[Found]]:
+def exact_duplicates(data: Data) -> list[list[LabelledImage]]:
     """Groups of two or more images with the same pixels, in any split."""
-    groups: dict[bytes, list[Found]] = defaultdict(list)
+    groups: dict[bytes, list[LabelledImage]] = defaultdict(list)
     for name, split in data.splits.items():
         for index, image in enumerate(split.images):
-            groups[hashlib.sha256(image).digest()].append(_found(data, name, index))
+            groups[hashlib.sha256(image).digest()].append(_labelled(data, name, index))
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -102,7 +102,7 @@ def near_duplicates(data: Data, split: str) -> list[str]:
             index, alike = start + row, np.flatnonzero(bits[row] == least[row]).tolist()
             levels, nearest = min((_levels(held.images[index], data.train.images[i]), i) for i in alike)
             if 0 < levels <= NEAR_LEVELS:
-                result.append(f"{_found(data, split, index)} ~ {_found(data, 'train', nearest)}")
+                result.append(f"{_labelled(data, split, index)} ~ {_labelled(data, 'train', nearest)}")
     return result
 
 
@@ -128,9 +128,9 @@ def _low_frequencies(image: Pixels) -> NDArray[np.float32]:
     return np.asarray(cv2.dct(gray)[:HASH_KEPT, :HASH_KEPT].ravel(), np.float32)
 
 
-def _found(data: Data, split: str, index: int) -> Found:
+def _labelled(data: Data, split: str, index: int) -> LabelledImage:
     held = data.splits[split]
-    return Found(split, data.classes[held.labels[index]], held.names[index])
+    return LabelledImage(split, data.classes[held.labels[index]], held.names[index])
 
 
 def _counts(data: Data, split: Split) -> dict[str, int]:
@@ -149,13 +149,13 @@ def _sizes(sizes: list[tuple[int, int]], input_size: tuple[int, int]) -> dict[st
     }
 
 
-def _refuse_meaningless(data: Data, leaked: list[list[Found]], conflicting: list[list[Found]]) -> None:
+def _refuse_meaningless(data: Data, leaked: list[list[LabelledImage]], conflicting: list[list[LabelledImage]]) -> None:
     # A test image that is only in validation too is a finding, but was not trained on.
-    trained = [group for group in leaked if any(found.split == "train" for found in group)]
-    tested = sum(found.split == "test" for group in trained for found in group)
+    trained = [group for group in leaked if any(image.split == "train" for image in group)]
+    tested = sum(image.split == "test" for group in trained for image in group)
     if tested > MEANINGLESS * len(data.test):
         raise CommandError(f"{data.source}: {tested} of {len(data.test)} test images are training images as well")
-    doubtful = sum(found.split == "train" for group in conflicting for found in group)
+    doubtful = sum(image.split == "train" for group in conflicting for image in group)
     if doubtful > MEANINGLESS * len(data.train):
         raise CommandError(f"{data.source}: {doubtful} of {len(data.train)} training images are in two classes")
 
