@@ -34,11 +34,11 @@ PEAK_COPIES = 2
 """Peak memory as a multiple of the decoded pixels, while the images of a split become one array."""
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 16, 224, 8
 MIN_STD = 1.0
-"""Least standard deviation assumed of a channel, in units of 0..255, so that dividing by it stays finite."""
+"""Minimum standard deviation of a channel, in units of 0..255, so that dividing by it stays finite."""
 BATCH_PIXELS = 512 * 64 * 64
 """Most pixels in a batch whose size was not specified: the default network needs about 3 GB to train on them."""
 NAMED_CLASSES = 20
-"""Most classes that are told one by one; of a thousand, a confusion matrix alone would be 6 MB."""
+"""Most classes that are listed one by one; the confusion matrix of a thousand would be 6 MB of text."""
 
 
 def batch_of(size: tuple[int, int], most: int) -> int:

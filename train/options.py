@@ -17,9 +17,9 @@ from train.recipe import DEFAULTS, Recipe
 from train.runs import read_record
 
 SMALLEST_MAP = 3
-"""Least side of the last feature map: stages halve the input as often as that allows."""
+"""Minimum side of the last feature map: stages halve the input as often as that allows."""
 EPOCH_STEPS = 20
-"""Least steps per epoch when choosing the batch size, as far as ``SMALLEST_BATCH`` allows: one step teaches little."""
+"""Minimum steps per epoch of a chosen batch size, unless that is ``SMALLEST_BATCH``: a single step teaches little."""
 SMALLEST_BATCH = 16
 """BatchNorm needs several images."""
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -156,7 +156,7 @@ def _config(
 
 
 def _widths(given: str, side: int) -> list[int]:
-    """Channels of each stage; there are as many stages as halve ``side`` down to ``SMALLEST_MAP`` at least."""
+    """Channels of each stage; there are as many stages as can halve ``side`` without falling below ``SMALLEST_MAP``."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
         raise CommandError(f"--widths {given!r}; expected numbers of channels such as 64,256")
     if side < 2 * SMALLEST_MAP:

@@ -89,9 +89,7 @@ def _hits(runtime: Runtime, images: Pixels, split: Split) -> Hits:
 
 
 def _mean(scores: NDArray[Any]) -> dict[str, Any]:
-    """Mean of (severities, N) ``scores`` and its 95 % interval, with images as the sample: all versions of an image are
-    averaged into one observation.
-    """
+    """Mean of (severities, N) ``scores`` and its 95 % interval; the versions of an image count as one observation."""
     by_image = scores.mean(axis=0)
     mean, error = float(by_image.mean()), float(by_image.std(ddof=1)) / math.sqrt(len(by_image))
     if error:

@@ -27,7 +27,7 @@ from train.data import batch_of
 
 BATCH = 250
 LARGE_CONSTANT = 1024
-"""Least number of elements for which a constant is worth storing in FP16."""
+"""Minimum number of elements of a constant that is worth storing in FP16."""
 OPSET = 18
 
 
