@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model.artifact import FILES, ONNX, ONNX_INT8, RUNTIMES, Artifact
-from model.tables import Row, aligned, with_interval
+from model.tables import NAMED_CLASSES, Row, aligned, with_interval
 
 Card = Mapping[str, Any]
 Figures = Mapping[str, Any]
@@ -88,14 +88,19 @@ def _sizes(a: Card, b: Card) -> Iterator[Row]:
 
 
 def _per_class(a: Artifact, b: Artifact) -> Iterator[Row]:
-    """Recall of each class; a class that only one of them knows has no difference.
+    """Recall of each class; of many, those in which it changed most. A class that only one knows has no difference.
 
     In INT8, or the nearest format that both were measured in: a network trained elsewhere may have no INT8.
     """
     shared = [runtime for runtime, _, _ in _shared(a.card, b.card)]
     runtime = shared[-1] if shared else ONNX_INT8
     shares = [_metrics(artifact.card).get(runtime, {}).get("per_class", {}) for artifact in (a, b)]
-    for name in dict.fromkeys((*a.config.classes, *b.config.classes)):
+    names = list(dict.fromkeys((*a.config.classes, *b.config.classes)))
+    if len(names) > NAMED_CLASSES:
+        yield (f"the {NAMED_CLASSES} of {len(names):,} classes that changed most:", "", "", "")
+        changes = {name: abs(shares[1][name] - shares[0][name]) for name in names if all(name in s for s in shares)}
+        names = sorted(names, key=lambda name: changes.get(name, 0), reverse=True)[:NAMED_CLASSES]
+    for name in names:
         one, other = (share.get(name) for share in shares)
         yield (f"{name} {runtime}", _share(one), _share(other), _points(one, other))
 

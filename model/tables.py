@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Sequence[str]
+NAMED_CLASSES = 20
+"""Most classes that are listed one by one; the confusion matrix of a thousand would be 6 MB of text."""
 
 
 def aligned(rows: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from model import promotions
 from model.artifact import CARD, CONFIG, FILES, ONNX, ONNX_INT8, Artifact, save_reference, seal
-from model.comparison import difference_interval
+from model.comparison import compare, difference_interval
 from model.config import ModelConfig
 from tests import live, toy
 from tests.golden import SHIPPED_NAME, TYPICAL
@@ -332,6 +333,23 @@ class TestComparison:
         assert any(line.startswith("frame onnx-int8") and line.endswith("+1.00 points") for line in lines)
         assert any(line.startswith("model.int8.onnx") and line.endswith("+0.00 MB") for line in lines)
         assert "Both were measured on the same test images (equal data_sha256)." in lines
+
+    def test_of_a_thousand_classes_those_that_changed_most_are_compared(self, versions: Versions) -> None:
+        names = tuple(f"kind {number}" for number in range(1000))
+        recalls = [dict.fromkeys(names, 0.5), dict.fromkeys(names[:-1], 0.5) | {"kind 7": 0.1, "kind 8": 0.75}]
+        many = [
+            replace(
+                versions["a"],
+                config=versions["a"].config.model_copy(update={"classes": names}),
+                card={**versions["a"].card, "metrics": {ONNX_INT8: {**figures(900), "per_class": recall}}},
+            )
+            for recall in recalls
+        ]
+        lines = [" ".join(line.split()) for line in compare(*many).splitlines()]
+        title = lines.index("the 20 of 1,000 classes that changed most:")
+        assert lines[title + 1] == "kind 7 onnx-int8 50.00% 10.00% -40.00 points"
+        assert lines[title + 2] == "kind 8 onnx-int8 50.00% 75.00% +25.00 points"
+        assert [line.startswith("kind") for line in lines].count(True) == 20
 
     def test_a_comparison_notes_different_data(self, home: Path, versions: Versions, tmp_path: Path) -> None:
         training = {**versions["a"].card["training"], "data_sha256": "0" * 64}

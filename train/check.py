@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.preprocess import Pixels
+from model.tables import NAMED_CLASSES
 from train import command
 from train.command import CommandError
-from train.data import NAMED_CLASSES, Data, Split, load
+from train.data import Data, Split, load
 
 EXAMPLES = 5
 """How many examples of a finding are named, unless all are asked for."""

@@ -37,8 +37,6 @@ MIN_STD = 1.0
 """Minimum standard deviation of a channel, in units of 0..255, so that dividing by it stays finite."""
 BATCH_PIXELS = 512 * 64 * 64
 """Most pixels in a batch whose size was not specified: the default network needs about 3 GB to train on them."""
-NAMED_CLASSES = 20
-"""Most classes that are listed one by one; the confusion matrix of a thousand would be 6 MB of text."""
 
 
 def batch_of(size: tuple[int, int], most: int) -> int:

@@ -31,10 +31,11 @@ from model.artifact import RUNTIMES, TORCH, Artifact, Labels, Outputs
 from model.classifier import Classifier, Probabilities, calibrated
 from model.gpus import cuda_devices
 from model.runtimes import create
+from model.tables import NAMED_CLASSES
 from model.tuning import images_per_second
 from train import command
 from train.command import CommandError
-from train.data import NAMED_CLASSES, Data, Split, test_files
+from train.data import Data, Split, test_files
 from train.measure import THREADS, load_own_data, run_runtime, write_figures
 from train.metrics import accuracy_line, confusion_matrix, expected_calibration_error, proportion, reliability
 

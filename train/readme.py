@@ -18,10 +18,10 @@ from model.artifact import ACCURATE, ALSO_SHIPPED, ONNX_INT8, SHIPPED, Artifact
 from model.classifier import Classifier
 from model.preprocess import preprocess
 from model.runtimes import create
-from model.tables import markdown, with_interval
+from model.tables import NAMED_CLASSES, markdown, with_interval
 from train import command
 from train.command import CommandError
-from train.data import CIFAR10, NAMED_CLASSES, is_part_of
+from train.data import CIFAR10, is_part_of
 from train.report import of_the_same_data
 from train.runs import runs
 from train.sections import percent

@@ -24,10 +24,10 @@ from model.classifier import calibrated, verdicts
 from model.ensemble import Ensemble
 from model.preprocess import Pixels
 from model.runtimes import create
-from model.tables import markdown
+from model.tables import NAMED_CLASSES, markdown
 from train import command, plots, sections
 from train.command import CommandError
-from train.data import CIFAR10, NAMED_CLASSES, Data, Split, is_part_of
+from train.data import CIFAR10, Data, Split, is_part_of
 from train.measure import THREADS, load_own_data, run_runtime
 from train.sections import Page, detailed, percent
 

@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 
 from model.artifact import FILES, ONNX_INT8, RUNTIMES, Artifact
 from model.classifier import Classifier
-from model.tables import between, markdown
+from model.tables import NAMED_CLASSES, between, markdown
 from train import plots
 from train.command import CommandError
-from train.data import NAMED_CLASSES
 from train.metrics import Reliability, accuracy_interval, calibration_error_by_chance
 from train.runs import runs
 
