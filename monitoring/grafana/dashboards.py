@@ -25,6 +25,8 @@ JOB = 'job="$job"'
 CLASSIFY = f'{JOB}, endpoint=~"/classify(/batch)?"'
 ANSWERED = f'{JOB}, endpoint="/classify", http_response_code="200"'
 DURATION = "bentoml_service_request_duration_seconds"
+SHOWN_CLASSES = 20
+"""Most classes with a line of their own in a panel."""
 
 
 def panel(title: str, unit: str, *queries: tuple[str, str], about: str = "", **options: Any) -> Json:
@@ -74,6 +76,19 @@ def stat(title: str, unit: str, expr: str, red_below: float | None = None, red_a
     )
 
 
+def most(expr: str) -> str:
+    """A filter for the ``SHOWN_CLASSES`` with the largest ``expr``, which must not vary over the time range.
+
+    By ``topk`` of the panel's own query each point in time would choose its own, and together show many more.
+    """
+    return f"on (class_name) topk({SHOWN_CLASSES}, {expr})"
+
+
+def over_the_range(function: str, name: str) -> str:
+    """``function`` of the metric ``name`` over the dashboard's time range, the same at each point in it."""
+    return f"{function}({name}{{{JOB}}}[$__range] @ end())"
+
+
 def stacked() -> Json:
     return {"custom": {"stacking": {"mode": "normal"}, "fillOpacity": 40}}
 
@@ -84,6 +99,12 @@ def quantiles(histogram: str, window: str = "5m", by: str = "le") -> list[tuple[
         for q in (0.5, 0.95, 0.99)
     ]
 
+
+MOST_FREQUENT = most(over_the_range("sum_over_time", "classifier:images:rate1h"))
+MOST_CHANGED = most(
+    f"abs({over_the_range('avg_over_time', 'classifier:class_share:ratio1h')}"
+    f" - {over_the_range('avg_over_time', 'classifier:class_share:baseline')})"
+)
 
 SERVICE = [
     stat("Replicas up", "short", f"classifier:instances_up:count{{{JOB}}}", red_below=1),
@@ -210,14 +231,19 @@ MODEL = [
     panel(
         "Verdicts by class",
         "short",
-        ("{{class_name}}", f"sum by (class_name) (rate(classifier_images_total{{{JOB}}}[5m]))"),
+        ("{{class_name}}", f"sum by (class_name) (rate(classifier_images_total{{{JOB}}}[5m])) and {MOST_FREQUENT}"),
+        about=f"Of more than {SHOWN_CLASSES} classes, the most frequent over the time range shown.",
         width=12,
         **stacked(),
     ),
     panel(
         "Share of each class, last hour minus baseline",
         "percentunit",
-        ("{{class_name}}", f"classifier:class_share:ratio1h{{{JOB}}} - classifier:class_share:baseline{{{JOB}}}"),
+        (
+            "{{class_name}}",
+            f"(classifier:class_share:ratio1h{{{JOB}}} - classifier:class_share:baseline{{{JOB}}}) and {MOST_CHANGED}",
+        ),
+        about=f"Of more than {SHOWN_CLASSES} classes, those that differ most over the time range shown.",
         width=12,
     ),
     panel(

@@ -62,7 +62,7 @@ def answers(prometheus: str, panel: dict[str, Any], minutes: float) -> list[tupl
     """Legend, labels and points of each series of a panel."""
     found = []
     for target in panel["targets"]:
-        expr = target["expr"].replace("$job", JOB)
+        expr = target["expr"].replace("$job", JOB).replace("$__range", f"{60 * minutes:.0f}s")
         for series in query(prometheus, expr, target["instant"], minutes):
             legend = target["legendFormat"]
             for label, value in series["labels"].items():

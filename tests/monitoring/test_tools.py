@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from monitoring.grafana.dashboards import DASHBOARDS
+from monitoring.grafana.dashboards import DASHBOARDS, SHOWN_CLASSES
 from tests.monitoring.stack import MONITORING, readable_by_debian
 from tests.test_monitoring import ALERTS, metrics
 
@@ -75,8 +75,43 @@ def test_alerts_fire_and_stay_silent_as_their_unit_tests_say(path: Path) -> None
     tool("promtool", "test", "rules", path)
 
 
+@pytest.mark.parametrize(("classes", "lines"), [(10, 10), (30, SHOWN_CLASSES)])
+def test_panels_by_class_show_at_most_twenty(classes: int, lines: int, tmp_path: Path) -> None:
+    """Over the whole range, in which one class after the other becomes the most frequent."""
+    queries = [
+        ranged(t["expr"]).replace("$job", "classifier")
+        for panel in DASHBOARDS["model"]["panels"]
+        for t in panel["targets"]
+        if "class_name" in t["expr"]
+    ]
+    labels = [f'{{job="classifier", class_name="{number}"}}' for number in range(classes)]
+    test = {
+        "interval": "1m",
+        "input_series": [
+            {"series": f"classifier_images_total{each}", "values": f"0x{60 + number} 0+{60 + number}x60"}
+            for number, each in enumerate(labels)
+        ]
+        + [{"series": f"classifier:images:baseline{each}", "values": "1x120"} for each in labels],
+        "promql_expr_test": [
+            {"expr": f"count(last_over_time(({query})[1h:2m]))", "eval_time": "2h", "exp_samples": [{"value": lines}]}
+            for query in queries
+        ],
+    }
+    rules = [str(PROMETHEUS / "rules/model.yml")]
+    (tmp_path / "test.yml").write_text(
+        yaml.safe_dump({"rule_files": rules, "evaluation_interval": "1m", "tests": [test]})
+    )
+    tool("promtool", "test", "rules", tmp_path / "test.yml")
+
+
+def ranged(expr: str) -> str:
+    """``expr`` with the time range that Grafana puts in."""
+    return expr.replace("$__range", "1h")
+
+
 def test_dashboard_queries_parse(tmp_path: Path) -> None:
-    queries = [t["expr"] for board in DASHBOARDS.values() for panel in board["panels"] for t in panel["targets"]]
+    boards = DASHBOARDS.values()
+    queries = [ranged(t["expr"]) for board in boards for panel in board["panels"] for t in panel["targets"]]
     rules = [{"record": f"query:{i}", "expr": expr} for i, expr in enumerate(queries)]
     (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
     tool("promtool", "check", "rules", tmp_path / "queries.yml")
