@@ -93,6 +93,17 @@ class Oblong(Pooled):
         self.maps.append(nn.MaxPool2d((1, 2)))
 
 
+class Quartered(Pooled):
+    """Ends nearly so: averages each quarter of its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4 * 32, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.flatten(nn.functional.avg_pool2d(self.maps(x), 3), 1)
+
+
 class Flat(nn.Module):
     """Ends like a VGG: linear layers on all places."""
 
@@ -265,8 +276,35 @@ def test_a_network_in_fp16_is_traced_back_to_its_logits_and_maps(
     np.testing.assert_allclose(engine.evidence(data.test.images).sum(axis=(1, 2)), logits, atol=0.05)
 
 
+class Windowed(Pooled):
+    """Averages its maps in one window of their size, as Keras' ``AveragePooling2D`` does."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.flatten(nn.functional.avg_pool2d(self.maps(x), 6), 1)
+
+
+class MeanLast(Pooled):
+    """Has the channels of its maps last, as Keras and Swin transformers do."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.maps(x).permute(0, 2, 3, 1).mean((1, 2))
+
+
+@pytest.mark.parametrize("kind", [Windowed, MeanLast])
+def test_a_mean_over_all_places_is_recognised_however_written(
+    kind: type[Pooled], network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    written = kind()
+    written.load_state_dict(network.state_dict())
+    convert(write(written, tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
 def as_matmul(path: Path, is_bias_first: bool) -> None:
-    """The head of the ONNX file as a product and a sum, as other exporters write it; its bias is (1, K)."""
+    """The head of the ONNX file as a product and a sum, as other exporters write it; its bias is (1, K).
+
+    A cast lies between them, as in mixed precision.
+    """
     model = onnx.load(path)
     graph = model.graph
     (head,) = (node for node in graph.node if node.op_type == "Gemm")
@@ -277,8 +315,9 @@ def as_matmul(path: Path, is_bias_first: bool) -> None:
             constant.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values.T), weight))
         elif constant.name == bias:
             constant.CopyFrom(numpy_helper.from_array(values[None], bias))
-    terms = [bias, "product"] if is_bias_first else ["product", bias]
+    terms = [bias, "cast"] if is_bias_first else ["cast", bias]
     graph.node.append(helper.make_node("MatMul", [features, weight], ["product"]))
+    graph.node.append(helper.make_node("Cast", ["product"], ["cast"], to=TensorProto.FLOAT))
     graph.node.append(helper.make_node("Add", terms, list(head.output)))
     graph.node.remove(head)
     onnx.save(model, path)
@@ -294,7 +333,7 @@ def test_a_head_written_as_product_and_sum_is_recognised(
     assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
 
 
-@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted, Ordinal, Oblong])
+@pytest.mark.parametrize("kind", [Flat, Doubled, Shifted, Ordinal, Oblong, Quartered])
 def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
     kind: type[nn.Module], data: Data, toy_folder: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ from train.to_onnx import OPSET
 
 Triple = tuple[float, float, float]
 PASSING = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout", "Cast")
-"""Operators behind the pooling, the head or the softmax that only change the shape or the type."""
+"""Operators behind the pooling, the head, its product or the softmax that only change the shape or the type."""
 PREFIX = "network/"
 IMAGES, FEATURES, LOGITS, MAPS = "pixels", "features", "logits", "maps"
 """Names by which the parts are joined."""
@@ -63,6 +63,8 @@ class Network(NamedTuple):
         if self.head is None:
             return False
         weight, bias = self.head
+        if maps.shape[1] != weight.shape[1]:
+            return False
         return close(maps.mean(axis=(2, 3)) @ weight.T + bias, logits)
 
 
@@ -89,9 +91,9 @@ def read(path: Path) -> Network:
     if logits in producers and producers[logits].op_type == "Sigmoid":
         raise CommandError(f"{path}: ends in a sigmoid, for classes that do not exclude each other; expected a softmax")
     features, head = _head(logits, producers, constants)
-    maps = _maps(features, producers, constants) if head else None
+    maps, order = _maps(features, producers, constants) if head else (None, [])
     outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
-    return Network(_joinable(model, inputs[0].name, places, outputs), size, head if maps else None)
+    return Network(_joinable(model, inputs[0].name, places, outputs, order), size, head if maps else None)
 
 
 @contextmanager
@@ -154,8 +156,8 @@ def _head(
     node, bias = producers.get(logits), np.zeros(1, np.float32)
     if node is not None and node.op_type == "Add":
         product, constant = sorted(node.input, key=lambda name: name in constants)  # they come in either order
-        if constant in constants and product in producers:
-            node, bias = producers[product], constants[constant]
+        if constant in constants:
+            node, bias = producers.get(_before(product, producers, PASSING)), constants[constant]
     if node is None or node.op_type not in ("Gemm", "MatMul") or node.input[1] not in constants:
         return logits, None
     weight = constants[node.input[1]].astype(np.float32)
@@ -170,21 +172,31 @@ def _head(
     return node.input[0], (weight, np.broadcast_to(bias, len(weight)))
 
 
-def _maps(features: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]) -> str | None:
-    """The feature maps whose mean over all places the features are; None if they are something else."""
+def _maps(
+    features: str, producers: dict[str, NodeProto], constants: dict[str, NDArray[np.float32]]
+) -> tuple[str | None, list[int]]:
+    """The feature maps whose mean over all places the features are, and where in them each of N, D, h, w is.
+
+    None and nothing if the features are something else. A mean over windows may be one: ``Network.explains`` decides.
+    """
     node = producers.get(_before(features, producers, PASSING))
     if node is None:
-        return None
-    is_pooled = node.op_type == "GlobalAveragePool"
+        return None, []
+    axes = set()
     if node.op_type == "ReduceMean" and len(node.input) > 1 and node.input[1] in constants:
-        is_pooled = {int(axis) % 4 for axis in constants[node.input[1]]} == {2, 3}
-    return str(node.input[0]) if is_pooled else None
+        axes = {int(axis) % 4 for axis in constants[node.input[1]]}
+    if node.op_type in ("GlobalAveragePool", "AveragePool") or axes == {2, 3}:
+        return node.input[0], [0, 1, 2, 3]
+    return (node.input[0], [0, 3, 1, 2]) if axes == {1, 2} else (None, [])
 
 
-def _joinable(model: ModelProto, images: str, places: list[int], outputs: list[tuple[str, str]]) -> ModelProto:
+def _joinable(
+    model: ModelProto, images: str, places: list[int], outputs: list[tuple[str, str]], order: list[int]
+) -> ModelProto:
     """``model`` with its names behind ``PREFIX``, but for its input ``IMAGES`` and the new names of its ``outputs``.
 
-    ``IMAGES`` are (N, 3, H, W); ``places`` puts them into the order that the model takes.
+    ``IMAGES`` are (N, 3, H, W); ``places`` puts them into the order that the model takes, and ``order`` its maps into
+    that of ``MAPS``.
     """
     model = compose.add_prefix(model, PREFIX)
     graph = model.graph
@@ -193,12 +205,12 @@ def _joinable(model: ModelProto, images: str, places: list[int], outputs: list[t
     graph.node.insert(0, helper.make_node("Transpose", [IMAGES], [PREFIX + images], perm=places))
     del graph.output[:]
     for old, new in outputs:  # copied, because other nodes may take them too
-        source = PREFIX + old
-        if new != MAPS:
-            flat = f"{new}/flat"
-            graph.node.append(helper.make_node("Flatten", [source], [flat]))
-            source = flat
-        graph.node.append(helper.make_node("Cast", [source], [new], to=TensorProto.FLOAT))
+        shaped = f"{new}/shaped"
+        if new == MAPS:
+            graph.node.append(helper.make_node("Transpose", [PREFIX + old], [shaped], perm=order))
+        else:
+            graph.node.append(helper.make_node("Flatten", [PREFIX + old], [shaped]))
+        graph.node.append(helper.make_node("Cast", [shaped], [new], to=TensorProto.FLOAT))
         graph.output.append(helper.make_tensor_value_info(new, TensorProto.FLOAT, SHAPES[new].split(",")))
     return model
 
