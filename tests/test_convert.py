@@ -231,6 +231,38 @@ def write_for(shape: tuple[int, ...], model: nn.Module, dynamic: dict[int, str],
     return path
 
 
+class Bytes(Last):
+    """Takes pixels from 0 to 255, and normalises them itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x / 255 - torch.tensor(MEAN)) / torch.tensor(STD))
+
+
+class Caffe(Last):
+    """Takes pixels from 0 to 255 less their mean, blue first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(3) / 255 / torch.tensor(STD))
+
+
+BYTE = "0.00392157,0.00392157,0.00392157"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Bytes, ["--mean", "0,0,0", "--std", BYTE]),
+        (Caffe, ["--std", BYTE, "--bgr"]),
+    ],
+)
+def test_pixels_may_go_to_255_and_blue_may_be_first(
+    kind: type[Last], options: list[str], network: Pooled, data: Data, toy_folder: Path, tmp_path: Path
+) -> None:
+    source = write_for((2, *SIZE, 3), kind(network), {0: "N"}, tmp_path / "own.onnx")
+    convert(source, toy_folder, tmp_path / "artifact", "--no-int8", *options)
+    assert_computes(Artifact.load(tmp_path / "artifact"), network, data)
+
+
 @pytest.mark.parametrize("dynamic", [{0: "N"}, {0: "N", 1: "height", 2: "width"}])
 def test_a_network_that_takes_channels_last_is_converted_alike(
     dynamic: dict[int, str], network: Pooled, data: Data, toy_folder: Path, tmp_path: Path

@@ -2,9 +2,9 @@
 
     python -m train.convert NETWORK.onnx SOURCE --name flowers --out runs/flowers/artifact
 
-NETWORK takes float images (N, 3, height, width) or (N, height, width, 3), red first, pixels divided by 255 and
-normalised with --mean and --std, and gives logits or probabilities (N, K): one for each class of SOURCE in alphabetical
-order, as torchvision's ImageFolder and timm count them. SOURCE is a folder of labelled images like that of
+NETWORK takes float images (N, 3, height, width) or (N, height, width, 3), red first unless --bgr, pixels divided by 255
+and normalised with --mean and --std, and gives logits or probabilities (N, K): one for each class of SOURCE in
+alphabetical order, as torchvision's ImageFolder and timm count them. SOURCE is a folder of labelled images like that of
 ``train.fit``; the network must not have been trained on its validation and test images. As in ``train.export``, its
 training images calibrate INT8, are the baseline for drift and tell foreign images apart; its validation images fit the
 temperature. The service resizes each image as a whole to the network's input: ``train.evaluate`` shows what that costs
@@ -211,9 +211,10 @@ def main() -> None:
         shown = ",".join(map(str, value))
         about = f"by which pixels from 0 to 1 were normalised, R,G,B (default: {shown}, as for ImageNet)"
         parser.add_argument(f"--{name}", type=read, default=read(shown), metavar="R,G,B", help=about)
+    parser.add_argument("--bgr", action="store_true", help="the network takes blue first; --mean and --std stay R,G,B")
     parser.add_argument("--no-int8", action="store_true", help="leave INT8 out, for a network that loses by it")
     options = parser.parse_args()
-    network = graphs.read(options.network)
+    network = graphs.read(options.network, options.bgr)
     data = load(options.source, _input_size(options.network, network, options.size))
     findings = check(data)
     print_findings(findings)

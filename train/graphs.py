@@ -53,6 +53,8 @@ class Network(NamedTuple):
     """Height and width of the input; None if the graph takes any."""
     head: tuple[NDArray[np.float32], NDArray[np.float32]] | None
     """Weight (K, D) and bias (K,) by which the features become logits; None without ``MAPS``."""
+    is_bgr: bool
+    """Whether its input has blue first."""
 
     @property
     def parameters(self) -> int:
@@ -73,7 +75,7 @@ def close(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
     return bool(np.allclose(one, other, rtol=1e-3, atol=1e-3 * float(np.abs(other).max())))
 
 
-def read(path: Path) -> Network:
+def read(path: Path, is_bgr: bool = False) -> Network:
     """The network in the ONNX file ``path``; raises ``CommandError`` for one that cannot be served, saying why."""
     with expecting("a valid ONNX file", f"{path}: "):
         model = onnx.load(path)
@@ -93,7 +95,7 @@ def read(path: Path) -> Network:
     features, head = _head(logits, producers, constants)
     maps, order = _maps(features, producers, constants) if head else (None, [])
     outputs = [(logits, LOGITS), (features, FEATURES), *([(maps, MAPS)] if maps else [])]
-    return Network(_joinable(model, inputs[0].name, places, outputs, order), size, head if maps else None)
+    return Network(_joinable(model, inputs[0].name, places, outputs, order), size, head if maps else None, is_bgr)
 
 
 @contextmanager
@@ -216,7 +218,8 @@ def _joinable(
 
 
 def with_pixels(network: Network, size: tuple[int, int], mean: Triple, std: Triple) -> ModelProto:
-    """The network with the input ``images`` (N, H, W, 3) uint8; ``mean`` and ``std`` in units of 0..255."""
+    """The network with the input ``images`` (N, H, W, 3) uint8 RGB; ``mean`` and ``std`` in units of 0..255."""
+    ordered = "ordered = Gather<axis=3>(normalised, reverse)" if network.is_bgr else ""
     before = _part(
         network,
         f"(uint8[N,{size[0]},{size[1]},3] images) => (float[N,3,{size[0]},{size[1]}] {IMAGES})",
@@ -224,9 +227,14 @@ def with_pixels(network: Network, size: tuple[int, int], mean: Triple, std: Trip
         values = Cast<to=1>(images)
         centred = Sub(values, mean)
         normalised = Div(centred, std)
-        {IMAGES} = Transpose<perm=[0,3,1,2]>(normalised)
+        {ordered}
+        {IMAGES} = Transpose<perm=[0,3,1,2]>({"ordered" if ordered else "normalised"})
         """,
-        {"mean": np.asarray(mean, np.float32), "std": np.asarray(std, np.float32)},
+        {
+            "mean": np.asarray(mean, np.float32),
+            "std": np.asarray(std, np.float32),
+            "reverse": np.asarray([2, 1, 0], np.int64),
+        },
     )
     return _joined(network, before, network.model, [IMAGES])
 
