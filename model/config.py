@@ -54,6 +54,11 @@ class ModelConfig(BaseModel):
         """Input pixels per cell of the evidence, along each side."""
         return self.cell or int(2 ** len(self.widths))
 
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the evidence tells places apart: that of some networks trained elsewhere is one cell."""
+        return self.stride < max(self.input_size)
+
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=2) + "\n")
 

@@ -66,6 +66,11 @@ def unsupported_media_type(message: str) -> ApiError:
     return ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
 
 
+def no_evidence(model: str) -> ApiError:
+    message = f"the network of {model} does not tell which places of an image its verdict comes from"
+    return ApiError(HTTPStatus.NOT_FOUND, "no_evidence", message)
+
+
 def not_ready(message: str) -> ApiError:
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", message)
 

@@ -51,7 +51,7 @@ REASONS = (
     *("invalid_request", "invalid_image", "too_large", "too_many_pixels", "unsupported_media_type"),
     *("overloaded", "deadline_exceeded", "caller_deadline", "not_ready", "internal"),
     *("unauthorized", "forbidden", "rate_limited", "quota_exceeded"),
-    *("not_found", "method_not_allowed", "disconnected"),
+    *("not_found", "no_evidence", "method_not_allowed", "disconnected"),
 )
 for _reason in REASONS:  # Prometheus sees no increase when a series appears at 1, so each starts at 0
     REJECTED.labels(_reason)

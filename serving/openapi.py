@@ -28,6 +28,8 @@ ERRORS = {
     HTTPStatus.GATEWAY_TIMEOUT: "deadline_exceeded",
 }
 """The error codes that go with each status."""
+NO_EVIDENCE = {HTTPStatus.NOT_FOUND: "no_evidence: the model's network does not tell places of an image apart"}
+"""Errors added for explanations."""
 KEY_ERRORS = {
     HTTPStatus.UNAUTHORIZED: "unauthorized: no API key, or an unknown one",
     HTTPStatus.FORBIDDEN: "forbidden: the API key has expired, or is not for this path",
@@ -149,12 +151,14 @@ def _paths() -> Document:
     several = {"type": "array", "minItems": 1, "items": ENCODED}
     files = {"type": "array", "minItems": 1, "items": IMAGE}
     batch = _reply("The verdicts in order; an invalid image gives an error.", {JSON: _ref("Batch")})
+    explain = _post("Explain the verdict on one image.", "image", IMAGE, ENCODED, explanation, **raw)
+    explain["responses"].update(_failures(NO_EVIDENCE))
     card = {"type": "object", "required": ["name", "version", "classes", "input_size", "runtime", "topology"]}
     text = {"text/plain": {"type": "string"}}
     return {
         "/classify": {"post": _post("Classify one image.", "image", IMAGE, ENCODED, classification, **raw)},
         "/classify/batch": {"post": _post("Classify several images.", "images", files, several, batch)},
-        "/explain": {"post": _post("Explain the verdict on one image.", "image", IMAGE, ENCODED, explanation, **raw)},
+        "/explain": {"post": explain},
         "/model": {"get": _get("The model card: what is served, and its measured figures.", {JSON: card})},
         "/docs.json": {"get": _get("This document.", {JSON: {"type": "object"}})},
         "/schema.json": {"get": _get("The schema that BentoML's clients read.", {JSON: {"type": "object"}})},

@@ -25,7 +25,7 @@ from serving.accounting import Verdict
 from serving.context import client_waits
 from serving.decoding import DecodeQueue
 from serving.drift import Drift
-from serving.errors import ApiError, from_exception
+from serving.errors import ApiError, from_exception, no_evidence
 from serving.options import Options, read_options
 from serving.pacing import without_blocking
 from serving.replies import Replies
@@ -99,6 +99,8 @@ class Pipeline:
     async def explain(self, request: Request) -> Response:
         """A picture of the evidence for the verdict, or its numbers if the caller accepts JSON."""
         options = read_options(request)
+        if not self._classifier.config.has_evidence:
+            raise no_evidence(self._classifier.config.name)
         stages = metrics.Stages()
         data, image, prediction = await self._classify_one(request, stages, self._admit_explanation)
         views = await asyncio.to_thread(explain.views, image)

@@ -382,6 +382,19 @@ def test_what_the_last_maps_do_not_explain_is_explained_as_a_whole(
     assert artifact.config.stride == toy.SIDE
 
 
+def test_without_evidence_explain_says_so(toy_folder: Path, tmp_path: Path) -> None:
+    """Not with a picture, of which the middle would be bright whatever is there."""
+    convert(write(Flat(), tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8")
+    store_model(tmp_path / "home", tmp_path / "artifact")
+    with serve("embedded", tmp_path / "home", MODEL="own", RUNTIME=ONNX, WORKERS=1) as url:
+        replies = [
+            requests.post(f"{url}/{path}", files={"image": encode(picture())}, timeout=60)
+            for path in ("classify", "explain")
+        ]
+    assert [reply.status_code for reply in replies] == [200, 404]
+    assert replies[1].json()["error"]["code"] == "no_evidence"
+
+
 @pytest.mark.parametrize("kind", [Pooled, Flat])
 def test_an_ensemble_of_different_grids_explains_on_the_finest(
     kind: type[nn.Module], data: Data, toy_artifact: Artifact, toy_folder: Path, tmp_path: Path

@@ -9,6 +9,7 @@ const WORDS = {
   too_large: ["This file is too large", "Make the picture smaller, or save it as a JPEG."],
   too_many_pixels: ["This picture has too many pixels", "Scale it down and try again; the network looks at a small version of it anyway."],
   invalid_request: ["The service did not understand the request", "This should not happen from this page. Reload it; if that does not help, tell whoever runs the service."],
+  no_evidence: ["This model cannot show its evidence", "Its network does not tell which places of a picture its answer comes from. The answer itself is not affected."],
   not_found: ["There is nothing at this address", "The service may have been updated. Reload the page."],
   method_not_allowed: ["The service did not understand the request", "The service may have been updated. Reload the page."],
   uri_too_long: ["The address is too long", "Reload the page and try again."],
