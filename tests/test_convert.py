@@ -608,9 +608,12 @@ def test_the_validation_images_are_computed_on_every_core(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--size", "32"], 1, "takes images of 24x24 pixels; expected no --size"),
-        (["--size", "12"], 1, "takes images of 24x24 pixels; expected no --size"),
-        (["--size", "0"], 1, "--size 0; expected a number of pixels"),
+        (["--size", "32"], 1, "--size 32x32; expected 24x24, which"),
+        (["--size", "12"], 1, "--size 12x12; expected 24x24, which"),
+        (["--size", "24x48"], 1, "--size 24x48; expected 24x24, which"),
+        (["--size", "0"], 2, "argument --size: '0'; expected a number of pixels, or height and width, such as 48x192"),
+        (["--size", "24x"], 2, "argument --size: '24x'; expected a number of pixels"),
+        (["--size", "24x-1"], 2, "argument --size: '24x-1'; expected a number of pixels"),
         (["--mean", "0.5"], 2, "argument --mean: '0.5'; expected three numbers, R,G,B"),
         (["--mean", "123.7,116.3,103.5"], 2, "'123.7,116.3,103.5'; expected numbers from 0 to 1, for pixels divided"),
         (["--std", "0.2,0,0.2"], 2, "argument --std: '0.2,0,0.2'; expected numbers above 0"),
@@ -635,6 +638,20 @@ def test_the_record_tells_networks_apart_whose_weights_lie_beside(toy_folder: Pa
     assert hashes[0] != hashes[1]
 
 
-def test_a_network_for_any_size_takes_the_one_given(data: Data, toy_folder: Path, tmp_path: Path) -> None:
-    convert(any_size(tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8", "--size", "24")
-    assert Artifact.load(tmp_path / "artifact").config.input_size == SIZE
+def test_a_side_that_the_file_fixes_is_not_another_one(toy_folder: Path, tmp_path: Path) -> None:
+    source = write(Pooled(), tmp_path / "own.onnx", dynamic_axes={"input.1": {0: "batch", 3: "width"}})
+    printed = convert(source, toy_folder, tmp_path / "artifact", "--size", "32x48", code=1)
+    assert "--size 32x48; expected 24x48, which" in printed.splitlines()[-1]
+    convert(source, toy_folder, tmp_path / "artifact", "--no-int8", "--size", "48")
+    assert Artifact.load(tmp_path / "artifact").config.input_size == (24, 48)
+
+
+@pytest.mark.parametrize(("asked", "size"), [("24", SIZE), ("24x48", (24, 48))])
+def test_a_network_for_any_size_takes_the_one_given(
+    asked: str, size: tuple[int, int], toy_folder: Path, tmp_path: Path
+) -> None:
+    printed = convert(any_size(tmp_path / "own.onnx"), toy_folder, tmp_path / "artifact", "--no-int8", "--size", asked)
+    artifact = Artifact.load(tmp_path / "artifact")
+    assert artifact.config.input_size == size
+    assert "no evidence" not in printed
+    assert create(ONNX, artifact).evidence(artifact.reference(ONNX).images).shape[1:3] == (size[0] // 4, size[1] // 4)

@@ -178,15 +178,28 @@ def _std(text: str) -> Triple:
     return triple
 
 
-def _input_size(path: Path, network: Network, side: int | None) -> tuple[int, int]:
-    """Height and width of the input, with ``side`` for those that ``network`` leaves open."""
-    if side is not None and side < 1:
-        raise CommandError(f"--size {side}; expected a number of pixels")
-    height, width = (fixed or side for fixed in network.size)
+def _size(text: str) -> tuple[int, int]:
+    """Height and width; one number means both."""
+    height, separator, width = text.partition("x")
+    try:
+        size = int(height), int(width if separator else height)
+    except ValueError:
+        size = 0, 0
+    if min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of pixels, or height and width, such as 48x192")
+    return size
+
+
+def _input_size(path: Path, network: Network, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the input, as ``asked`` where ``network`` leaves them open.
+
+    A square may be ``asked`` for a network that leaves one of them open: it was typed as one number.
+    """
+    height, width = (fixed or side for fixed, side in zip(network.size, asked or (None, None), strict=True))
     if height is None or width is None:
-        raise CommandError(f"{path}: takes images of any size; expected --size, the side it was trained for")
-    if side is not None and None not in network.size and (height, width) != (side, side):
-        raise CommandError(f"--size {side}: {path} takes images of {height}x{width} pixels; expected no --size")
+        raise CommandError(f"{path}: takes images of any size; expected --size, what it was trained for")
+    if asked and (height, width) != asked and (None not in network.size or asked[0] != asked[1]):
+        raise CommandError(f"--size {asked[0]}x{asked[1]}; expected {height}x{width}, which {path} takes")
     return height, width
 
 
@@ -206,7 +219,8 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--name", required=True, help="name of the model in the store")
     parser.add_argument("--out", type=Path, required=True, help="folder of the artifact")
-    parser.add_argument("--size", type=int, help="side of the input in pixels, where the network takes any")
+    about = "side of the input in pixels, or height and width, where the network takes any"
+    parser.add_argument("--size", type=_size, metavar="H[xW]", help=about)
     for name, value, read in (("mean", IMAGENET_MEAN, _triple), ("std", IMAGENET_STD, _std)):
         shown = ",".join(map(str, value))
         about = f"by which pixels from 0 to 1 were normalised, R,G,B (default: {shown}, as for ImageNet)"
