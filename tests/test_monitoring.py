@@ -92,6 +92,15 @@ def commands() -> Iterator[tuple[str, str]]:
         yield from ((path.stem, command) for command in re.findall(r"`([^`]+)`", path.read_text()))
 
 
+def test_panels_named_in_runbooks_exist() -> None:
+    titles = {board["title"] for board in DASHBOARDS.values()}
+    titles |= {panel["title"] for board in DASHBOARDS.values() for panel in board["panels"]}
+    pages = (re.sub(r"`[^`]+`", "", path.read_text()) for path in (MONITORING / "runbooks").glob("*.md"))
+    named = {name for page in pages for name in re.findall(r'"([^"]+)"', page)}
+    assert {"Burn rate", "Disk used"} <= named
+    assert named <= titles
+
+
 def test_kubectl_in_runbooks_names_the_namespace_and_the_resource() -> None:
     asked = [command for _, command in commands() if command.startswith("kubectl")]
     assert asked
