@@ -37,7 +37,8 @@ class Keys:
         except AccessError as error:
             if not is_running:
                 raise AccessError(f"API_KEYS: {error}") from None
-            logger.error("no API key is known", extra={"reason": str(error)})
+            # In the message, because the format that shows other fields is configured later.
+            logger.error("no API key is known: %s", error)
 
     def identify(self, headers: Headers) -> tuple[str, Key]:
         """Name and limits of the key that a request presents; raises ``ApiError`` 401."""

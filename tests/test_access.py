@@ -341,12 +341,14 @@ def test_the_key_file_keeps_its_owner_and_mode(tmp_path: Path) -> None:
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (owner, group, 0o600)
 
 
-def test_a_restarted_worker_survives_a_broken_key_file(tmp_path: Path) -> None:
+def test_a_restarted_worker_survives_a_broken_key_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "keys.toml"
     key = access.add(file, "alice")
     good = file.read_text()
     file.write_text("[bob")
     keys = Keys(file, is_running=True)
+    (message,) = caplog.messages  # shown without the fields of a record: logging is configured later
+    assert str(file) in message
     with pytest.raises(ApiError, match="no known API key"):
         keys.identify(Headers({"x-api-key": key}))
     replace(file, good)
