@@ -191,7 +191,7 @@ up: secrets ## start the whole stack, building the image if missing; OVERLAYS="g
 down: ## stop the stack; the data of Prometheus, Alertmanager and Grafana stays
 	$(COMPOSE) down --remove-orphans
 
-smoke: ## check the stack from outside: does it classify, are internal paths hidden, are all targets up
+smoke: ## check the stack from outside: does it classify, is /metrics hidden, are all targets up
 	@python3 deploy/smoke.py
 
 # Debian: nginx-light. The disk-full and memory tests need root, for mounts and limits, and say so without it.
