@@ -51,7 +51,8 @@ class Settings(BaseSettings):
 
     model: str | None = None
     """``name`` or ``name:version`` in the model store; without a version, the promoted one. Several, separated by
-    commas, answer as an ensemble. By default a shipped model: the fast one on a CPU, the accurate one on a GPU."""
+    commas, answer as an ensemble. By default the one that a Bento was built with; in a checkout a shipped one: the fast
+    one on a CPU, the accurate one on a GPU."""
     shadow: str | None = None
     """``name:version`` of a model that sees the same images; its disagreements are counted, its answers never sent."""
     foreign_rate: float = Field(default=0.05, gt=0, lt=1)
@@ -71,12 +72,12 @@ class Settings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Largest batch of an engine, in images. ``auto`` measures, and keeps the smallest size within 3 % of the best
     rate, because larger batches are slower on a CPU. With a runner it limits both the runner's batches (``auto``: its
-    largest CUDA graph) and what a worker sends it at once (``auto``: 32)."""
+    largest CUDA graph, 32 without a GPU) and what a worker sends it at once (``auto``: 32)."""
     max_queue: int = Field(default=512, ge=1)
     """Images that may wait in one API worker; a request that would exceed this is answered 429."""
     max_wait: float = Field(default=0.5, gt=0)
-    """Longest wait for an engine or, for large images, a decoder, estimated from the recent drain rate of that queue. A
-    request that would wait longer is answered 429; an empty queue accepts every request."""
+    """Longest wait for an engine or, unless an image is small and plain, a decoder, estimated from the recent drain
+    rate of that queue. A request that would wait longer is answered 429; an empty queue accepts every request."""
     max_request_images: int = Field(default=256, ge=1)
     """Most images in one ``/classify/batch`` request."""
     request_timeout: float = Field(default=10.0, gt=0)
