@@ -63,10 +63,10 @@ serve: $(VENV)/.serve ## set up and serve the shipped model, or MODEL=NAME, on P
 	@test "$(PORT)" -le 65535 || { echo 'error: PORT=$(PORT); expected at most 65535' >&2; exit 1; }
 	$(BIN)/bentoml serve service:Classifier --port $(PORT) --timeout-graceful-shutdown 30
 
-# Three processes for two cores, because servers that start are waited for. Each has its files in order, so that most
-# fixtures are made only once, and trains with one thread, because those of several would wait for one another's cores.
+# Two processes, each with half of the files in order, so that most fixtures are made only once. Trainings have one
+# thread, because those of both processes would wait for one another's cores.
 test: check ## set up, lint, type-check and run the tests; SUMMARY=FILE appends the coverage to FILE
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SUMMARY),--cov --cov-report=markdown-append:$(SUMMARY))
 
 check: $(VENV)/.dev ## lint and types only: Python, YAML, Compose, Nginx
 	$(BIN)/ruff format --check --diff .
