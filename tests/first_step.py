@@ -1,6 +1,6 @@
 """Started by test_parallel.py in several processes: the first batch's gradients, an overflowing step, an epoch.
 
-torchrun --nproc-per-node=2 -m tests.first_step SOURCE OUT     # each process writes OUT/<rank>.safetensors
+Each process writes OUT/<rank>.safetensors; torchrun --nproc-per-node=2 -m tests.first_step SOURCE OUT does the same.
 """
 
 from __future__ import annotations

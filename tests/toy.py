@@ -50,14 +50,17 @@ def make_folder(root: Path, per_class: int = 80, seed: int = 0, zoom: int = 1) -
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "bentoml.models", "cv2", "pydantic_settings"])
+FORKS.set_forkserver_preload(
+    ["torch.export._trace", "onnxscript.function_libs.torch_lib.ops", "bentoml.models", "cv2", "pydantic_settings"]
+)
 
 
 def run(module: str, *arguments: object, code: int = 0, env: Mapping[str, str] | None = None) -> str:
     """Run ``python -m module arguments``, check its exit status and return what it printed.
 
     Runs in a fork of a process that has already imported what takes long: torch would otherwise cost each command three
-    seconds, BentoML most of one. Neither has looked at its environment by then, which is ``env`` or that of the caller.
+    seconds, its compiler, which its optimisers import, two more; the exporter to ONNX takes two, BentoML most of one.
+    None has looked at its environment by then, which is ``env`` or that of the caller.
     """
     with NamedTemporaryFile() as output:
         chosen = dict(os.environ if env is None else env)
