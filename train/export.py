@@ -174,7 +174,8 @@ def complete(out: Path, config: ModelConfig, training: dict[str, Any], data: Dat
 
 def describe(artifact: Artifact) -> None:
     """Print what was written, and what the number of validation images does not allow."""
-    print(json.dumps(artifact.card["validation"]), f"temperature {artifact.config.temperature}")
+    parity_of_int8 = [json.dumps(artifact.card["validation"])] if ONNX_INT8 in artifact.runtimes else []
+    print(*parity_of_int8, f"temperature {artifact.config.temperature}")
     classifier = Classifier(artifact.config, artifact.reference(artifact.cpu_runtime))
     for warning in filter(None, (classifier.foreign_warning, classifier.prediction_set_warning)):
         print(warning)

@@ -27,7 +27,7 @@ NUMBERED_CLASSES = 20
 CAPTION_LETTER = 0.06
 """Inches for a letter of a caption: where names are long, neighbouring captions would overlap."""
 
-NAMED_CLASSES = 50
+LABELLED_CLASSES = 50
 """Most classes for which the axes of the confusion matrix have room for names: else they show a few indices."""
 
 
@@ -94,7 +94,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
     figure, axes = _axes(side, side, "Confusion matrix", xlabel="predicted class", ylabel="true class")
     axes.grid(visible=False)
     axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1)
-    if len(classes) <= NAMED_CLASSES:
+    if len(classes) <= LABELLED_CLASSES:
         ticks, names = range(len(classes)), drawable(classes)
         axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(ticks, names)
