@@ -10,10 +10,11 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -553,20 +554,29 @@ def test_no_process_loads_torch_or_uses_much_memory(server: Server) -> None:
 
 
 def test_simultaneous_connections_are_spread_over_the_workers(server: Server) -> None:
-    """A worker keeps the connections that it accepts: without this, one worker and its core could be left idle."""
+    """A worker keeps the connections that it accepts: without this, one worker and its core could be left idle.
+
+    Where other work takes a worker's core, it gets none of a round's, so the median counts.
+    """
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-    rounds, together, fewest = 5, 32, 0
-    for _ in range(rounds):
+    together, fewest = 32, []
+    for _ in range(9):
         clients = [socket.create_connection(address, TIMEOUT) for _ in range(together)]
-        time.sleep(0.5)
-        ports = {client.getsockname()[1] for client in clients}
-        taken = sorted(len(ports & peers(pid)) for pid in processes(server.home))[-2:]
-        assert sum(taken) == together
-        fewest += taken[0]
+        fewest.append(min(accepted_by_each_worker(server, clients)))
         for client in clients:
             client.close()
-        time.sleep(0.5)
-    assert fewest >= rounds * together / 4
+        time.sleep(0.2)
+    assert statistics.median(fewest) >= together / 8, fewest
+
+
+def accepted_by_each_worker(server: Server, clients: Sequence[socket.socket]) -> list[int]:
+    """How many of ``clients`` each of two workers has accepted, once all are."""
+    ports = {client.getsockname()[1] for client in clients}
+    deadline = time.monotonic() + TIMEOUT
+    while sum(taken := sorted(len(ports & peers(pid)) for pid in processes(server.home))[-2:]) < len(clients):
+        assert time.monotonic() < deadline, taken
+        time.sleep(0.1)
+    return taken
 
 
 def peers(pid: int) -> set[int]:
