@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.artifact import ONNX, ONNX_INT8, Artifact, Reference, seal
+from model.artifact import FILES, ONNX, ONNX_INT8, TORCH, Artifact, Reference, seal
 from model.classifier import Classifier, calibrated, fit_temperature, foreign_warning, least_familiarity, verdicts
 from model.config import ModelConfig
 from model.ensemble import Ensemble, EnsembleError
@@ -45,13 +45,13 @@ def test_probabilities_are_a_stable_tempered_softmax_of_all_outputs_but_the_last
     assert calibrated(outputs, 2.0)[0, 1] == pytest.approx(1 / (1 + np.exp(-0.5)), rel=1e-5)
 
 
-def test_the_temperature_undoes_a_scaling_of_the_logits() -> None:
+def test_the_temperature_undoes_a_scaling_of_the_logits_and_ignores_their_level() -> None:
     rng = np.random.default_rng(0)
     outputs = rng.normal(0, 2, (20_000, 4)).astype(np.float32)
     # A label drawn from the probabilities given by the outputs.
     labels = (outputs[:, :-1] + rng.gumbel(size=(20_000, 3))).argmax(axis=1)
-    assert fit_temperature(outputs, labels) == pytest.approx(1, rel=0.05)
-    assert fit_temperature(outputs * 3, labels) == pytest.approx(3, rel=0.05)
+    for scale, level in ((1 / 8, 0), (1, 0), (1, 1000), (8, 0)):
+        assert fit_temperature(outputs * scale + level, labels) == pytest.approx(scale, rel=0.05)
 
 
 def test_the_temperature_of_a_perfect_network_stays_finite() -> None:
@@ -74,6 +74,14 @@ def test_predictions_name_the_class_and_flag_foreign_images(made: Classifier) ->
 def test_the_promised_share_of_ordinary_images_is_called_foreign(made: Classifier) -> None:
     outputs, _ = sample(4000, seed=1)
     assert np.mean([not p.in_distribution for p in made(outputs)]) == pytest.approx(0.1, abs=0.02)
+
+
+def test_an_image_as_familiar_as_every_validation_image_is_not_foreign() -> None:
+    outputs, labels = sample(100, seed=1)
+    outputs[:, -1] = 1
+    blank = np.zeros((1, 8, 8, 3), np.uint8)
+    alike = Classifier(CONFIG, Reference(blank, outputs[:1], outputs, labels, edges(blank)))
+    assert all(p.in_distribution for p in alike(outputs))
 
 
 def test_few_validation_images_do_not_raise_the_share_called_foreign() -> None:
@@ -103,7 +111,9 @@ def test_the_prediction_set_warning_names_the_highest_usable_level(images: int) 
     assert bool(warning) is (images < 99)
     if warning:
         certain = np.array([1, 0, 0], np.float32)
-        assert few.prediction_set(certain, float(warning[1]) / 100 + 0.001) == [0, 1, 2]
+        highest = float(warning[1]) / 100
+        assert few.prediction_set(certain, highest + 0.001) == [0, 1, 2]
+        assert few.prediction_set(certain, highest - 0.001) == [0]
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99])
@@ -166,6 +176,23 @@ class TestEnsemble:
         maps = [Ensemble(a).engine(ONNX).evidence(reference.images) for a in ([toy_artifact], [toy_artifact, other])]
         assert np.abs(maps[0] - maps[1]).max() < 1e-5  # two copies of the same network
 
+    def test_its_familiarity_is_the_mean_of_its_members(self, toy_artifact: Artifact, other: Artifact) -> None:
+        outputs = toy_artifact.reference(ONNX).outputs
+        together = Ensemble([toy_artifact, other]).combine([outputs, outputs + 0.5])
+        assert together[:, -1] == pytest.approx(outputs[:, -1] + 0.25)
+
+    def test_certain_members_stay_certain(self, toy_artifact: Artifact) -> None:
+        """Their other probabilities are 0, of which there is no logarithm."""
+        together = Ensemble([toy_artifact] * 2).combine([1000 * toy_artifact.reference(ONNX).outputs] * 2)
+        assert np.isfinite(together).all()
+        assert calibrated(together, 1.0).max(axis=1) == pytest.approx(1, abs=1e-6)
+
+    def test_it_runs_on_what_every_member_has_a_file_for(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+        path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
+        (path / FILES[ONNX_INT8]).unlink()
+        lean = seal(path, {"training": toy_artifact.card["training"]})
+        assert Ensemble([toy_artifact, lean]).runtimes == Ensemble([lean, toy_artifact]).runtimes == [TORCH, ONNX]
+
     def test_members_trained_on_other_data_are_refused(self, toy_artifact: Artifact, tmp_path: Path) -> None:
         path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
         training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
@@ -173,10 +200,12 @@ class TestEnsemble:
         with pytest.raises(EnsembleError, match="trained on other data"):
             Ensemble([toy_artifact, stranger])
 
-    def test_a_shadow_must_have_the_same_inputs_and_classes(self, toy_artifact: Artifact, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("changes", [{"classes": ("x", "y", "z")}, {"input_size": (toy.SIDE, 2 * toy.SIDE)}])
+    def test_a_shadow_must_have_the_same_inputs_and_classes(
+        self, changes: dict[str, object], toy_artifact: Artifact, tmp_path: Path
+    ) -> None:
         path = shutil.copytree(toy_artifact.path, tmp_path / "artifact")
-        toy_artifact.config.model_copy(update={"classes": ("x", "y", "z")}).save(path / "config.json")
+        toy_artifact.config.model_copy(update=changes).save(path / "config.json")
         stranger = Ensemble([seal(path, {"training": toy_artifact.card["training"]})])
         with pytest.raises(EnsembleError, match="expected those of the model"):
             Ensemble([toy_artifact]).expect_interchangeable(stranger)
-        assert toy_artifact.config.classes == toy.CLASSES

@@ -17,11 +17,13 @@ from tests import toy
 from tests.live import Server
 from train.evaluate import cpu_name, print_report
 from train.metrics import (
+    ECE_BINS,
     Reliability,
     accuracy_interval,
     calibration_error_by_chance,
     confusion_matrix,
     expected_calibration_error,
+    reliability,
 )
 
 
@@ -65,11 +67,15 @@ def test_figures_of_known_answers() -> None:
     sure = np.array([[0.8, 0.2]] * 10, np.float32)
     assert expected_calibration_error(sure, np.array([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
     assert expected_calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
+    certain = reliability(np.array([[1, 0]], np.float32), np.array([0]))
+    assert certain.images.tolist() == certain.accuracy.tolist() == [0] * (ECE_BINS - 1) + [1]
 
 
 def test_intervals_stay_between_0_and_1() -> None:
-    assert accuracy_interval(0, 37)[0] == 0
-    assert accuracy_interval(37, 37)[1] == 1
+    """Despite floating point."""
+    for count in range(1, 100):
+        assert accuracy_interval(0, count)[0] >= 0
+        assert accuracy_interval(count, count)[1] <= 1
 
 
 def test_the_calibration_error_by_chance_averages_over_all_outcomes() -> None:

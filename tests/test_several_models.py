@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import requests
 
 from model.artifact import ONNX_INT8, Artifact, seal
 from model.ensemble import Ensemble
+from model.runtimes import RuntimeUnavailableError
 from model.tuning import compare
 from model.verification import TOLERANCE, VerificationError, check
 from tests import toy
@@ -116,10 +118,14 @@ def test_the_fastest_correct_runtime_serves_and_is_reported(stored: Store, tmp_p
     assert f'"runtime":"{card["runtime"]}"' in (home / LOG).read_text()
 
 
-def test_outputs_right_in_each_model_are_right_in_their_mean(toy_artifact: Artifact) -> None:
-    """Logits divided by a temperature below one, and their sums, differ more than the logits themselves."""
-    both = Ensemble([toy_artifact, toy_artifact])
-    assert toy_artifact.config.temperature != 1
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_outputs_right_in_each_model_are_right_in_their_mean(temperature: float, toy_artifact: Artifact) -> None:
+    """Logits divided by a temperature below one, and their sums, differ more than the logits themselves.
+
+    Divided by a high one they differ less, but familiarity does not.
+    """
+    model = replace(toy_artifact, config=toy_artifact.config.model_copy(update={"temperature": temperature}))
+    both = Ensemble([model, model])
     outputs = toy_artifact.reference(ONNX_INT8).outputs
     error = np.full_like(outputs, 0.9 * TOLERANCE["onnx-int8"])
     error[np.arange(len(outputs)), outputs[:, :-1].argmax(axis=1)] *= -1
@@ -142,3 +148,5 @@ def test_an_incorrect_runtime_is_never_the_fastest(toy_artifact: Artifact, tmp_p
     assert rates["onnx"] > 0
     assert "differs from the reference" in failed["onnx-int8"]
     assert "expected one of" in failed["tpu"]
+    with pytest.raises(RuntimeUnavailableError, match="RUNTIME='fastest'; expected one that works: .*differs from the"):
+        compare(altered, names=("onnx-int8", "tpu"))
