@@ -127,9 +127,9 @@ def _png(data: bytes) -> Header:
         raise ImageError("the PNG image's header is broken: it does not begin with IHDR")
     kinds = set()
     for kind, start, length in _png_chunks(data):
-        kinds.add(kind)
-        # OpenCV would allocate the declared length.
-        if start + length + 4 > len(data) and (kind, length) != (b"IEND", 0):
+        if start + length + 4 <= len(data):
+            kinds.add(kind)
+        elif (kind, length) != (b"IEND", 0):  # OpenCV would allocate the declared length
             raise ImageError(f"the PNG image is truncated: a chunk of {length} bytes is not all there")
     is_plain = depth <= 8 and not colour & 4 and not interlace and kinds <= PNG_PLAIN and b"IEND" in kinds
     return Header("PNG", width, height, bool(colour & 4) or b"tRNS" in kinds, is_plain)

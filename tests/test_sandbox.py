@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 import pytest
 import requests
-from PIL import Image
+from PIL import ExifTags, Image
 from starlette.requests import Request
 
 from model import runtimes
@@ -184,6 +184,46 @@ def test_a_decoder_finds_its_module_whatever_the_environment_forbids(monkeypatch
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     with closing(Sandbox()) as sandbox:
         assert sandbox.render(WEBP, SIZE).shape == (*SIZE, 3)
+
+
+JPEG, PNG = encode(picture(), "JPEG"), encode(picture())
+EXIF = Image.Exif()
+EXIF[ExifTags.Base.Orientation] = 6
+
+
+def patched(data: bytes, at: int, value: int) -> bytes:
+    return data[:at] + bytes([value]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(encode(picture(), "JPEG", progressive=True), id="progressive JPEG"),
+        pytest.param(encode(picture(), "JPEG", exif=EXIF), id="JPEG with EXIF"),
+        pytest.param(encode(picture().convert("CMYK"), "JPEG"), id="CMYK JPEG"),
+        pytest.param(patched(JPEG, JPEG.index(b"\xff\xc0") + 4, 12), id="12-bit JPEG"),
+        pytest.param(patched(JPEG, JPEG.index(b"\xff\xda") + 4, 1), id="JPEG of several scans"),
+        pytest.param(encode(picture().convert("I;16")), id="16-bit PNG"),
+        pytest.param(encode(picture().convert("LA")), id="PNG with alpha"),
+        pytest.param(patched(PNG, 28, 1), id="interlaced PNG"),
+        pytest.param(encode(picture(), exif=EXIF), id="PNG with EXIF"),
+        pytest.param(PNG[:-12], id="PNG without an end"),
+        pytest.param(PNG[:-1], id="PNG cut in its end"),  # libpng prints that to standard error
+        *(pytest.param(encode(picture(), kind), id=kind) for kind in FORMATS if kind not in ("JPEG", "PNG")),
+    ],
+)
+def test_what_is_not_plain_is_not_decoded_in_this_process(data: bytes) -> None:
+    header = read_header(data)
+    assert not header.is_plain
+    assert not is_decoded_here(data, header)
+
+
+def test_plain_images_are_decoded_in_this_process_if_they_are_small() -> None:
+    for data in (JPEG, encode(picture().convert("L"), "JPEG"), PNG):
+        assert is_decoded_here(data, read_header(data))
+    large = encode(Image.effect_noise((256, 256), 100))
+    assert len(large) > LARGE_BYTES
+    assert not is_decoded_here(large, read_header(large))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
