@@ -232,6 +232,13 @@ def test_sixteen_bits_become_eight(suffix: str) -> None:
     assert_pixels(clear, over_white(colour / 257, alpha / 257), tolerance=2)
 
 
+def test_a_big_endian_tiff_is_decoded() -> None:
+    gray = noise(9, 7, dtype=np.uint16)
+    data = encode(Image.fromarray(gray.astype(">u2")), "TIFF")
+    assert data.startswith(b"MM")
+    assert_pixels(data, np.dstack([gray / 257] * 3), tolerance=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "group4"})], ids=str
 )
@@ -393,6 +400,40 @@ def test_a_tiff_whose_width_is_no_integer_is_refused() -> None:
         inspect(with_widths(("f", 1, 5_000), ("I", 1, 5)))
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match=f"no pixels: {size[0]}x{size[1]}"):
+        inspect(png_header(*size))
+
+
+@pytest.mark.parametrize(("at", "value"), [(11, 14), (12, ord("C"))], ids=["length", "kind"])
+def test_a_png_that_does_not_begin_with_its_header_is_refused(at: int, value: int) -> None:
+    data = bytearray(SAMPLES["png"])
+    data[at] = value
+    with pytest.raises(ImageError, match="does not begin with IHDR"):
+        inspect(bytes(data))
+
+
+def test_a_png_with_alpha_may_lack_the_checksum_of_its_end() -> None:
+    data = SAMPLES["png with alpha"]
+    np.testing.assert_array_equal(decode(data[:-4]), decode(data))
+
+
+@pytest.mark.parametrize(
+    "inserted",
+    [
+        pytest.param(b"\xff", id="fill"),
+        pytest.param(b"\xff\x01", id="marker without a length"),
+        pytest.param(b"\xff\xcc\x00\x06\x00\x10\x10\x10", id="arithmetic conditioning"),
+    ],
+)
+def test_what_a_jpeg_may_have_in_front_of_its_scan_is_skipped(inserted: bytes) -> None:
+    scan = SAMPLES["jpeg"].index(b"\xff\xda")
+    data = SAMPLES["jpeg"][:scan] + inserted + SAMPLES["jpeg"][scan:]
+    assert inspect(data)[:3] == ("JPEG", WIDTH, HEIGHT)
+    np.testing.assert_array_equal(decode(data), decode(SAMPLES["jpeg"]))
+
+
 def test_a_side_too_long_to_resize_is_refused() -> None:
     assert preprocess(encode(Image.new("L", (32_767, 2)), "PNG"), (32, 32)).shape == (32, 32, 3)
     with pytest.raises(TooManyPixelsError, match="32768x2"):
@@ -417,6 +458,7 @@ def test_a_side_too_long_to_resize_is_refused() -> None:
         pytest.param(b"\x76\x2f\x31\x01" + bytes(64), id="openexr"),
         pytest.param(b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 4 +X 4\n" + bytes(64), id="radiance"),
         pytest.param(b"\x00\x00\x00\x20ftypavif" + bytes(64), id="avif"),
+        pytest.param(b"RIFF\x48\x00\x00\x00WAVEfmt " + bytes(64), id="wave"),
     ],
 )
 def test_other_formats_are_unsupported(data: bytes) -> None:
@@ -433,6 +475,47 @@ def test_empty_input_has_its_own_error() -> None:
 def test_the_header_gives_the_size_without_decoding(kind: str) -> None:
     header = read_header(encode(OPAQUE, kind))
     assert (header.format, header.width, header.height, header.has_alpha) == (kind, WIDTH, HEIGHT, False)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(
+            b"RIFF    WEBPVP8 " + bytes(10) + struct.pack("<HH", 0x4000 | 700, 0x8000 | 800), id="scaled WEBP"
+        ),
+        pytest.param(b"BM" + bytes(12) + struct.pack("<IHHHH", 12, 700, 800, 1, 24), id="BMP of OS/2"),
+        pytest.param(b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 700, -800, 1, 24, 0), id="BMP from its top row"),
+    ],
+)
+def test_rare_headers_give_the_size(data: bytes) -> None:
+    assert read_header(data)[1:3] == (700, 800)
+
+
+def test_a_webp_of_more_than_16_bit_sides_is_refused() -> None:
+    sides = b"".join((side - 1).to_bytes(3, "little") for side in (70_000, 80_000))
+    with pytest.raises(TooManyPixelsError, match="70000x80000"):
+        inspect(b"RIFF    WEBPVP8X" + bytes(8) + sides)
+
+
+def test_a_gif_whose_first_frame_exceeds_its_screen_is_refused() -> None:
+    """Decoders make room for the frame."""
+    with pytest.raises(TooManyPixelsError, match="60010x50020"):
+        inspect(b"GIF89a" + struct.pack("<HHBBB", 5, 5, 0, 0, 0) + b"," + struct.pack("<4H", 10, 20, 60_000, 50_000))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 7, 8, 1, 24, 4),
+            "BMP of compression 4; expected one of none, ",
+        ),
+        (b"II*\0" + struct.pack("<IHHHIH", 8, 1, 259, 3, 1, 34_712) + bytes(2), "TIFF of compression 34712; expected"),
+    ],
+)
+def test_an_unknown_compression_is_unsupported(data: bytes, message: str) -> None:
+    with pytest.raises(UnsupportedFormatError, match=message):
+        inspect(data)
 
 
 def test_shrinking_averages_over_areas() -> None:

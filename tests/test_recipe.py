@@ -31,6 +31,12 @@ def test_batches_shrink_with_few_or_large_images(images: int, side: int, size: i
     assert choose_batch_size(images, (side, side)) == size
 
 
+def test_a_given_batch_size_is_kept(loaded: data.Data) -> None:
+    typed = ["photos", "--name", "it", "--out", "it"]
+    assert parse("", typed).recipe_for(loaded).batch_size == choose_batch_size(len(loaded.train), loaded.input_size)
+    assert parse("", [*typed, "--batch-size", "7"]).recipe_for(loaded).batch_size == 7
+
+
 def test_like_copies_another_networks_recipe(toy_run: Path) -> None:
     typed = ["photos", "--name", "it", "--out", "it", "--like", str(toy_run)]
     like = parse("", typed)
