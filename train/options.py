@@ -104,7 +104,7 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     )
     for name, default in DEFAULTS.model_dump().items():
         meaning = Recipe.model_fields[name].description
-        parser.add_argument(_flag(name), type=type(default), help=f"{meaning} (default: {default})".replace("%", "%%"))
+        parser.add_argument(_flag(name), type=type(default), help=f"{meaning} (default: {default})")
     return parser
 
 
