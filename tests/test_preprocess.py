@@ -434,6 +434,11 @@ def test_what_a_jpeg_may_have_in_front_of_its_scan_is_skipped(inserted: bytes) -
     np.testing.assert_array_equal(decode(data), decode(SAMPLES["jpeg"]))
 
 
+def test_a_jpeg_whose_scan_comes_before_its_frame_is_refused() -> None:
+    with pytest.raises(ImageError, match="no scan follows a frame"):
+        inspect(SAMPLES["jpeg"][:2] + SAMPLES["jpeg"][SAMPLES["jpeg"].index(b"\xff\xda") :])
+
+
 def test_a_side_too_long_to_resize_is_refused() -> None:
     assert preprocess(encode(Image.new("L", (32_767, 2)), "PNG"), (32, 32)).shape == (32, 32, 3)
     with pytest.raises(TooManyPixelsError, match="32768x2"):

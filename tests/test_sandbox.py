@@ -226,6 +226,16 @@ def test_plain_images_are_decoded_in_this_process_if_they_are_small() -> None:
     assert not is_decoded_here(large, read_header(large))
 
 
+def test_a_png_of_broken_data_is_not_decoded_in_this_process() -> None:
+    """libpng would print that to standard error."""
+    at = PNG.index(b"IDAT")
+    packed = PNG[at + 4 : -16]
+    for data in (patched(packed, 0, 0), packed[:-1]):
+        broken = PNG[: at - 4] + len(data).to_bytes(4, "big") + b"IDAT" + data + PNG[-16:]
+        assert read_header(broken).is_plain
+        assert not is_decoded_here(broken, read_header(broken))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
 def test_a_png_with_more_data_than_pixels_is_not_decoded_in_this_process(mode: str) -> None:
     """libpng inflates all of it, 8 MB from 8 KB, while the event loop waits."""
