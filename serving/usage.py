@@ -137,14 +137,13 @@ class Usage:
         refusal = None
         with self._database as database:
             database.execute("BEGIN IMMEDIATE")
-            before, now = self._read(database, name), time.time()
-            account = before.clamp_to_clock(now)
+            now = time.time()
+            account = self._read(database, name).clamp_to_clock(now)
             try:
                 account = account.charge(key, images, now)
             except ApiError as error:
                 refusal = error  # raised below: in the transaction, it would undo ``clamp_to_clock``
-            if account != before:
-                database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
+            database.execute("REPLACE INTO usage VALUES (?, ?, ?, ?, ?)", (name, *account))
         if refusal:
             raise refusal
 
@@ -155,5 +154,5 @@ class Usage:
 
 
 def _refusal(code: str, message: str, seconds: float) -> ApiError:
-    retry = max(1, math.ceil(seconds))
+    retry = math.ceil(seconds)
     return too_many(code, f"{message}: try again in {retry} s", retry)

@@ -118,10 +118,24 @@ async def test_two_processes_share_the_file_and_restarts_keep_it(tmp_path: Path)
 
 
 @in_a_loop
-async def test_nothing_is_counted_without_limits(tmp_path: Path) -> None:
+async def test_images_that_another_process_is_just_counting_are_waited_for(tmp_path: Path) -> None:
+    usage, limits = Usage(tmp_path / "usage"), key(images_per_day=5)
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        charged = asyncio.create_task(usage.charge("a", limits, 3))
+        await asyncio.sleep(PATIENCE_SECONDS / 10)
+        other.execute("INSERT INTO usage VALUES ('a', 1, 0, ?, 4)", (time.time() // DAY_SECONDS,))
+        other.execute("COMMIT")
+        with pytest.raises(ApiError, match=r"^4 of 5 images a day were sent, and now 3"):
+            await charged
+
+
+@in_a_loop
+async def test_nothing_is_counted_without_limits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     usage = Usage(tmp_path / "usage")
     (tmp_path / "usage").write_bytes(b"gone")
     await usage.charge("a", key(), 1_000_000)
+    assert not caplog.records
 
 
 @in_a_loop
