@@ -76,7 +76,6 @@ def _content_type(request: Request) -> tuple[str, dict[str, str]]:
     if encoding.lower() != IDENTITY:
         raise unsupported_media_type(f"content-encoding {encoding[:40]!r}; expected a body without one")
     media_type, options = parse_options_header(header(request.scope["headers"], b"content-type") or "")
-    media_type = media_type.lower()
     if media_type not in (JSON, MULTIPART) and not media_type.startswith("image/"):
         raise _unsupported(media_type, JSON, MULTIPART, "image/*")
     return media_type, options
