@@ -22,10 +22,11 @@ import pytest
 import requests
 from PIL import ExifTags, Image
 from starlette.requests import Request
+from starlette.types import Message
 
 from model import runtimes
 from model.artifact import ONNX_INT8, Artifact
-from model.batching import Batcher, QueueFullError
+from model.batching import Batcher, GoneError, QueueFullError
 from model.classifier import Classifier, Scores
 from model.decoder import BASE_MEMORY, memory_for
 from model.headers import FORMATS, ImageError, UnsupportedFormatError, read_header
@@ -33,7 +34,7 @@ from model.preprocess import ALPHA_COST, MAX_PIXELS, Pixels, inspect, preprocess
 from model.sandbox import DecoderError, Sandbox
 from model.store import SHIPPED
 from serving import accounting, metrics
-from serving.context import request_id
+from serving.context import request_id, watch
 from serving.drift import Drift
 from serving.logs import add_request_id
 from serving.pipeline import LARGE_BYTES, Pipeline, is_decoded_here
@@ -253,6 +254,15 @@ def test_a_png_with_more_data_than_pixels_is_not_decoded_in_this_process(mode: s
         assert not is_decoded_here(bomb, header)
 
 
+def test_only_small_images_are_decoded_in_this_process() -> None:
+    few_pixels, few_bytes = Image.effect_noise((100, 100), 90), Image.new("RGB", (300, 300))
+    for image, is_small in ((few_pixels, False), (few_bytes, False), (picture(height=100, width=100), True)):
+        data = encode(image, "JPEG", quality=100)
+        header = read_header(data)
+        assert header.is_plain
+        assert is_decoded_here(data, header) == is_small
+
+
 @pytest.fixture
 def pipeline(faulty: Sandbox) -> Pipeline:
     return make_pipeline(faulty)
@@ -331,6 +341,50 @@ def test_requests_that_come_while_others_are_charged_do_not_overfill_the_decode_
     monkeypatch.setattr(accounting, "charge", charge)
     outcomes = asyncio.run(burst())
     assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) > 10
+
+
+def test_images_that_find_the_queue_full_are_neither_read_nor_charged(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charged: list[int] = []
+    queue = pipeline._infer
+    one = base64.b64encode(WEBP).decode()
+    body = orjson.dumps({"image": one, "images": [one]})
+
+    async def charge(items: Sequence[Any]) -> None:
+        charged.append(len(items))
+
+    async def read_as_it_fills_up() -> Message:
+        queue.waiting += 64
+        return {"type": "http.request", "body": body}
+
+    monkeypatch.setattr(accounting, "charge", charge)
+    for answer in (pipeline.classify, pipeline.classify_batch, pipeline.explain):
+        queue.waiting = 0
+        for _ in range(2):  # the second finds it full
+            with pytest.raises(QueueFullError):
+                asyncio.run(answer(request("application/json", read_as_it_fills_up)))
+            assert queue.waiting == 64, "read once"
+    assert not charged
+
+
+def test_nothing_is_decoded_or_computed_for_a_client_that_hung_up(pipeline: Pipeline) -> None:
+    class Gone:
+        disconnected = True
+
+        def __init__(self, body: bytes) -> None:
+            self.body = body
+
+        async def receive(self) -> Message:
+            return {"type": "http.request", "body": self.body}
+
+    async def ask(client: Gone) -> None:
+        watch(client.receive)
+        await pipeline.classify(request("image/*", client.receive))
+
+    for image in (WEBP + SLEEP, encode(picture())):  # decoded in a process of its own, where it would fail, and here
+        with pytest.raises(GoneError):
+            asyncio.run(ask(Gone(image)))
 
 
 def test_many_small_images_do_not_block_the_event_loop(pipeline: Pipeline) -> None:
