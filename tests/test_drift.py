@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import requests
 
 from model.artifact import ONNX_INT8, SHIPPED, Artifact, Reference
+from model.classifier import Classifier
 from model.preprocess import Pixels
 from model.statistics import BINS, STATISTICS, edges, histogram, measure
 from serving import metrics
-from serving.drift import GATHER_SECONDS, Drift
+from serving.drift import GATHER_SECONDS, Drift, expectations
 from tests import toy
 from tests.live import Server, encode, picture, samples, total
 from tests.snippets import of_the_example
@@ -109,28 +111,55 @@ def test_a_feature_with_many_ties_has_no_expected_share() -> None:
     assert expected_of(reference_of(100)._replace(edges=edges(gray))) == {"class", "confidence", *STATISTICS[:-1]}
 
 
+def counted() -> Counter[tuple[str, str]]:
+    """Images counted so far, by feature and bin."""
+    (family,) = metrics.DRIFT_IMAGES.collect()
+    labelled = [(sample.labels, sample.value) for sample in family.samples if sample.name.endswith("_total")]
+    return Counter({(labels["feature"], labels["bin"]): int(value) for labels, value in labelled})
+
+
+def count(drift: Drift, *batches: Pixels) -> dict[str, int]:
+    """How many of the images in ``batches`` are counted for each statistic."""
+
+    async def see() -> None:
+        for images in batches:
+            drift.count_images(images)
+        await asyncio.sleep(5 * GATHER_SECONDS)
+
+    before = counted()
+    asyncio.run(see())
+    grown = counted() - before
+    return {name: sum(count for (feature, _), count in grown.items() if feature == name) for name in STATISTICS}
+
+
+def test_verdicts_on_the_validation_images_are_counted_as_expected() -> None:
+    config = Artifact.load(SHIPPED).config
+    for images in (99, 1000):  # too few to expect anything of confidences, and enough
+        reference = reference_of(images)
+        drift, before = Drift(config, reference), counted()
+        for prediction in Classifier(config, reference)(reference.validation):
+            drift.count_verdict(prediction)
+        expected = {
+            (feature, name): count
+            for feature, counts in expectations(config, reference).items()
+            for name, count in counts.items()
+            if feature not in STATISTICS and count
+        }
+        assert dict(counted() - before) == expected
+
+
 def test_a_constant_feature_is_neither_expected_nor_counted() -> None:
     """The colour of gray images is 0: nine edges tie, and every image would land in a bin meant for a tenth of them."""
     gray = np.repeat(draw(100, seed=0)[..., :1], 3, axis=-1)
-    shipped = Artifact.load(SHIPPED)
-
-    def counted() -> dict[str, float]:
-        (family,) = metrics.DRIFT_IMAGES.collect()
-        found = dict.fromkeys(STATISTICS, 0.0)
-        for sample in family.samples:
-            if sample.name.endswith("_total") and sample.labels["feature"] in found:
-                found[sample.labels["feature"]] += sample.value
-        return found
-
-    async def see() -> None:
-        drift.count_images(gray)
-        await asyncio.sleep(5 * GATHER_SECONDS)
-
     metrics.EXPECTED_SHARE.clear()
-    drift = Drift(shipped.config, reference_of(100)._replace(edges=edges(gray)))
+    drift = Drift(Artifact.load(SHIPPED).config, reference_of(100)._replace(edges=edges(gray)))
     (family,) = metrics.EXPECTED_SHARE.collect()
     assert {sample.labels["feature"] for sample in family.samples} == {"class", "confidence", *STATISTICS[:-1]}
-    before = counted()
-    asyncio.run(see())
-    grown = {name: count - before[name] for name, count in counted().items()}
-    assert grown == {**dict.fromkeys(STATISTICS, 100), "colour": 0}
+    assert count(drift, gray) == {**dict.fromkeys(STATISTICS, 100), "colour": 0}
+
+
+def test_batches_that_come_together_and_images_of_any_size_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    drift = Drift(Artifact.load(SHIPPED).config, reference_of(100))
+    assert count(drift, draw(3, seed=0), draw(2, seed=1), draw(1, seed=2)) == dict.fromkeys(STATISTICS, 6)
+    assert count(drift, np.zeros((2, 600, 600, 3), np.uint8)) == dict.fromkeys(STATISTICS, 2)
+    assert not caplog.records

@@ -70,8 +70,8 @@ def test_abstaining_only_removes_the_verdict(server: Server) -> None:
 
 @needs_foreign
 def test_foreign_images_are_flagged_counted_and_refused_on_request(server: Server) -> None:
-    before = total(samples(server.url), "classifier_foreign_images_total")
     assert classify(server, FAMILIAR).json()["in_distribution"] is True
+    before = total(samples(server.url), "classifier_foreign_images_total")
     assert classify(server, FOREIGN).json()["in_distribution"] is False
     assert classify(server, FAMILIAR, abstain_foreign="true").json()["abstained"] is False
     assert classify(server, FOREIGN, abstain_foreign="True").json()["class_name"] is None  # as Python spells it
