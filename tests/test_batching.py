@@ -255,6 +255,11 @@ async def test_images_that_wait_are_reported_even_if_the_engine_never_answers() 
     before = len(reports)
     await asyncio.sleep(3 * REPORT_SECONDS)
     assert len(reports) == before, "an idle queue has nothing to report"
+    callers = [asyncio.create_task(batcher(images(4)))]
+    await settle()
+    callers.append(asyncio.create_task(batcher(images(5))))
+    await asyncio.sleep(3 * REPORT_SECONDS)
+    assert reports[-1] == 1
 
 
 @in_a_loop
