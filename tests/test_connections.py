@@ -37,6 +37,8 @@ PIECES = (memoryview(b"a"), memoryview(b"bc"), memoryview(b"d"), b"", b"ef", mem
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 FULL = b"POST /full?a=b HTTP/1.1\r\nHost: x\r\n"
 LENGTH = b"Content-Length: 5\r\n"
+WHOLE = FULL + LENGTH + b"\r\nbody."
+WHOLE_LENGTH = b"Content-Length: %d\r\n\r\n" % len(WHOLE)
 DELAYS = {"/slow": 0.1, "/slower": 2 * PATIENCE}
 """Seconds before the application answers a POST to these paths."""
 SLOWER = HEAD.replace(b"/ ", b"/slower ") + b"Content-Length: 0\r\n\r\n"
@@ -258,11 +260,22 @@ def test_a_request_that_arrives_with_the_rest_of_an_answered_one_is_not_idle(loo
 def test_a_client_does_not_dawdle_while_nothing_is_read_from_it(loop: str) -> None:
     """With a request waiting for the reply to another one, the server reads no more, although the client sends it."""
     with connected(loop) as client:
-        for piece in (SLOWER, SLOWER + HEAD, b"Content-Length: 0\r\n\r\n"):
+        for piece in (SLOWER[:9], SLOWER[9:19], SLOWER[19:], SLOWER + HEAD, b"Content-Length: 0\r\n\r\n"):
             client.sendall(piece)
             time.sleep(0.05)
         for _ in range(3):
             expect_reply(client)
+
+
+def test_a_body_that_comes_late_is_awaited() -> None:
+    """The application limits how long."""
+    with connected("uvloop") as client:
+        for piece in (HEAD.replace(b"/ ", b"/read ") + LENGTH + b"\r\n", b"\r\nbo"):
+            client.sendall(piece)
+            time.sleep(0.05)
+        time.sleep(1.5 * PATIENCE)
+        client.sendall(b"d")
+        expect_reply(client)
 
 
 def test_a_slow_but_steady_client_gets_everything() -> None:
@@ -547,6 +560,8 @@ def test_little_of_what_follows_a_request_is_read_before_its_refusal(
             held.append(len(self._held))
 
     with connected(loop, Watched) as client:
+        client.sendall(HEAD + LENGTH + b"\r\nbody.")
+        expect_reply(client)
         client.sendall(FULL + LENGTH + b"\r\nbody.")
         time.sleep(PATIENCE / 10)
         client.sendall(large)
@@ -611,15 +626,36 @@ def test_a_request_that_has_arrived_when_the_server_stops_is_answered(loop: str,
     assert (b"connection: close" in received) == (connection is Hasty)
 
 
-def test_a_body_that_looks_like_a_request_is_not_shed() -> None:
-    request = FULL + LENGTH + b"\r\nbody."
+@pytest.mark.parametrize(
+    ("first", "statuses"),
+    [
+        pytest.param(HEAD + b"X: ", [b"200"], id="in a header"),
+        pytest.param(HEAD.replace(b"/ ", b"/read ") + WHOLE_LENGTH, [b"200"], id="in a body"),
+        pytest.param(HEAD + WHOLE_LENGTH, [b"200"], id="in a body already answered"),
+        pytest.param(FULL + WHOLE_LENGTH, [b"429"], id="in a body already refused"),
+        pytest.param(SLOWER, [b"200", b"200"], id="behind a request to be answered first"),
+    ],
+)
+def test_only_the_next_request_is_shed_and_nothing_that_looks_like_one(first: bytes, statuses: list[bytes]) -> None:
     with connected("uvloop", Guarded) as client:
-        client.sendall(HEAD.replace(b"/ ", b"/read ") + f"Content-Length: {len(request)}\r\n\r\n".encode())
+        client.sendall(first)
         time.sleep(0.1)
-        client.sendall(request)
-        received = read_all(client)
-    assert received.startswith(b"HTTP/1.1 200 ")
-    assert received.count(b"HTTP/1.1") == 1
+        client.sendall(WHOLE)
+        assert re.findall(rb"HTTP/1.1 (\d+) ", read_all(client)) == statuses
+
+
+def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
+    unsent = 0
+
+    class Watched(Guarded):
+        def data_received(self, data: bytes) -> None:
+            nonlocal unsent
+            super().data_received(data)
+            unsent = max(unsent, self.transport.get_write_buffer_size())
+
+    with connected("uvloop", Watched) as client:
+        flood(client, b"", (FULL + b"Content-Length: 0\r\n\r\n") * 1000)
+    assert 0 < unsent < 2**19
 
 
 @pytest.mark.parametrize("head", [b"POST /full HTTP/1.0", b"POST /full HTTP/1.1\r\nConnection: close"])
