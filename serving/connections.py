@@ -59,8 +59,8 @@ class Connection(HttpToolsProtocol):
         """Whether the load shedder has already refused the request being read."""
         self._is_admitted = False
         """Whether the load shedder has admitted the request about to be parsed."""
-        self._refusal_due: tuple[Response, asyncio.TimerHandle] | None = None
-        """The refusal of a request that arrived whole, and its timer; ``_held`` takes what arrives until it is sent."""
+        self._refusal_due: Response | None = None
+        """The refusal of a request that arrived whole; ``_held`` takes what arrives until it is sent."""
         self._held = b""
         self._is_incomplete = False
         """Whether the rest of the headers, or of a refused request's body, has still to be parsed."""
@@ -116,14 +116,14 @@ class Connection(HttpToolsProtocol):
             return False
         self._expect_nothing()
         self._unset_keepalive_if_required()
-        self._refusal_due = refusal, self.loop.call_later(REFUSAL_SECONDS, self._send_refusal)
+        self._refusal_due = refusal
+        self.loop.call_later(REFUSAL_SECONDS, self._send_refusal)
         return True
 
     def _send_refusal(self) -> None:
         if not self._refusal_due:
             return
-        (refusal, timer), self._refusal_due = self._refusal_due, None
-        timer.cancel()
+        refusal, self._refusal_due = self._refusal_due, None
         if self.transport.is_closing():
             return
         self._send(refusal)
@@ -173,10 +173,7 @@ class Connection(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
-            if name == b"connection":
-                options = [option.strip() for option in value.split(b",")]
-                value = b", ".join(option for option in options if option.lower() not in UPGRADING)
-            if name not in UPGRADING:
+            if name not in UPGRADING:  # without them, ``Connection`` asks for nothing
                 head.extend((name, b": ", value, b"\r\n"))
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
@@ -281,7 +278,6 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._await_bytes()
-        self._await_rest()  # reading goes on
         if self.transport.get_write_buffer_size():
             self._await_reader()
 

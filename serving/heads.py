@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 UPGRADING = frozenset((b"upgrade", b"http2-settings"))
-"""Headers, and options of ``Connection``, that ask for another protocol."""
+"""Headers that ask for another protocol."""
 WHOLE_POST = re.compile(rb"POST ([!-~]++) HTTP/1\.1\r\n((?:[!#-'*+.0-9A-Z^_`a-z|~-]++:[\t -~\x80-\xff]*+\r\n)++)\r\n")
 """Target and headers, to the letter of RFC 9112; anything written otherwise is left to the parser."""
 FIELD = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")

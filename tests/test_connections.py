@@ -604,6 +604,16 @@ def test_pending_refusals_are_sent_when_the_server_stops() -> None:
         assert time.monotonic() - started < REFUSAL_SECONDS
 
 
+def test_an_idle_connection_is_closed_when_the_server_stops() -> None:
+    made: list[Connection] = []
+    with connected("uvloop", noting(Connection, made)) as client:  # whose own timeouts are longer than the client's
+        while not made:
+            time.sleep(0.01)
+        client.settimeout(Connection.receive_seconds / 2)
+        made[0].loop.call_soon_threadsafe(made[0].shutdown)
+        assert client.recv(1) == b""
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("connection", [Hasty, Guarded])
 def test_a_request_that_has_arrived_when_the_server_stops_is_answered(loop: str, connection: type[Connection]) -> None:
