@@ -45,6 +45,7 @@ def audited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         call("one", "POST", "/classify", files={"image": PNG})
         call("base64", "POST", "/classify", json={"image": base64.b64encode(PNG).decode()})
         call("batch", "POST", "/classify/batch", files=[("images", image) for image in (PNG, BROKEN, LARGE)])
+        call("half", "POST", "/classify/batch", json={"images": [base64.b64encode(PNG).decode(), "!"]})
         call("explained", "POST", "/explain", files={"image": LARGE})
         call("broken", "POST", "/classify", files={"image": ("secret.png", BROKEN)})
         call("nonsense", "POST", "/classify?secret=1", files={"image": PNG})
@@ -97,6 +98,8 @@ def test_a_line_identifies_each_image_by_hash_and_verdict(audited: Audited) -> N
     assert audited.lines["batch"]["images"] == [
         entry(data, result) for data, result in zip((PNG, BROKEN, LARGE), results, strict=True)
     ]
+    half = audited.replies["half"].json()["results"][0]
+    assert audited.lines["half"]["images"] == [entry(PNG, half), {"code": "invalid_request"}]  # no image, so no hash
     (explained,) = audited.lines["explained"]["images"]
     assert explained == {**audited.lines["batch"]["images"][2], "confidence": pytest.approx(explained["confidence"])}
     assert audited.lines["broken"]["images"] == [{"sha256": hashlib.sha256(BROKEN).hexdigest()}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import orjson
@@ -110,17 +111,27 @@ async def test_it_reports_shedding_for_a_while_after_a_refusal(monkeypatch: pyte
 @in_a_loop
 async def test_refusals_are_counted_and_logged_in_aggregate(caplog: pytest.LogCaptureFixture) -> None:
     counted: list[tuple[str, int, int]] = []
-    before = metrics.REJECTED.labels("overloaded")._value.get()
-    paths = ["/classify", "/classify/batch"]
-    shedder = LoadShedder(paths, full, True, lambda path, status, seconds: counted.append((path, status, len(seconds))))
+    taken = 0.0
+
+    def count(path: str, status: int, seconds: list[float]) -> None:
+        nonlocal taken
+        counted.append((path, status, len(seconds)))
+        taken += sum(seconds)
+
+    before, started = metrics.REJECTED.labels("overloaded")._value.get(), time.perf_counter()
+    shedder = LoadShedder(["/classify", "/classify/batch"], full, log_requests=True, count=count)
+    quiet = LoadShedder(["/classify"], full, log_requests=False)
     with caplog.at_level(logging.INFO):
         for target in (b"/classify", b"/classify/batch", b"/classify"):
             shedder(target, [])
+        quiet(b"/classify", [])
         await asyncio.sleep(3 * REPORT_SECONDS)
         shedder(b"/classify", [])
+        quiet(b"/classify", [])
         await asyncio.sleep(3 * REPORT_SECONDS)
-    assert metrics.REJECTED.labels("overloaded")._value.get() - before == 4
+    assert metrics.REJECTED.labels("overloaded")._value.get() - before == 6
     assert counted == [("/classify", 429, 2), ("/classify/batch", 429, 1), ("/classify", 429, 1)]
+    assert 0 < taken < time.perf_counter() - started
     assert [(record.path, record.requests) for record in caplog.records if record.message == "requests"] == [  # type: ignore[attr-defined]  # by extra
         ("/classify", 2),
         ("/classify/batch", 1),
