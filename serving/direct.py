@@ -54,9 +54,7 @@ class MetricsMiddleware(RunnerTrafficMetricsMiddleware):
             self._replies(endpoint, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def count(self, path: str, status: int, seconds: list[float]) -> None:
-        """Count requests answered with ``status`` outside the application; ``seconds`` has the time that each took."""
-        if not self._is_setup:
-            self._setup()
+        """Count requests answered with ``status`` outside the application, which has started; ``seconds`` each took."""
         total, duration = self._replies(path, status)
         total.inc(len(seconds))
         for each in seconds:

@@ -473,6 +473,7 @@ def test_counters_are_exposed_at_0_before_their_first_event(server: Server) -> N
     text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
     assert set(REASONS) <= set(re.findall(r'classifier_rejected_total\{reason="(\w+)"\}', text))
     assert set(re.findall(r'classifier_images_total\{class_name="([^"]+)"\}', text)) == set(ARTIFACT.config.classes)
+    assert re.search(r'bentoml_service_request_total\{endpoint="/classify",http_response_code="503",.*\} 0\.0', text)
     expected = re.findall(r"classifier_drift_expected_share(\{.+?\})", text)
     assert set(re.findall(r"classifier_drift_images_total(\{.+?\})", text)) == set(expected)
 
