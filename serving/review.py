@@ -128,7 +128,7 @@ class Review:
         """Time, size and files of each image with its JSON line, oldest first."""
         pairs: dict[str, list[Path]] = {}
         for file in self._directory.iterdir():
-            if NAME.fullmatch(file.stem) and file.is_file():  # whatever else is there is not ours to remove
+            if NAME.fullmatch(file.stem):  # whatever else is there is not ours to remove
                 pairs.setdefault(file.stem, []).append(file)
         states = [([file.stat() for file in files], files) for files in pairs.values()]
         return sorted(
@@ -141,7 +141,6 @@ class Review:
         file.touch()
         with file.open("r+") as ledger:
             fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
-            ledger.seek(0)
             yield ledger
 
 

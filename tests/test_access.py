@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from PIL import Image
 from starlette.datastructures import Headers
 
 from serving import access
+from serving.access import Key
 from serving.errors import ApiError
-from serving.keys import Keys
+from serving.keys import Keys, authorize
 from tests import toy
 from tests.live import LOG, assert_error, encode, failed_start, picture, samples, serve, total
 
@@ -354,6 +356,30 @@ def test_a_restarted_worker_survives_a_broken_key_file(tmp_path: Path, caplog: p
     replace(file, good)
     keys._next_look = 0.0
     assert keys.identify(Headers({"x-api-key": key}))[0] == "alice"
+
+
+def test_a_broken_key_file_is_reported_once_however_often_it_is_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.toml"
+    key = access.add(file, "alice")
+    keys = Keys(file)
+    replace(file, "[bob")
+    for _ in range(3):
+        keys._next_look = 0.0
+        assert keys.identify(Headers({"x-api-key": key}))[0] == "alice"
+    assert caplog.messages == ["the API keys stay as they were"]
+
+
+def test_a_key_is_no_longer_valid_on_the_day_it_expires() -> None:
+    today = datetime.now(UTC).date()
+    with pytest.raises(ApiError, match=f"the API key 'alice' expired on {today}"):
+        authorize("alice", Key(sha256="0" * 64, expires=today), "/classify")
+
+
+def test_a_key_with_an_empty_list_of_paths_may_call_none() -> None:
+    with pytest.raises(ApiError, match="the API key 'alice' may not call /classify"):
+        authorize("alice", Key(sha256="0" * 64, paths=[]), "/classify")
 
 
 def test_a_bad_limit_or_name_leaves_the_file_as_it_was(tmp_path: Path) -> None:
