@@ -143,7 +143,9 @@ def test_a_quota_holds_across_both_workers(guarded: Guarded) -> None:
             assert_error(reply, 429, "quota_exceeded")
             assert 1 <= int(reply.headers["Retry-After"]) <= 86_400
     time.sleep(1)
-    assert lines(guarded, "frugal") == [20, 20]
+    first, second = lines(guarded, "frugal")
+    assert first + second == 40
+    assert min(first, second) >= 5, "one worker alone would keep any quota"
     values = samples(guarded.url)
     assert total(values, "classifier_key_images_total", key="frugal") == 20
     assert total(values, "classifier_rejected_total", reason="quota_exceeded") == 20
