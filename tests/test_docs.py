@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import requests
 
 from model.artifact import ONNX_INT8
 from tests.golden import TYPICAL
@@ -20,24 +20,23 @@ from tests.snippets import (
     DOCS,
     OTHERS,
     PAGES,
-    PUBLISHED,
     PYTHON,
     REPOSITORY,
-    Reader,
     Snippet,
     can_be_followed,
+    follow,
     matches,
     named_in,
+    needs_curl,
     read,
     tells_of_the_example,
+    to_follow,
 )
 from tests.test_golden import MAX_DIFFERENCE
 
 README = REPOSITORY / "README.md"
 SNIPPETS = [snippet for page in (*PAGES, README) for snippet in read(page)]
-EXECUTED = [
-    page for page in PAGES if can_be_followed(page) and any(s.is_run and s.language in PYTHON for s in read(page))
-]
+EXECUTED = [page for page in PAGES if can_be_followed(page) and to_follow(page) and not needs_curl(page)]
 TARGETS = set(re.findall(r"^([a-z0-9-]+):(?!=)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 LANGUAGES = {*PYTHON, *OTHERS, "json", "text", "yaml", "toml"}
 
@@ -50,10 +49,7 @@ def identity(value: object) -> str | None:
 
 @pytest.mark.parametrize("page", EXECUTED, ids=identity)
 def test_examples_run_and_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
-    snippets = [snippet for snippet in read(page) if snippet.is_run and snippet.language in PYTHON]
-    with Reader(tmp_path) as reader:
-        for snippet in snippets:
-            reader.follow(snippet)
+    follow(to_follow(page), tmp_path)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=identity)
@@ -88,11 +84,12 @@ def test_pages_about_the_example_model_are_listed_where_it_is_replaced() -> None
 
 def test_the_readmes_first_example_gets_its_answer(embedded: Server) -> None:
     """On any processor: INT8 results may differ by one rounding step per layer."""
-    (line, answer), *_ = re.findall(r"^\$ (curl .+?) +# .+\n(\{.+\})$", README.read_text(), re.M)
-    assert f"tests/images/{TYPICAL.name}" in line
-    command = shlex.split(line.replace(PUBLISHED, embedded.url))
-    done = subprocess.run([*command, "--silent"], cwd=REPOSITORY, capture_output=True, check=True, timeout=60)
-    found, told = json.loads(done.stdout), json.loads(answer.replace(",…", ""))
+    (picture, answer), *_ = re.findall(r"^\$ curl -F image=@(\S+) .+\n(\{.+\})$", README.read_text(), re.M)
+    assert picture == f"tests/images/{TYPICAL.name}"
+    response = requests.post(
+        f"{embedded.url}/classify", files={"image": (REPOSITORY / picture).read_bytes()}, timeout=60
+    )
+    found, told = response.json(), json.loads(answer.replace(",…", ""))
     assert list(found) == list(told)
     assert found["class_name"] == TYPICAL.stem
     for name in ("predicted_class", "class_name", "in_distribution"):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from PIL import Image
 from model.artifact import CARD, ONNX, ONNX_INT8, Artifact, seal
 from tests import toy
 from tests.golden import TYPICAL
-from tests.live import Server
-from tests.snippets import PUBLISHED
 from train import plots, readme, sections
 from train.command import CommandError
 from train.report import about_data, confused_pairs, limits
@@ -89,22 +85,6 @@ def test_readme_and_model_card_describe_the_shipped_models() -> None:
     for artifact in shipped:
         told = artifact.card["training"]["data_sha256"] == shipped[0].card["training"]["data_sha256"]
         assert (f"Version `{artifact.version}`" in page) == told
-
-
-@pytest.mark.parametrize("name", ["dog", "a dog's", "50% dog", 'dog, "brown"; or \\black'])
-def test_the_readmes_example_works_whatever_a_class_is_called(
-    name: str, toy_artifact: Artifact, embedded: Server, tmp_path: Path
-) -> None:
-    pictures = tmp_path / readme.PICTURES
-    pictures.mkdir(parents=True)
-    for file in ("A.jpg", f"{name}.jpg", "~.jpg"):
-        shutil.copy(TYPICAL, pictures / file)
-    command, answer = readme.example(toy_artifact, tmp_path).removeprefix("$ ").split("\n")
-    run = ["sh", "-c", command.replace(PUBLISHED, embedded.url).replace("curl", "curl --silent", 1)]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, check=True, timeout=60)
-    assert json.loads(done.stdout)["class_name"] == TYPICAL.stem
-    told = json.loads(answer.replace(",…", ""))
-    assert toy_artifact.config.classes[told["predicted_class"]] == told["class_name"]
 
 
 def test_the_readmes_example_and_section_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import requests
+import yaml
 
 from deploy import smoke
+from serving import access
 from tests import nginx
 from tests.e2e.stack import program
 from tests.live import free_port
@@ -29,6 +31,24 @@ def run(*arguments: str | Path) -> str:
     done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_secrets_sh_creates_every_secret(tmp_path: Path) -> None:
+    script = shutil.copy(DEPLOY / "secrets.sh", tmp_path)
+    run("sh", script)
+    declared = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["secrets"].values()
+    files = {Path(secret["file"]).name for secret in declared} | {"api_key", "api_keys"}
+    assert {file.name for file in (tmp_path / "secrets").iterdir()} == files
+    (key,) = access.read(tmp_path / "secrets/api_keys/keys.toml").values()
+    assert access.sha256((tmp_path / "secrets/api_key").read_text()) == key.sha256
+    assert oct((tmp_path / "secrets").stat().st_mode)[-3:] == "700"
+
+    (tmp_path / "secrets/slack_url").unlink()
+    (tmp_path / "secrets/slack_url").write_text("https://real")
+    before = (tmp_path / "secrets/tls_key").read_bytes()
+    run("sh", script)
+    assert (tmp_path / "secrets/slack_url").read_text() == "https://real"
+    assert (tmp_path / "secrets/tls_key").read_bytes() == before
 
 
 @pytest.mark.parametrize("overlays", [(), ("replicas",), ("gpu",), ("gpu", "replicas", "logs"), ("mtls",)])
