@@ -35,6 +35,7 @@ def test_linked_folders_are_classes_and_cyclic_links_end(loaded: data.Data, toy_
         (tmp_path / name).symlink_to(toy_folder / name)
     (tmp_path / "disc-and-more").mkdir()
     (tmp_path / "disc-and-more" / "back").symlink_to(tmp_path)
+    (tmp_path / "disc-and-more" / "up").symlink_to(tmp_path.parent)
     assert data.load(str(tmp_path)).sha256() == loaded.sha256()
 
 
@@ -87,6 +88,17 @@ def test_an_unreadable_file_is_one_clear_line(toy_folder: Path, tmp_path: Path) 
     source = shutil.copytree(toy_folder, tmp_path / "source")
     (source / "disc" / "more.png").symlink_to("/proc/self/mem")  # looks like a file, but cannot be read
     with pytest.raises(CommandError, match=r"disc/more.png: Input/output error; expected a file that can be"):
+        data.load(str(source))
+
+
+@pytest.mark.parametrize("link", ["disc", "disc/more.png"])
+def test_a_link_to_nothing_is_one_clear_line(link: str, toy_folder: Path, tmp_path: Path) -> None:
+    """As in an archive: the images of a class whose disk is not mounted would be missing silently."""
+    source = shutil.copytree(toy_folder, tmp_path / "source")
+    if link == "disc":
+        shutil.rmtree(source / link)
+    (source / link).symlink_to("nowhere")
+    with pytest.raises(CommandError, match=rf"No such file or directory: '.*/{link}'; expected a folder"):
         data.load(str(source))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,8 @@ Files = Mapping[str, bytes]
 class Folder(Files):
     """The files of a folder, each read on access, because photographs may exceed memory.
 
-    Symbolic links to folders are followed, except in a cycle. Raises ``OSError`` for a folder that cannot be read,
-    whose images would otherwise be missing silently.
+    Symbolic links to folders are followed, except in a cycle. Raises ``OSError`` for a folder that cannot be read and
+    for a link to nothing, whose images would otherwise be missing silently.
     """
 
     def __init__(self, root: Path) -> None:
@@ -56,7 +57,7 @@ def _walk(root: Path, empty: list[str]) -> Iterator[Path]:
         targets = {name: (here / name).resolve() for name in folders}
         folders[:] = [name for name, to in targets.items() if to not in passed and not here.is_relative_to(to)]
         above.update((Path(directory, name), passed) for name in folders)
-        yield from (path for name in files if (path := Path(directory, name)).is_file())
+        yield from (path for name in files if stat.S_ISREG((path := Path(directory, name)).stat().st_mode))
 
 
 def _refuse(error: OSError) -> NoReturn:
