@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from model.artifact import CARD, CONFIG, HASHED, ONNX, RUNTIMES, Artifact, ArtifactError, save_reference, seal
+from model.artifact import (
+    CARD,
+    CONFIG,
+    HASHED,
+    ONNX,
+    REFERENCE,
+    RUNTIMES,
+    Artifact,
+    ArtifactError,
+    save_reference,
+    seal,
+)
 from model.config import ConfigError, ModelConfig
 from model.runtimes import EngineLostError, OnnxRuntime, RuntimeUnavailableError, TorchRuntime, create
 from model.verification import TOLERANCE, VerificationError, check, verify
@@ -41,14 +52,37 @@ def test_a_missing_file_is_refused_and_named(name: str, copied: Path) -> None:
         Artifact.load(copied)
 
 
-def test_a_card_that_lists_no_files_is_refused_and_named(copied: Path) -> None:
-    (copied / CARD).write_text("{}")
-    with pytest.raises(ArtifactError, match=rf"{CARD}: not that of a whole artifact: KeyError\('files'\)"):
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("{", "JSONDecodeError("),
+        ("[]", "TypeError("),
+        ("{}", "KeyError('files')"),
+        ('{"files": {}}', "KeyError('config.json')"),
+    ],
+)
+def test_a_card_that_does_not_list_every_file_is_refused_and_named(content: str, error: str, copied: Path) -> None:
+    (copied / CARD).write_text(content)
+    with pytest.raises(ArtifactError, match=re.escape(f"{CARD}: not that of a whole artifact: {error}")):
         Artifact.load(copied)
+
+
+def test_a_file_in_place_of_a_folder_is_refused_and_named(copied: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"not a whole artifact: .*{CONFIG}/{CARD}: Not a directory"):
+        Artifact.load(copied / CONFIG)
+
+
+def test_references_of_too_old_a_version_are_refused_with_the_way_out(copied: Path) -> None:
+    with np.load(copied / REFERENCE) as arrays:
+        older = {name: arrays[name] for name in arrays.files if name != "edges"}
+    np.savez(copied / REFERENCE, allow_pickle=False, **older)
+    with pytest.raises(ArtifactError, match=f"{REFERENCE}: edges .*; expected it: export anew"):
+        seal(copied, {}).reference(ONNX)
 
 
 def test_the_version_follows_from_the_content(toy_artifact: Artifact, copied: Path) -> None:
     assert Artifact.load(copied).version == toy_artifact.version
+    assert re.fullmatch("[0-9a-f]{12}", toy_artifact.version)
     assert seal(copied, {**toy_artifact.card, "note": "another"}).version != toy_artifact.version
 
 

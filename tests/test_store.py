@@ -213,6 +213,13 @@ class TestPromotions:
         assert promotions.stack(history) == ["a", "d"]
         assert [path.name for path in tmp_path.iterdir()] == [promotions.FILE]
 
+    def test_a_reader_sees_the_history_before_or_after_a_promotion(self, tmp_path: Path) -> None:
+        promotions.append(tmp_path, "promote", "a")
+        before = (tmp_path / promotions.FILE).read_bytes()
+        with (tmp_path / promotions.FILE).open("rb") as reader:
+            promotions.append(tmp_path, "promote", "b")
+            assert reader.read() == before
+
     def test_a_server_keeps_its_version_and_the_next_start_serves_the_promoted_one(
         self, home: Path, versions: Versions
     ) -> None:
