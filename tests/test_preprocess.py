@@ -354,6 +354,14 @@ def test_the_pixel_limit_is_exact() -> None:
         decode(data, max_pixels=HEIGHT * WIDTH - 1)
 
 
+def test_the_pixel_limit_is_lower_for_transparent_images() -> None:
+    """Compositing them takes more memory: enough of them at the limit could exhaust it."""
+    data = encode(CLEAR, "PNG")
+    inspect(data, ALPHA_COST * HEIGHT * WIDTH)
+    with pytest.raises(TooManyPixelsError, match=f"expected at most {HEIGHT * WIDTH - 1}"):
+        inspect(data, ALPHA_COST * HEIGHT * WIDTH - 1)
+
+
 def with_widths(*widths: tuple[str, int, int]) -> bytes:
     """A TIFF of ``CLEAR`` with these widths in place of its own: type as for ``struct``, number of values, value."""
     data = bytearray(encode(CLEAR, "TIFF"))
