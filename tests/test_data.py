@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from model.artifact import Outputs
 from model.preprocess import Pixels
@@ -24,7 +26,7 @@ from train.robustness import corrupted
 from train.to_onnx import Calibration
 
 
-def test_statistics_and_hash_depend_on_the_pixels(loaded: data.Data) -> None:
+def test_statistics_and_hash_follow_from_the_content(loaded: data.Data) -> None:
     mean, std = loaded.channel_statistics()
     pixels = loaded.train.images.reshape(-1, 3).astype(float)
     assert np.allclose(mean, pixels.mean(0), atol=0.001)
@@ -33,6 +35,38 @@ def test_statistics_and_hash_depend_on_the_pixels(loaded: data.Data) -> None:
     images = loaded.train.images.copy()
     images[0, 0, 0, 0] ^= 1
     assert replace(loaded, train=replace(loaded.train, images=images)).sha256() != loaded.sha256()
+    labels = loaded.train.labels[::-1]
+    assert replace(loaded, train=replace(loaded.train, labels=labels)).sha256() != loaded.sha256()
+    assert replace(loaded, classes=loaded.classes[::-1]).sha256() != loaded.sha256()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "side"),
+    [
+        ([(40, 90), (90, 45), (300, 300)], 48),
+        ([(10, 10)], 16),
+        ([(900, 600)], 224),
+    ],
+)
+def test_the_input_is_a_square_with_the_median_shorter_side(
+    sizes: list[tuple[int, int]], side: int, tmp_path: Path
+) -> None:
+    for split, name in itertools.product(("train", "val", "test"), ("a", "b")):
+        (tmp_path / split / name).mkdir(parents=True)
+        for index, size in enumerate(sizes if split == "train" else [(80, 80)]):
+            Image.new("RGB", size).save(tmp_path / split / name / f"{index}.png")
+    assert data.load(str(tmp_path)).input_size == (side, side)
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(None, "no training image could be read"), ((24, 24), "no readable image among 6 files")]
+)
+def test_a_folder_without_any_image_is_one_clear_line(size: tuple[int, int] | None, told: str, tmp_path: Path) -> None:
+    for name, index in itertools.product(("a", "b"), range(3)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{index}.png").write_bytes(b"broken")
+    with pytest.raises(CommandError, match=told):
+        data.load(str(tmp_path), size)
 
 
 def test_a_constant_channel_does_not_divide_by_zero() -> None:

@@ -107,6 +107,14 @@ def test_the_validation_images_of_the_shipped_models_never_change() -> None:
     assert drawn == "2985315fddb0e3c68a4ea6147a54a9117b9462dec8dc5dc4f6baefbe87b3fc21"
 
 
+def test_the_images_held_out_of_a_flat_folder_never_change() -> None:
+    """A training may continue from a network that an earlier version trained on all the others."""
+    arranged = arrange("", {f"a/{i:04}": DOT + i.to_bytes(2) for i in range(5000)})
+    assert (len(arranged.val), len(arranged.test)) == (229, 526)
+    drawn = hashlib.sha256("\n".join([*arranged.val, *arranged.test]).encode()).hexdigest()
+    assert drawn == "d788575b573f23fad91711dfc84d75597b5be745685651b5729768fe49ce1d19"
+
+
 @pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAINING", "Valid", "Testing")])
 def test_split_names_are_recognised_in_any_case(toy_folder: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """Taken for a flat folder, most of the given test images would become training images."""
