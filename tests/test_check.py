@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image
 
 from tests import toy
 from tests.live import picture
-from train.check import check, near_duplicates, perceptual_hashes, print_findings
+from train.check import PAIRS_AT_ONCE, check, near_duplicates, perceptual_hashes, print_findings
 from train.command import CommandError
 from train.data import Data, Split, load
 from train.runs import RUN
@@ -45,8 +46,9 @@ def test_clean_data_has_no_findings_but_its_broken_files(clean: Path) -> None:
 def test_the_counts_of_many_classes_are_one_short_line(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = {f"kind {number}": 3 + number % 2 for number in range(1000)}
     print_findings({**check(load(str(clean))), "images": {"train": counts}})
-    first = capsys.readouterr().out.splitlines()[0]
+    first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == "  train   3500  1000 classes of 3 to 4"
+    assert second == "  balance: the largest class has 1.33 times the smallest"
 
 
 @pytest.fixture
@@ -58,8 +60,10 @@ def test_a_test_image_that_is_also_a_training_image_is_named_with_its_copy(flawe
     trained = load(str(flawed)).train.names[0]
     image = cv2.imread(str(flawed / trained))
     cv2.imwrite(str(flawed / "test" / "disc" / "copy.bmp"), image)  # different bytes, same pixels
-    (finding,) = check(load(str(flawed)))["same_pixels_in_two_splits"]["examples"]
+    findings = check(load(str(flawed)))
+    (finding,) = findings["same_pixels_in_two_splits"]["examples"]
     assert finding == f"train {trained} (disc) = test test/disc/copy.bmp (disc)"
+    assert findings["repeated_within_a_split"] == findings["nearly_in_training"]["test"]["count"] == 0, "told once"
 
 
 def test_a_recompressed_brighter_copy_is_reported_as_a_near_duplicate(flawed: Path) -> None:
@@ -107,6 +111,9 @@ def test_only_data_that_makes_results_meaningless_is_refused(clean: Path) -> Non
     data = load(str(clean))
     with pytest.raises(CommandError, match="24 of 24 test images are training images as well"):
         check(replace(data, test=replace(data.train, **{k: v[:24] for k, v in vars(data.train).items()})))
+    half = {name: [*value[:12], *vars(data.test)[name][:12]] for name, value in vars(data.train).items()}
+    arrays = {name: np.asarray(half[name]) for name in ("images", "labels")}
+    assert check(replace(data, test=Split(**{**half, **arrays})))["same_pixels_in_two_splits"]["count"] == 12
     doubled = {name: np.concatenate([value, value]) for name, value in vars(data.train).items() if name != "labels"}
     labels = np.concatenate([data.train.labels, (data.train.labels + 1) % 3])
     with pytest.raises(CommandError, match="training images are in two classes"):
@@ -128,6 +135,18 @@ def test_among_equal_hashes_the_nearest_pixels_win() -> None:
     assert len(set(perceptual_hashes(np.stack([image, *images])).tolist())) == 1
     data = Data("", ("a", "b"), train, test, test)
     assert near_duplicates(data, "test") == ["test test (b) ~ train near (b)"]
+
+
+def test_of_many_images_those_that_are_near_duplicates_are_named() -> None:
+    """Of so many that their hashes are compared in parts."""
+    count = math.isqrt(PAIRS_AT_ONCE) + 10
+    images = np.random.default_rng(0).integers(0, 250, (count, 8, 8, 3), np.uint8)
+    names, sizes = tuple(map(str, range(count))), ((8, 8),) * count
+    train = Split(images, np.zeros(count, np.int64), names, sizes)
+    changed = images.copy()
+    changed[-1] += 2
+    data = Data("", ("a", "b"), train, train, replace(train, images=changed))
+    assert near_duplicates(data, "test") == [f"test {count - 1} (a) ~ train {count - 1} (a)"]
 
 
 def test_training_records_the_findings_that_the_command_prints(toy_folder: Path, toy_run: Path) -> None:
