@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from model.artifact import Artifact, seal
 from model.store import SHIPPED
 from tests import toy
+from tests.snippets import of_the_example
 from tests.toy import run
 from train.command import CommandError
-from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, table
+from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, slowdown, table
 from train.metrics import within
 
 CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87}
@@ -65,7 +67,12 @@ def test_the_exit_status_follows_the_table(lost: float, code: int, tmp_path: Pat
     paths = [tmp_path / "new", tmp_path / "old"]
     for path, told in zip(paths, (card, base), strict=True):
         seal(shutil.copytree(SHIPPED, path), told)
-    assert (f"| {lost:.4f} | 0.005 | {'NO' if code else 'yes'} |") in run("train.gate", *paths, code=code)
+    (tmp_path / "summary").write_text("of an earlier step\n")
+    printed = run("train.gate", *paths, "--summary", tmp_path / "summary", code=code)
+    assert f"| {lost:.4f} | 0.005 | {'NO' if code else 'yes'} |" in printed
+    earlier, table_of_figures = (tmp_path / "summary").read_text().split("\n", 1)
+    assert earlier == "of an earlier step"
+    assert table_of_figures in printed
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,11 @@ def test_a_card_without_a_runtime_is_one_clear_line(runtime: str) -> None:
         judge({name: figures for name, figures in CARD.items() if name != runtime}, CARD, 1.0)
 
 
+def test_a_base_without_int8_is_one_clear_line() -> None:
+    with pytest.raises(CommandError, match=f"no figures of {RUNTIME}; run train.evaluate first"):
+        judge(CARD, {name: figures for name, figures in CARD.items() if name != RUNTIME}, 1.0)
+
+
 def test_a_single_image_among_few_is_noise() -> None:
     few = copy.deepcopy(CARD)
     for runtime in ("onnx", "onnx-int8"):
@@ -133,6 +145,9 @@ def test_a_base_trained_on_other_data_is_measured_on_the_candidates_data(
     assert Artifact.load(path).card["metrics"] == {RUNTIME: {"accuracy": 0.1}}
     with pytest.raises(CommandError, match="not the data of the training"):
         comparable(toy_artifact, base, str(toy.make_folder(tmp_path / "other", seed=1)))
+    others = replace(base, config=base.config.model_copy(update={"classes": ("disc", "frame", "dots")}))
+    with pytest.raises(CommandError, match=r"'dots'\]; expected \['disc', 'frame', 'stripes'\]"):
+        comparable(toy_artifact, others, str(toy_folder))
 
 
 def test_such_a_base_is_also_measured_on_the_candidates_corrupted_images(
@@ -144,6 +159,11 @@ def test_such_a_base_is_also_measured_on_the_candidates_corrupted_images(
     training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
     base = seal(path, {**toy_artifact.card, "training": training, "metrics": {"robustness": {"accuracy": 0.1}}})
     assert comparable(Artifact.load(new), base, str(toy_folder))["robustness"] == measured
+
+
+@of_the_example
+def test_a_larger_model_is_slower(toy_artifact: Artifact) -> None:
+    assert slowdown(Artifact.load(SHIPPED), toy_artifact) > 2
 
 
 def test_a_slower_model_is_stopped() -> None:
