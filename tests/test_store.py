@@ -365,3 +365,13 @@ class TestComparison:
         shown = store(home, "compare", "toy", tag(other))
         assert "NOT measured on the same data" in shown
         assert "+9.00 points (+7.10 to +11.07), significant" in shown
+
+    def test_a_loss_may_be_significant_too(self, versions: Versions) -> None:
+        a = versions["a"]
+        worse = replace(a, card={**a.card, "metrics": {ONNX_INT8: figures(850)}})
+        (accuracy,) = [line for line in compare(a, worse).splitlines() if line.startswith("accuracy onnx-int8")]
+        assert accuracy.endswith("-5.00 points (-7.90 to -2.10), significant")
+
+    def test_a_version_without_figures_is_named(self, versions: Versions) -> None:
+        unmeasured = replace(versions["a"], card={**versions["a"].card, "metrics": {}})
+        assert "B was not measured: make evaluate." in compare(versions["a"], unmeasured).splitlines()
