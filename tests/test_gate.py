@@ -15,10 +15,9 @@ import pytest
 from model.artifact import Artifact, seal
 from model.store import SHIPPED
 from tests import toy
-from tests.snippets import of_the_example
 from tests.toy import run
 from train.command import CommandError
-from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, slowdown, table
+from train.gate import ACCURACY_LOSS, RUNTIME, comparable, judge, table
 from train.metrics import within
 
 CORRUPTED = {"runtime": "onnx-int8", "images": 2000, "seed": 0, "accuracy": 0.87}
@@ -159,11 +158,6 @@ def test_such_a_base_is_also_measured_on_the_candidates_corrupted_images(
     training = {**toy_artifact.card["training"], "data_sha256": "0" * 64}
     base = seal(path, {**toy_artifact.card, "training": training, "metrics": {"robustness": {"accuracy": 0.1}}})
     assert comparable(Artifact.load(new), base, str(toy_folder))["robustness"] == measured
-
-
-@of_the_example
-def test_a_larger_model_is_slower(toy_artifact: Artifact) -> None:
-    assert slowdown(Artifact.load(SHIPPED), toy_artifact) > 2
 
 
 def test_a_slower_model_is_stopped() -> None:
