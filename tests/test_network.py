@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.network import ConvNet, ServedNet
+from model.network import NEIGHBOURS, ConvNet, ServedNet
 from tests.training import begin
 from train import data, precision
 from train.muon import Muon, orthogonalize
@@ -30,6 +30,18 @@ def test_whitening_is_the_same_when_computed_in_parts(loaded: data.Data) -> None
     patches = F.unfold(whole.normalize(images), 2).transpose(1, 2).reshape(-1, 12)
     white = patches @ whole.whiten.weight[:12].reshape(12, -1).T
     assert torch.allclose(white.T @ white / len(white), torch.eye(12), atol=0.05)
+
+
+def test_familiarity_is_the_cosine_similarity_to_the_nth_nearest_features_of_the_bank(loaded: data.Data) -> None:
+    config = build_config("net", loaded, Recipe(widths="4,8", depth=2)).model_copy(update={"bank": 2 * NEIGHBOURS})
+    network = ServedNet(config).eval()
+    images = torch.from_numpy(loaded.train.images)
+    network.init_bank(images[: config.bank], batch=3)
+    with torch.no_grad():
+        features = network.network.feature_maps(network.network.stem(images)).amax(dim=(2, 3))
+        cosines = F.cosine_similarity(features[:, None], features[: config.bank], dim=2)
+        familiarity = network(images)[:, -1]
+    assert torch.allclose(familiarity, cosines.sort(descending=True).values[:, NEIGHBOURS - 1], atol=1e-5)
 
 
 def test_a_bank_may_have_fewer_images_than_neighbours_requested(loaded: data.Data) -> None:
