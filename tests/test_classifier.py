@@ -209,3 +209,4 @@ class TestEnsemble:
         stranger = Ensemble([seal(path, {"training": toy_artifact.card["training"]})])
         with pytest.raises(EnsembleError, match="expected those of the model"):
             Ensemble([toy_artifact]).expect_interchangeable(stranger)
+        assert toy_artifact.config.classes == toy.CLASSES

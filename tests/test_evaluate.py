@@ -73,6 +73,8 @@ def test_figures_of_known_answers() -> None:
 
 def test_intervals_stay_between_0_and_1() -> None:
     """Despite floating point."""
+    assert accuracy_interval(0, 37)[0] == 0
+    assert accuracy_interval(37, 37)[1] == 1
     for count in range(1, 100):
         assert accuracy_interval(0, count)[0] >= 0
         assert accuracy_interval(count, count)[1] <= 1

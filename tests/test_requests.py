@@ -268,9 +268,14 @@ class Endless:
 def test_json_with_many_values_is_refused_before_objects_are_created(value: str, count: int, batch: bool) -> None:
     body = f'{{"image": "", "images": [{",".join([value] * count)}]}}'.encode()
     settings = SETTINGS.model_copy(update={"max_body_bytes": len(body)})
+    asked = request(JSON, body)
+    tracemalloc.start()
     with pytest.raises(ApiError, match="brackets and commas") as refusal:
-        asyncio.run((read_images if batch else read_image)(request(JSON, body), settings))
-    assert refusal.value.code == "too_large"
+        asyncio.run((read_images if batch else read_image)(asked, settings))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (refusal.value.status, refusal.value.code) == TOO_LARGE
+    assert most < 50_000 + 2 * len(body)
 
 
 @pytest.mark.parametrize("text", ["AAAA " * 100_000, "data:;base64," + "AAA%2B" * 100_000])

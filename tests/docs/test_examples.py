@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.artifact import Artifact
 from tests.golden import TYPICAL
 from tests.live import Server
-from tests.snippets import DOCS, OTHERS, PAGES, PUBLISHED, can_be_followed, follow, needs_curl, read, to_follow
+from tests.snippets import (
+    DOCS,
+    OTHERS,
+    PAGES,
+    PUBLISHED,
+    REPOSITORY,
+    can_be_followed,
+    follow,
+    needs_curl,
+    read,
+    to_follow,
+)
 from train import readme
 
 CLIENTS = DOCS / "reference/clients.md"
@@ -33,6 +46,19 @@ def test_an_example_prints_what_its_page_says(language: str, tmp_path: Path) -> 
     follow(snippets, tmp_path)
 
 
+def answer_of(command: str, server: Server, folder: Path) -> dict[str, Any]:
+    """What a command with curl prints, sent to ``server`` from ``folder``."""
+    run = ["sh", "-c", command.replace(PUBLISHED, server.url).replace("curl", "curl --silent", 1)]
+    done = subprocess.run(run, cwd=folder, capture_output=True, check=True, timeout=60)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_the_readmes_first_command_classifies_its_picture(embedded: Server) -> None:
+    command = re.findall(r"^\$ (curl .+)$", readme.README.read_text(), re.M)[0]
+    assert answer_of(command, embedded, REPOSITORY)["class_name"] == TYPICAL.stem
+
+
 @pytest.mark.parametrize("name", ["dog", "a dog's", "50% dog", 'dog, "brown"; or \\black'])
 def test_the_readmes_example_works_whatever_a_class_is_called(
     name: str, toy_artifact: Artifact, embedded: Server, tmp_path: Path
@@ -42,8 +68,6 @@ def test_the_readmes_example_works_whatever_a_class_is_called(
     for file in ("A.jpg", f"{name}.jpg", "~.jpg"):
         shutil.copy(TYPICAL, pictures / file)
     command, answer = readme.example(toy_artifact, tmp_path).removeprefix("$ ").split("\n")
-    run = ["sh", "-c", command.replace(PUBLISHED, embedded.url).replace("curl", "curl --silent", 1)]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, check=True, timeout=60)
-    assert json.loads(done.stdout)["class_name"] == TYPICAL.stem
+    assert answer_of(command, embedded, tmp_path)["class_name"] == TYPICAL.stem
     told = json.loads(answer.replace(",…", ""))
     assert toy_artifact.config.classes[told["predicted_class"]] == told["class_name"]
